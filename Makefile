@@ -1,0 +1,60 @@
+# Every target works on a fresh clone: it makes .venv, installs what it needs, builds, and runs.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+SOURCE := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
+DATA   ?=
+
+.PHONY: help demo test lint bench docs examples format clean
+
+help: ## Show the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/built ## Send a series through a node to a second one; DATA=<folder> for your own files
+	$(BIN)/dicomnode demo $(if $(DATA),"$(DATA)")
+
+test: $(VENV)/developed ## Run all tests, Rust and Python
+	cargo test --workspace --quiet
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/developed docs ## Check format, types, imports, the stub and the docs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m mypy
+	$(BIN)/python -m mypy.stubtest dicomnode._core
+	$(BIN)/lint-imports
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --quiet -- -D warnings
+
+bench: $(VENV)/benched ## Measure speed beside the peers and print a table
+	$(BIN)/python -m benchmarks
+
+docs: $(VENV)/developed ## Build the documentation into docs/_build
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+
+examples: $(VENV)/developed ## Run every example against real associations
+	$(BIN)/python -m pytest tests/e2e/test_examples.py
+
+format: $(VENV)/developed ## Format all code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	cargo fmt --all
+
+clean: ## Delete what was built
+	rm -rf $(VENV) target docs/_build demo-output python/dicomnode/*.so
+
+$(VENV)/bin/maturin:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip maturin
+
+$(VENV)/built: $(VENV)/bin/maturin pyproject.toml $(SOURCE)
+	. $(BIN)/activate && maturin develop --release --quiet
+	@touch $@
+
+$(VENV)/developed: $(VENV)/built
+	. $(BIN)/activate && maturin develop --release --quiet --extras test,lint,docs
+	@touch $@
+
+$(VENV)/benched: $(VENV)/built
+	. $(BIN)/activate && maturin develop --release --quiet --extras bench
+	@touch $@

@@ -1,0 +1,131 @@
+"""`python -m benchmarks`: all questions, or `--only` one; `--quick` is a smoke test."""
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+from benchmarks import grind_files, grind_memory, header_scan, real_ct, receive, series
+from benchmarks.timing import Question, Table
+from benchmarks.timing import answer as answer_question
+
+
+class Sizes:
+    """How much is measured."""
+
+    def __init__(self, quick: bool) -> None:
+        self.slices, self.matrix = (12, 64) if quick else (300, 512)
+        self.small_images = 100 if quick else 1000
+        self.sent = 8 if quick else 140
+        self.repeats = 2 if quick else 9
+        self.receive_repeats = 1 if quick else 5
+        self.memory = not quick
+        self.quick = quick
+
+
+class Bench:
+    """All questions over one temporary folder, where each series is made once."""
+
+    def __init__(self, folder: Path, sizes: Sizes) -> None:
+        self._folder = folder
+        self._sizes = sizes
+        data = os.environ.get("DICOMNODE_TEST_DATA", "")
+        phantom = Path(data, "ct-phantom-140")
+        self._phantom = phantom if data and phantom.is_dir() else None
+        self.questions: dict[str, Callable[[], list[Table]]] = {
+            "header_scan": lambda: [self._ask(header_scan, self._ct())],
+            "grind_files": lambda: [self._ask(grind_files, self._ct())],
+            "grind_memory": lambda: [self._ask(grind_memory, self._ct())],
+            "real_ct": self._real,
+            "receive": self._receive,
+            "receive_small": self._receive_small,
+        }
+
+    def _made(self, name: str, slices: int, matrix: int) -> Path:
+        folder = self._folder / name
+        return folder if folder.exists() else series.write(folder, slices, matrix, matrix)
+
+    def _ct(self) -> Path:
+        return self._made("ct", self._sizes.slices, self._sizes.matrix)
+
+    def _ask(self, question: Question, folder: Path) -> Table:
+        tiny = self._made("tiny", 3, 16) if self._sizes.memory else None
+        return answer_question(question, folder, self._sizes.repeats, tiny)
+
+    def _real_folder(self) -> Path | None:
+        folder = self._folder / "real"
+        if folder.exists() or self._phantom is None:
+            return folder if folder.exists() else None
+        return real_ct.copy_images(self._phantom, folder)
+
+    def _real(self) -> list[Table]:
+        folder = self._real_folder()
+        return [] if folder is None or self._sizes.quick else [self._ask(real_ct, folder)]
+
+    def _receive(self) -> list[Table]:
+        sizes = self._sizes
+        folder, kind = (None if sizes.quick else self._real_folder()), "real CT slices"
+        if folder is None:
+            folder, kind = self._made("sent", sizes.sent, sizes.matrix), "CT slices"
+        return self._send(folder, kind)
+
+    def _receive_small(self) -> list[Table]:
+        images = self._made("images", self._sizes.small_images, 64)
+        return self._send(images, "images of 64 x 64")
+
+    def _send(self, folder: Path, kind: str) -> list[Table]:
+        title = f"Receiving {len(series.paths_of(folder))} {kind} over one association"
+        table = receive.answer(title, folder, self._sizes.receive_repeats)
+        return [] if table is None else [table]
+
+
+def machine() -> str:
+    """One line on where this was measured."""
+    model = "unknown"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.split(":", 1)[1].strip()
+            break
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (
+        f"{model}, {os.cpu_count()} cores, {gib:.0f} GiB, Python {platform.python_version()}, "
+        f"{date.today()}"
+    )
+
+
+def load_average() -> str:
+    """How busy the machine is with other things: figures above 1 are noisy."""
+    return f"load average {os.getloadavg()[0]:.1f}"
+
+
+def main(arguments: list[str]) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small sizes: shows that it runs")
+    parser.add_argument("--only", action="append", metavar="NAME", help="one question")
+    parser.add_argument("--markdown", action="store_true", help="tables for the documentation")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), Sizes(options.quick))
+        unknown = set(options.only or ()) - set(bench.questions)
+        if unknown:
+            parser.error(f"{', '.join(sorted(unknown))}: not among {', '.join(bench.questions)}")
+        print(f"{machine()}, {load_average()} at the start", flush=True)
+        for name, ask in bench.questions.items():
+            if options.only and name not in options.only:
+                continue
+            tables = ask()
+            if not tables:
+                print(f"\n{name}: not measured, what it needs is missing", flush=True)
+            for table in tables:
+                shown = table.markdown() if options.markdown else table.text()
+                print(f"\n{shown}", flush=True)
+        print(f"\n{load_average()} at the end")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

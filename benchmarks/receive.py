@@ -1,0 +1,222 @@
+"""How many images per second does a node receive, and what do they cost it?
+
+The sender is dcmtk's dcmsend, without Nagle's algorithm, over one association. The clock runs from
+its request for the association to its release, by the sender's own log. What arrived is counted,
+since dcmsend ends with success after losing images. Every run has a fresh receiver, because a node
+that has an image already does not store it again.
+"""
+
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from benchmarks.series import paths_of
+from benchmarks.timing import Row, Table, cpu_seconds, memory_mb
+
+_SLOW_SECONDS = 20.0
+_LOG = """log4cplus.rootLogger = INFO, console
+log4cplus.appender.console = log4cplus::ConsoleAppender
+log4cplus.appender.console.logToStdErr = true
+log4cplus.appender.console.ImmediateFlush = true
+log4cplus.appender.console.layout = log4cplus::PatternLayout
+log4cplus.appender.console.layout.ConversionPattern = %D{%H:%M:%S.%q} %m%n
+"""
+
+
+def program(name: str) -> str | None:
+    """A program of dcmtk, not pynetdicom's script of the same name in the virtual environment."""
+    own = Path(sys.prefix, "bin")
+    folders = [one for one in os.environ["PATH"].split(os.pathsep) if Path(one) != own]
+    return shutil.which(name, path=os.pathsep.join(["/usr/bin", *folders]))
+
+
+class Receiver(ABC):
+    """A process that receives into a folder."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @abstractmethod
+    def start(self, folder: Path) -> tuple["subprocess.Popen[str]", int]:
+        """The process and its port."""
+
+    @abstractmethod
+    def count(self, process: "subprocess.Popen[str]", folder: Path) -> int:
+        """How many images it has."""
+
+
+class Python(Receiver):
+    """One of `benchmarks.receiver`."""
+
+    def __init__(self, name: str, kind: str, on_disk: bool = False) -> None:
+        super().__init__(name)
+        self._kind = kind
+        self._on_disk = on_disk
+
+    def start(self, folder: Path) -> tuple["subprocess.Popen[str]", int]:
+        root = str(folder) if self._on_disk else ""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.receiver", self._kind, root],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        return process, int(process.stdout.readline())
+
+    def count(self, process: "subprocess.Popen[str]", folder: Path) -> int:
+        if self._on_disk:
+            return sum(1 for path in folder.glob("*/*/*.dcm") if path.parts[-3] != ".dicomnode")
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("count\n")
+        process.stdin.flush()
+        return int(process.stdout.readline())
+
+
+class Storescp(Receiver):
+    """dcmtk's storescp; it writes files and does not flush them."""
+
+    def __init__(self, name: str, *options: str, no_delay: bool) -> None:
+        super().__init__(name)
+        self._options = options
+        self._no_delay = no_delay
+
+    def start(self, folder: Path) -> tuple["subprocess.Popen[str]", int]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        found = program("storescp")
+        assert found is not None
+        process = subprocess.Popen(
+            [found, *self._options, "-od", str(folder), str(port)],
+            env=_environment(self._no_delay),
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        for _ in range(500):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return process, port
+            time.sleep(0.02)
+        raise TimeoutError("storescp does not listen")
+
+    def count(self, process: "subprocess.Popen[str]", folder: Path) -> int:
+        del process
+        return sum(1 for _ in folder.iterdir())
+
+
+def receivers() -> list[Receiver]:
+    """Ours first."""
+    found: list[Receiver] = [
+        Python("dicomnode, on disk, flushed", "node", on_disk=True),
+        Python("dicomnode, in memory", "node"),
+        Python("pynetdicom alone, our socket settings, stores nothing", "tuned"),
+        Python("pynetdicom alone, defaults, stores nothing", "bare"),
+    ]
+    if program("storescp") is not None:
+        found += [
+            Storescp(
+                "storescp +B -pdu 131072, TCP_NODELAY=1", "+B", "-pdu", "131072", no_delay=True
+            ),
+            Storescp("storescp, TCP_NODELAY=1", no_delay=True),
+            Storescp("storescp, defaults", no_delay=False),
+        ]
+    return found
+
+
+def answer(
+    title: str, folder: Path, repeats: int, everyone: Sequence[Receiver] | None = None
+) -> Table | None:
+    """Send a folder to every receiver, in turn; None without dcmsend."""
+    sender = program("dcmsend")
+    if sender is None:
+        return None
+    images = len(paths_of(folder))
+    results: dict[str, list[tuple[float, float, float]]] = {}
+    wrong: dict[str, str] = {}
+    everyone = receivers() if everyone is None else everyone
+    for _ in range(repeats):
+        for receiver in everyone:
+            if receiver.name in wrong or _is_slow(results.get(receiver.name, [])):
+                continue
+            seconds, cpu, peak, count = _run(receiver, sender, folder)
+            if count != images:
+                wrong[receiver.name] = f"{count} of {images} arrived"
+            results.setdefault(receiver.name, []).append((seconds, cpu, peak))
+    rows = []
+    for receiver in everyone:
+        name = receiver.name
+        if name in wrong:
+            rows.append(Row(name, wrong=wrong[name]))
+            continue
+        seconds_all, cpu_all, peaks = zip(*results[name], strict=True)
+        rate = f"{images / statistics.median(seconds_all):.0f}"
+        cost = f"{1000 * statistics.median(cpu_all) / images:.2f}"
+        rows.append(Row(name, seconds_all, statistics.median(peaks), (rate, cost)))
+    return Table(title, tuple(rows), ("images/s", "CPU ms/image"))
+
+
+def _is_slow(runs: Sequence[tuple[float, float, float]]) -> bool:
+    """A run of half a minute is not repeated: storescp with its defaults."""
+    return bool(runs) and runs[0][0] > _SLOW_SECONDS
+
+
+def _run(receiver: Receiver, sender: str, folder: Path) -> tuple[float, float, float, int]:
+    """Seconds, CPU seconds and memory growth of the receiver, and how many images arrived."""
+    with tempfile.TemporaryDirectory() as place:
+        target = Path(place, "received")
+        target.mkdir()
+        process, port = receiver.start(target)
+        try:
+            cpu, memory = cpu_seconds(process.pid), memory_mb("VmRSS", process.pid)
+            seconds = _send(sender, port, paths_of(folder), Path(place))
+            used = cpu_seconds(process.pid) - cpu
+            peak = memory_mb("VmHWM", process.pid) - memory
+            count = receiver.count(process, target)
+        finally:
+            if process.stdin is not None:
+                process.stdin.close()
+            else:
+                process.terminate()
+            process.wait(30)
+            if process.stdout is not None:
+                process.stdout.close()
+    return seconds, used, peak, count
+
+
+def _send(sender: str, port: int, paths: Sequence[Path], place: Path) -> float:
+    config = place / "log.cfg"
+    config.write_text(_LOG)
+    done = subprocess.run(
+        [sender, "-lc", str(config), "127.0.0.1", str(port), *map(str, paths)],
+        env=_environment(no_delay=True),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    start = end = None
+    for line in done.stderr.splitlines():
+        clock, _, message = line.partition(" ")
+        if message.lower().startswith("requesting association") and start is None:
+            start = datetime.strptime(clock, "%H:%M:%S.%f")
+        if message.lower().startswith(("releasing association", "aborting association")):
+            end = datetime.strptime(clock, "%H:%M:%S.%f")
+    if start is None or end is None:
+        raise RuntimeError(f"dcmsend told no times: {done.stderr[-500:]}")
+    return (end - start).total_seconds() % 86400
+
+
+def _environment(no_delay: bool) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name != "TCP_NODELAY"}
+    return {**kept, "TCP_NODELAY": "1"} if no_delay else kept

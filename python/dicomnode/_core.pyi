@@ -1,0 +1,200 @@
+"""Typed face of the compiled module.
+
+Sources. Wherever a `Source` is taken, a `str` is the path of a DICOM Part 10 file and `bytes` are
+the whole Part 10 object in memory. Neither is copied: a file is read in place when it is needed,
+`bytes` are kept alive and borrowed.
+"""
+
+from typing import Self, TypeAlias, final
+
+import numpy
+from numpy.typing import NDArray
+
+__all__ = [
+    "Header",
+    "Image",
+    "Source",
+    "__version__",
+    "debug_build",
+    "is_dicom",
+    "scan",
+    "scan_images",
+    "stack",
+]
+
+Source: TypeAlias = str | bytes
+
+__version__: str
+debug_build: bool
+
+@final
+class Header:
+    """Where every top-level element of one object lies (PS3.10 section 7, PS3.5 section 7).
+
+    Holds the bytes up to the pixel data; the pixel data itself is never read.
+    """
+
+    @property
+    def transfer_syntax(self) -> str:
+        """Transfer Syntax UID of the dataset; guessed from the bytes where the file meta is absent."""
+
+    @property
+    def pixel_length(self) -> int | None:
+        """Bytes of the (Float/Double) Pixel Data value, None without or with undefined length."""
+
+    def __contains__(self, tag: int, /) -> bool: ...
+    def get(self, tag: int) -> tuple[str, bytes] | None:
+        """VR (empty where the encoding has none) and raw value bytes of a top-level element.
+
+        Not the value of pixel data or of an undefined-length sequence: those give None, as do
+        absent elements; `in` tells them apart.
+        """
+
+    def tags(self) -> list[int]:
+        """The tags present, in the order of the file, group 0002 left out."""
+
+    @property
+    def big_endian(self) -> bool: ...
+
+def scan(source: Source, transfer_syntax: str | None = None) -> Header:
+    """Scan one object. With `transfer_syntax`, `source` is a bare dataset (as DIMSE carries it).
+
+    Raises InvalidDicom (not DICOM, truncated, lying lengths, nested too deep) or OSError.
+    """
+
+@final
+class Image:
+    """What stacking needs to know of one single-frame or multi-frame image, and its source."""
+
+    def __new__(
+        cls,
+        pixels: bytes | bytearray | memoryview | NDArray[numpy.generic],
+        *,
+        rows: int,
+        columns: int,
+        bits_allocated: int,
+        bits_stored: int,
+        high_bit: int,
+        pixel_representation: int,
+        slope: float = 1.0,
+        intercept: float = 0.0,
+        big_endian: bool = False,
+        sop_instance_uid: str = "",
+    ) -> Self:
+        """An image from native pixel bytes in memory (borrowed, C-contiguous, one frame, one sample)."""
+
+    @property
+    def sop_class_uid(self) -> str: ...
+    @property
+    def sop_instance_uid(self) -> str: ...
+    @property
+    def study_instance_uid(self) -> str: ...
+    @property
+    def series_instance_uid(self) -> str: ...
+    @property
+    def frame_of_reference_uid(self) -> str: ...
+    @property
+    def transfer_syntax(self) -> str: ...
+    @property
+    def modality(self) -> str: ...
+    @property
+    def image_type(self) -> str:
+        """The whole value, backslash between the values, as in the file."""
+
+    @property
+    def photometric_interpretation(self) -> str: ...
+    @property
+    def rows(self) -> int:
+        """0 where absent; likewise the other integers unless told otherwise."""
+
+    @property
+    def columns(self) -> int: ...
+    @property
+    def samples_per_pixel(self) -> int:
+        """1 where absent."""
+
+    @property
+    def bits_allocated(self) -> int: ...
+    @property
+    def bits_stored(self) -> int:
+        """BitsAllocated where absent."""
+
+    @property
+    def high_bit(self) -> int:
+        """BitsStored - 1 where absent."""
+
+    @property
+    def pixel_representation(self) -> int: ...
+    @property
+    def number_of_frames(self) -> int:
+        """1 where absent, empty or 0."""
+
+    @property
+    def slope(self) -> float:
+        """Rescale Slope, 1.0 where absent."""
+
+    @property
+    def intercept(self) -> float: ...
+    @property
+    def has_rescale(self) -> bool:
+        """Rescale Slope or Rescale Intercept is present and not empty."""
+
+    @property
+    def position(self) -> tuple[float, float, float] | None:
+        """Image Position (Patient), mm."""
+
+    @property
+    def orientation(self) -> tuple[float, float, float, float, float, float] | None:
+        """Image Orientation (Patient)."""
+
+    @property
+    def pixel_spacing(self) -> tuple[float, float] | None:
+        """Pixel Spacing, mm: between rows, between columns."""
+
+    @property
+    def slice_thickness(self) -> float | None: ...
+    @property
+    def spacing_between_slices(self) -> float | None: ...
+    @property
+    def instance_number(self) -> int | None:
+        """None where absent, and where it is no whole number."""
+
+    @property
+    def has_modality_lut(self) -> bool:
+        """A Modality LUT Sequence (0028,3000) is present."""
+
+    @property
+    def has_functional_groups(self) -> bool:
+        """(5200,9229) or (5200,9230) is present."""
+
+    @property
+    def pixel_tag(self) -> int:
+        """0x7FE00010, 0x7FE00008 or 0x7FE00009; 0 without pixel data."""
+
+    @property
+    def is_native(self) -> bool:
+        """The pixel data is uncompressed, so that `stack` can read it."""
+
+def scan_images(sources: list[Source]) -> list[Image]:
+    """Scan many objects in parallel with the GIL released; order and length as given.
+
+    Raises InvalidDicom or OSError for the first source that cannot be read; the message names it
+    by SOPInstanceUID where known, else by its place in the list.
+    """
+
+def is_dicom(path: str) -> bool:
+    """Whether a file starts like a DICOM object (a Part 10 prefix, or a plausible bare dataset)."""
+
+def stack(images: list[Image], out: NDArray[numpy.generic], rescale: bool = True) -> None:
+    """Write the pixels of `images[k]` to `out[k]`, in parallel over images, the GIL released.
+
+    `out` has shape (len(images), rows, columns), is C-contiguous and writeable; dtype float32,
+    float64, or an 8, 16 or 32 bit integer. Stored values are shifted by HighBit, masked to
+    BitsStored and sign-extended, then, with `rescale`, stored * slope + intercept is computed in
+    float64 and rounded once to `out`'s dtype (PS3.3 C.11.1).
+
+    Raises UnsupportedImage where an image is not native, has several samples or frames, or
+    BitsAllocated is not 8, 16 or 32; InvalidDicom where pixel data is shorter than Rows x Columns
+    ask, or Rows/Columns differ from `out`, or bits are contradictory; InvalidDataset where an
+    integer dtype cannot hold a rescaled value exactly; OSError. On an error `out` is undefined.
+    """

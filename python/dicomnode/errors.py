@@ -1,0 +1,52 @@
+"""Every exception that dicomnode raises.
+
+All of them derive from `DicomnodeError`, so one `except` catches what this package reports.
+A message names the instance (its UID), the attribute and the remedy, and never a patient's name.
+"""
+
+
+class DicomnodeError(Exception):
+    """The base of all errors of this package."""
+
+
+class IncorrectlyConfigured(DicomnodeError):
+    """A setting of a pipeline, an input or a command cannot work as it is."""
+
+
+class CannotListen(IncorrectlyConfigured, OSError):
+    """The address and port of a node cannot be opened."""
+
+
+class InvalidRootDataDirectory(IncorrectlyConfigured):
+    """The `root_data_directory` is not a directory that this node can own."""
+
+
+class InvalidDicom(DicomnodeError, ValueError):
+    """Bytes that should be DICOM cannot be understood."""
+
+
+class InvalidDataset(DicomnodeError, ValueError):
+    """A dataset lacks an attribute, or has a value, that makes it unusable here."""
+
+
+class UnsupportedImage(DicomnodeError, ValueError):
+    """The pixels of an image are of a kind that cannot be turned into an array here."""
+
+
+class InconsistentSeries(DicomnodeError, ValueError):
+    """Images do not form one volume: a gap, a duplicate, mixed geometry, mixed series."""
+
+
+class CouldNotCompleteDIMSEMessage(DicomnodeError):
+    """A peer could not be reached, refused, or did not acknowledge what was sent to it."""
+
+
+class OutOfResources(DicomnodeError):
+    """The disk is full or a memory limit is reached; nothing was stored."""
+
+
+class UnknownCase(DicomnodeError, KeyError):
+    """No case with that number, or it is not in a state that allows the request."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""

@@ -1,0 +1,1 @@
+"""Leaf tools: they know DICOM and nothing of servers."""

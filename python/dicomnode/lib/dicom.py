@@ -1,0 +1,362 @@
+"""Datasets without the waiting: lazy loading, safe reading of tags, safe names.
+
+A `LazyDataset` is an ordinary pydicom dataset that reads its header when you first look at it and
+its pixel data when you first ask for that. Grinders never look: they hand its *source* (a path or
+bytes) to the compiled core.
+"""
+
+import hashlib
+import io
+import logging
+import os
+import re
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from pydicom import dcmread
+from pydicom.charset import convert_encodings
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element
+from pydicom.dataset import Dataset, FileDataset
+from pydicom.errors import BytesLengthException
+from pydicom.filebase import DicomBytesIO
+from pydicom.filereader import read_deferred_data_element
+from pydicom.filewriter import write_dataset
+from pydicom.tag import BaseTag, Tag, TagType
+from pydicom.uid import PYDICOM_IMPLEMENTATION_UID, UID
+
+from dicomnode._core import Header as Header
+from dicomnode._core import scan as scan
+from dicomnode.errors import InvalidDataset, InvalidDicom
+
+logger = logging.getLogger("dicomnode.dicom")
+
+Source: TypeAlias = str | bytes
+
+_EXPLICIT: Final = "1.2.840.10008.1.2.1"
+_DEFLATED: Final = "1.2.840.10008.1.2.1.99"
+# What pydicom raises for a value that does not fit its VR, on reading and on writing.
+READ_ERRORS: Final = (
+    ValueError, TypeError, NotImplementedError, OverflowError, BytesLengthException,
+)  # fmt: skip
+_WRITE_ERRORS: Final = (*READ_ERRORS, AttributeError, KeyError, OSError, struct.error)
+
+PIXEL_TAGS: Final = (0x7FE00010, 0x7FE00008, 0x7FE00009)
+MEDIA_STORAGE_DIRECTORY: Final = "1.2.840.10008.1.3.10"
+
+# What stacking reads of a header (see `_core.Image`), pixel data and sequences apart.
+_IMAGE_TAGS: Final = (
+    0x00080008, 0x00080016, 0x00080018, 0x00080060, 0x00180050, 0x00180088, 0x0020000D,
+    0x0020000E, 0x00200013, 0x00200032, 0x00200037, 0x00200052, 0x00280002, 0x00280004,
+    0x00280008, 0x00280010, 0x00280011, 0x00280030, 0x00280100, 0x00280101, 0x00280102,
+    0x00280103, 0x00281052, 0x00281053,
+)  # fmt: skip
+_IMAGE_SEQUENCES: Final = (0x00283000, 0x52009229, 0x52009230)
+# Values longer than this stay in the file until they are asked for.
+_DEFER_BYTES: Final = 16 * 1024
+
+
+class LazyDataset(FileDataset):
+    """A pydicom dataset that is read when it is looked at.
+
+    Behaves as the `FileDataset` that `pydicom.dcmread` returns. The header is read on the first
+    access, pixel data on the first access to it. A change made to it is kept, and grinders see it.
+
+    Parameters: `source` is the path of a Part 10 file, or the bytes of one.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.__dict__["_source"] = source
+
+    def __getattr__(self, name: str) -> Any:
+        state = self.__dict__
+        if "_dict" not in state and not name.startswith("__"):
+            _read(self)
+            if name in state:
+                return state[name]
+        return super().__getattr__(name)
+
+    @property
+    def source(self) -> Source:
+        """The path or the bytes this dataset is read from."""
+        return self.__dict__["_source"]  # type: ignore[no-any-return]
+
+
+def _read(dataset: LazyDataset) -> None:
+    read = _dcmread(dataset.source, _DEFER_BYTES)
+    if read.file_meta.get("TransferSyntaxUID") == _DEFLATED:
+        # pydicom would look for deferred values in the deflated bytes.
+        read = _dcmread(dataset.source, None)
+    state = dataset.__dict__
+    # What was set before the first look stays; `_dict` comes last, as the sign that all is there.
+    for name, value in ({**read.__dict__, "_pristine": dict(read._dict)}).items():
+        if name != "_dict":
+            state.setdefault(name, value)
+    state.setdefault("_dict", read._dict)
+
+
+def _dcmread(source: Source, defer_size: int | None) -> FileDataset:
+    opened = source if isinstance(source, str) else io.BytesIO(source)
+    return dcmread(opened, defer_size=defer_size, force=True)
+
+
+def untouched_source(dataset: Dataset) -> Source | None:
+    """The source of a lazy dataset whose image attributes are still those of the source.
+
+    None for any other dataset: its attributes have to be read from the dataset itself.
+    """
+    if not isinstance(dataset, LazyDataset):
+        return None
+    if "_dict" not in dataset.__dict__:
+        return dataset.source
+    current, pristine = dataset._dict, dataset.__dict__["_pristine"]
+    for tag in _IMAGE_SEQUENCES:
+        if (tag in current) != (tag in pristine):
+            return None
+    for tag in (*_IMAGE_TAGS, *PIXEL_TAGS):
+        now, was = current.get(BaseTag(tag)), pristine.get(BaseTag(tag))
+        if now is was:
+            continue
+        if now is None or was is None:
+            return None
+        if isinstance(was, RawDataElement):
+            if was.value is None and was.length != 0:
+                origin: Any = dataset.buffer if dataset.filename is None else dataset.filename
+                was = read_deferred_data_element(
+                    dataset.fileobj_type, origin, dataset.timestamp, was
+                )
+            was = convert_raw_data_element(was, ds=dataset)
+        if now.value != was.value:
+            return None
+    return dataset.source
+
+
+def load(
+    paths_or_folder: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+) -> list[Dataset]:
+    """Lazy datasets of files, for using grinders without a server.
+
+    A folder is walked with everything below it, in the order of the names; what is no DICOM object
+    in it, and a DICOMDIR, is left out. A file that is named itself has to be DICOM.
+
+    Raises FileNotFoundError, and InvalidDicom for a named file that is no DICOM object.
+    """
+    if isinstance(paths_or_folder, str | os.PathLike):
+        paths_or_folder = [paths_or_folder]
+    datasets: list[Dataset] = []
+    for given in paths_or_folder:
+        path = Path(given)
+        if path.is_dir():
+            datasets += [LazyDataset(str(file)) for file in _walk(path)]
+        elif not path.exists():
+            raise FileNotFoundError(f"no such file or folder: {path}")
+        else:
+            scan(str(path))
+            datasets.append(LazyDataset(str(path)))
+    return datasets
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for directory, names, files in os.walk(folder):
+        names.sort()
+        for name in sorted(files):
+            path = Path(directory, name)
+            try:
+                header = scan(str(path))
+            except (InvalidDicom, OSError):
+                logger.debug("%s is no DICOM object, left out", path)
+                continue
+            sop_class = header_text(header, 0x00080016)
+            if 0x00041220 in header or sop_class == MEDIA_STORAGE_DIRECTORY:
+                continue
+            yield path
+
+
+def read(source: Source) -> Dataset:
+    """A whole dataset, read now."""
+    return _dcmread(source, None)
+
+
+def tag_of(tag: TagType) -> int:
+    """The number of a tag given as int, keyword, (group, element) or pydicom Tag.
+
+    Raises ValueError for what is neither.
+    """
+    return int(Tag(tag))
+
+
+def tag_name(tag: int) -> str:
+    """For messages: `(0010,0020) PatientID`."""
+    from pydicom.datadict import keyword_for_tag
+
+    return f"({tag >> 16:04X},{tag & 0xFFFF:04X}) {keyword_for_tag(tag)}".rstrip()
+
+
+def header_element(header: Header, tag: int) -> DataElement | None:
+    """A top-level element as pydicom would give it; None where absent or not held by the header."""
+    found = header.get(tag)
+    if found is None:
+        return None
+    vr, value = found
+    if not vr:
+        try:
+            vr = dictionary_VR(tag)
+        except KeyError:
+            vr = "UN"
+        vr = {"US or SS": "US", "OB or OW": "OW", "US or SS or OW": "OW", "US or OW": "OW"}.get(
+            vr, vr
+        )
+    raw = RawDataElement(
+        BaseTag(tag), vr, len(value), value, 0, header.transfer_syntax == "1.2.840.10008.1.2",
+        not header.big_endian, True,
+    )  # fmt: skip
+    charset = None
+    if tag != 0x00080005 and 0x00080005 in header:
+        found = header.get(0x00080005)
+        text = found[1].decode("ascii", "replace").strip(" \0") if found else ""
+        if text:
+            charset = convert_encodings(text.split("\\"))
+    try:
+        return convert_raw_data_element(raw, encoding=charset)
+    except READ_ERRORS as error:
+        raise InvalidDicom(
+            f"{tag_name(tag)} cannot be understood: {type(error).__name__}"
+        ) from error
+
+
+def header_text(header: Header, tag: int) -> str:
+    """A short ASCII value (UI, CS, IS) without padding; empty where absent."""
+    found = header.get(tag)
+    return "" if found is None else found[1].decode("ascii", "replace").strip(" \0")
+
+
+def identifier_of(header: Header, tag: int) -> str:
+    """The value that groups images into a case, as text; empty where absent or empty."""
+    element = header_element(header, tag)
+    if element is None or element.value is None:
+        return ""
+    value = element.value
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        value = "\\".join(str(part) for part in value)
+    return str(value).strip(" \0").encode("utf-8", "replace").decode("utf-8")
+
+
+def is_uid(text: str) -> bool:
+    """Whether a text is a UID (PS3.5 section 9.1): digits and dots, at most 64 characters.
+
+    Leading zeros in a component are accepted, since objects in the field have them.
+    """
+    return len(text) <= 64 and re.fullmatch(r"[0-9]+(\.[0-9]+)*", text) is not None
+
+
+def safe_name(text: str) -> str:
+    """A text as one part of a path: never empty, never a dot, never with a separator.
+
+    Letters, digits, `-`, `_` and inner dots stay; every other byte of its UTF-8 form becomes
+    `%XX`. Names over 100 characters are cut and end in a digest of the whole. Different texts have
+    different names.
+    """
+    escaped = "".join(
+        chr(byte) if _is_plain(byte) else f"%{byte:02X}"
+        for byte in text.encode("utf-8", "surrogateescape")
+    )
+    if escaped.startswith("."):
+        escaped = "%2E" + escaped[1:]
+    if len(escaped) > 100:
+        digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        escaped = f"{escaped[:80]}%%{digest}"
+    return escaped or "%"
+
+
+def _is_plain(byte: int) -> bool:
+    char = chr(byte)
+    return byte < 128 and (char.isalnum() or char in "-_.")
+
+
+def printable(text: str) -> str:
+    """A text from outside on one line of a log or a message: control characters are escaped."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def part10_prefix(
+    sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, source_ae_title: str = ""
+) -> bytes:
+    """Preamble, `DICM` and File Meta Information (PS3.10 section 7.1) for a received dataset."""
+
+    def element(number: int, vr: bytes, value: bytes) -> bytes:
+        return (
+            b"\x02\x00"
+            + number.to_bytes(2, "little")
+            + vr
+            + len(value).to_bytes(2, "little")
+            + value
+        )
+
+    def text(value: str, pad: bytes) -> bytes:
+        raw = value.encode("ascii", "replace")
+        return raw + pad if len(raw) % 2 else raw
+
+    body = b"\x02\x00\x01\x00OB\x00\x00\x02\x00\x00\x00\x00\x01"
+    body += element(0x02, b"UI", text(sop_class_uid, b"\0"))
+    body += element(0x03, b"UI", text(sop_instance_uid, b"\0"))
+    body += element(0x10, b"UI", text(transfer_syntax_uid, b"\0"))
+    body += element(0x12, b"UI", text(str(PYDICOM_IMPLEMENTATION_UID), b"\0"))
+    body += element(0x13, b"SH", text("DICOMNODE", b" "))
+    if source_ae_title:
+        body += element(0x16, b"AE", text(source_ae_title[:16], b" "))
+    length = b"\x02\x00\x00\x00UL\x04\x00" + len(body).to_bytes(4, "little")
+    return b"\0" * 128 + b"DICM" + length + body
+
+
+def encode(dataset: Dataset) -> tuple[bytes, str]:
+    """A dataset as a Part 10 object, and its transfer syntax UID.
+
+    That is the dataset's own, or Explicit VR Little Endian where it has none.
+
+    Raises InvalidDataset, naming the attribute, for a dataset that cannot be written or lacks
+    SOPClassUID or SOPInstanceUID.
+    """
+    uid = str(dataset.get("SOPInstanceUID", "") or "")
+    for keyword in ("SOPClassUID", "SOPInstanceUID"):
+        value = str(dataset.get(keyword, "") or "")
+        if not is_uid(value):
+            raise InvalidDataset(
+                f"a result has no valid {keyword} ({value!r}; SOPInstanceUID {uid!r})"
+            )
+    given = getattr(dataset, "file_meta", None)
+    syntax = UID((given.get("TransferSyntaxUID") if given is not None else None) or _EXPLICIT)
+    if syntax.is_private or not syntax.is_transfer_syntax:
+        raise InvalidDataset(f"result {uid} has the TransferSyntaxUID {syntax}, which is none")
+    if dataset.original_encoding[1] not in (None, syntax.is_little_endian):
+        raise InvalidDataset(
+            f"result {uid} was read in another byte order than that of its TransferSyntaxUID "
+            f"{syntax.name}, and its PixelData cannot be turned round; make a new Dataset"
+        )
+    body = DicomBytesIO()
+    body.is_implicit_VR, body.is_little_endian = syntax.is_implicit_VR, syntax.is_little_endian
+    prefix = part10_prefix(str(dataset.SOPClassUID), uid, str(syntax))
+    is_deflated = syntax == _DEFLATED
+    if not is_deflated:
+        body.write(prefix)
+    try:
+        for tag in dataset.keys():  # noqa: SIM118  (iterating a Dataset decodes every element)
+            if tag >> 16 in (0x0000, 0x0002):
+                raise ValueError(f"{tag_name(tag)} belongs into a command or the file meta")
+        if "PixelData" in dataset:
+            pixels = dataset["PixelData"]
+            if not isinstance(pixels.value, bytes | bytearray | None) and not pixels.is_buffered:
+                raise TypeError(f"PixelData (7FE0,0010) is {type(pixels.value)}, not bytes")
+            pixels.is_undefined_length = syntax.is_compressed and not is_deflated
+        write_dataset(body, dataset)
+    except _WRITE_ERRORS as error:
+        raise InvalidDataset(f"result {uid} cannot be written: {error}") from error
+    if not is_deflated:
+        return body.getvalue(), str(syntax)
+    compressor = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    deflated = compressor.compress(body.getvalue()) + compressor.flush()
+    return prefix + deflated + b"\0" * (len(deflated) % 2), str(syntax)

@@ -1,0 +1,211 @@
+"""Ready-made grinders: from the datasets of an input to what `process()` wants.
+
+A *grinder* is any function that takes an iterable of pydicom Datasets and returns something. A
+*meta grinder* returns a grinder. Set one as `image_grinder` of an input, or call it on
+`dicomnode.lib.dicom.load(folder)` without any server.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, TypeAlias, overload
+
+import numpy
+from numpy.typing import DTypeLike, NDArray
+from pydicom.dataset import Dataset
+from pydicom.tag import TagType
+
+from dicomnode.errors import InconsistentSeries, IncorrectlyConfigured, InvalidDataset
+from dicomnode.lib.dicom import tag_name, tag_of
+from dicomnode.lib.images import Slice, read_array, read_slices
+from dicomnode.lib.volume import Volume, read_volume
+
+#: What a grinder returns: anything.
+GrindType: TypeAlias = Any
+Grinder: TypeAlias = Callable[[Iterable[Dataset]], GrindType]
+_ARRAY_TYPES = ("f4", "f8", "i1", "i2", "i4", "u1", "u2", "u4")
+Order: TypeAlias = Literal["position", "InstanceNumber", "given"]
+
+
+def identity_grinder(datasets: Iterable[Dataset]) -> Iterable[Dataset]:
+    """The datasets as they are: the default of an input."""
+    return datasets
+
+
+def list_grinder(datasets: Iterable[Dataset]) -> list[Dataset]:
+    """The datasets as a list."""
+    return list(datasets)
+
+
+def many_meta_grinder(*grinders: Grinder) -> Grinder:
+    """A grinder that returns a list with the result of each of `grinders`.
+
+    Each of them sees all the images, also where a true iterator comes in.
+    """
+
+    def many_grinder(datasets: Iterable[Dataset]) -> list[Any]:
+        kept = list(datasets)
+        return [grinder(kept) for grinder in grinders]
+
+    return many_grinder
+
+
+def tag_meta_grinder(tags: Iterable[TagType], optional: bool = False) -> Grinder:
+    """A grinder that returns `{tag: value}` of the first dataset, keyed as `tags` are given.
+
+    Use it for what is equal in all images: PatientWeight, RadiopharmaceuticalInformationSequence.
+    A missing tag raises InvalidDataset, or with `optional` has the value None.
+    """
+    wanted = [(tag, tag_of(tag)) for tag in tags]
+
+    def tag_grinder(datasets: Iterable[Dataset]) -> dict[TagType, Any]:
+        first = next(iter(datasets), None)
+        if first is None:
+            raise InvalidDataset("there is no dataset to take tags from")
+        values: dict[TagType, Any] = {}
+        for tag, number in wanted:
+            if number in first:
+                values[tag] = first[number].value
+            elif optional:
+                values[tag] = None
+            else:
+                raise InvalidDataset(
+                    f"image {first.get('SOPInstanceUID', '')} has no {tag_name(number)}; add it to "
+                    "required_tags of the input, or use optional=True"
+                )
+        return values
+
+    return tag_grinder
+
+
+DicomTree: TypeAlias = dict[str, dict[str, dict[str, dict[str, Dataset]]]]
+
+
+def dicom_tree_grinder(datasets: Iterable[Dataset]) -> DicomTree:
+    """The datasets as nested dictionaries: patient, study, series, image.
+
+    Keys are PatientID, StudyInstanceUID, SeriesInstanceUID and SOPInstanceUID; a missing PatientID
+    is the empty text. Raises InvalidDataset where a UID is missing.
+    """
+    tree: DicomTree = {}
+    for dataset in datasets:
+        uids = []
+        for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
+            value = dataset.get(keyword)
+            if not value:
+                raise InvalidDataset(
+                    f"image {dataset.get('SOPInstanceUID', '')} has no {keyword}, so it has no place "
+                    "in a tree; add it to required_tags of the input"
+                )
+            uids.append(str(value))
+        study, series, image = uids
+        patient = tree.setdefault(str(dataset.get("PatientID", "") or ""), {})
+        patient.setdefault(study, {}).setdefault(series, {})[image] = dataset
+    return tree
+
+
+@overload
+def numpy_grinder(datasets: Iterable[Dataset], /) -> NDArray[Any]: ...
+@overload
+def numpy_grinder(
+    *, dtype: DTypeLike = ..., order: Order = ..., rescale: bool = ...
+) -> Callable[[Iterable[Dataset]], NDArray[Any]]: ...
+def numpy_grinder(
+    datasets: Iterable[Dataset] | None = None,
+    /,
+    *,
+    dtype: DTypeLike = numpy.float32,
+    order: Order = "position",
+    rescale: bool = True,
+) -> NDArray[Any] | Callable[[Iterable[Dataset]], NDArray[Any]]:
+    """All images as one array (slice, row, column); ready to use, and configurable.
+
+    `numpy_grinder(datasets)` grinds. `numpy_grinder(dtype=numpy.int16)` returns a grinder.
+
+    The array is float32 unless `dtype` says otherwise, C-contiguous and yours to write to. Values
+    are RescaleSlope * stored + RescaleIntercept of each image (PS3.3 C.11.1), or with
+    `rescale=False` the stored ones. Slices are in the order of their position along the slice
+    normal, and have to form one regular stack; `order="InstanceNumber"` and `order="given"` are for
+    images that have no place in the patient. A single image needs none.
+
+    Raises InconsistentSeries (gap, duplicate, mixed series), UnsupportedImage (colour, multi-frame),
+    InvalidDataset (an integer dtype cannot hold the values exactly), and IncorrectlyConfigured at
+    once for another dtype or order.
+    """
+    dtype = _array_type(dtype)
+    if order not in ("position", "InstanceNumber", "given"):
+        raise IncorrectlyConfigured(
+            f"order is 'position', 'InstanceNumber' or 'given', not {order!r}"
+        )
+    if datasets is None:
+        return lambda images: _grind_array(images, dtype, order, rescale)
+    return _grind_array(datasets, dtype, order, rescale)
+
+
+def _array_type(dtype: DTypeLike) -> numpy.dtype[Any]:
+    """A dtype that the compiled core can write."""
+    wanted = numpy.dtype(dtype)
+    if not wanted.isnative or wanted.str[1:] not in _ARRAY_TYPES:
+        raise IncorrectlyConfigured(
+            f"dtype is float32, float64 or an 8, 16 or 32 bit integer in native byte order, not "
+            f"{wanted.str}"
+        )
+    return wanted
+
+
+def _grind_array(
+    datasets: Iterable[Dataset], dtype: DTypeLike, order: Order, rescale: bool
+) -> NDArray[Any]:
+    slices, notes = read_slices(datasets)
+    if order == "position":
+        if len(slices) == 1:
+            return read_array(slices, dtype, rescale=rescale)
+        return read_volume(slices, dtype, rescale=rescale, notes=notes).array
+    if order == "InstanceNumber":
+        slices = _by_instance_number(slices)
+    return read_array(slices, dtype, rescale=rescale)
+
+
+def _by_instance_number(slices: Sequence[Slice]) -> list[Slice]:
+    seen: dict[int, str] = {}
+    for item in slices:
+        number, uid = item.header.instance_number, item.header.sop_instance_uid
+        if number is None:
+            raise InconsistentSeries(f"image {uid} has no InstanceNumber to order it by")
+        if number in seen:
+            raise InconsistentSeries(
+                f"images {seen[number]} and {uid} have the same InstanceNumber {number}, which "
+                "therefore gives no order"
+            )
+        seen[number] = uid
+    return sorted(slices, key=lambda item: item.header.instance_number or 0)
+
+
+@overload
+def volume_grinder(datasets: Iterable[Dataset], /) -> Volume: ...
+@overload
+def volume_grinder(
+    *, dtype: DTypeLike = ..., rescale: bool = ...
+) -> Callable[[Iterable[Dataset]], Volume]: ...
+def volume_grinder(
+    datasets: Iterable[Dataset] | None = None,
+    /,
+    *,
+    dtype: DTypeLike = numpy.float32,
+    rescale: bool = True,
+) -> Volume | Callable[[Iterable[Dataset]], Volume]:
+    """All images as one `Volume`: the array, its affine (LPS, mm), spacing and the slices' UIDs.
+
+    `volume_grinder(datasets)` grinds. `volume_grinder(dtype=numpy.int16)` returns a grinder. The
+    rules for values and order are those of `numpy_grinder`; every image needs
+    ImagePositionPatient, ImageOrientationPatient and PixelSpacing.
+
+    Raises InconsistentSeries, UnsupportedImage, InvalidDataset, IncorrectlyConfigured.
+    """
+    dtype = _array_type(dtype)
+    if datasets is None:
+        return lambda images: _grind_volume(images, dtype, rescale)
+    return _grind_volume(datasets, dtype, rescale)
+
+
+def _grind_volume(datasets: Iterable[Dataset], dtype: DTypeLike, rescale: bool) -> Volume:
+    slices, notes = read_slices(datasets)
+    return read_volume(slices, dtype, rescale=rescale, notes=notes)

@@ -1,0 +1,280 @@
+"""From an array back to DICOM: a derived series on the grid of the images it was made from.
+
+Solves what is easy to get wrong by hand: new UIDs in the same study and frame of reference, the
+geometry of each source slice, one rescale for the whole series that loses at most half a step, and
+no attribute that was only true of the source.
+"""
+
+import copy
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from typing import Any, TypeAlias
+
+import numpy
+from numpy.typing import NDArray
+from pydicom.charset import convert_encodings, default_encoding
+from pydicom.datadict import tag_for_keyword
+from pydicom.dataelem import DataElement, RawDataElement
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filereader import read_dataset
+from pydicom.filewriter import write_dataset
+from pydicom.sequence import Sequence
+from pydicom.tag import BaseTag
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from pydicom.valuerep import format_number_as_ds
+
+from dicomnode.errors import InconsistentSeries, InvalidDataset
+from dicomnode.lib.images import ImageHeader, read_slices
+from dicomnode.lib.volume import plan
+
+# What stays true of an image that was computed from another (patient, study, equipment, frame of
+# reference, plane), besides all public elements of the groups for acquisition (0018) and nuclear
+# medicine (0054). Everything else is left out: LUTs, overlays, private elements, functional groups.
+_KEPT_KEYWORDS = (
+    "SpecificCharacterSet", "SOPClassUID", "StudyDate", "SeriesDate", "AcquisitionDate",
+    "AcquisitionDateTime", "StudyTime", "SeriesTime", "AcquisitionTime", "AccessionNumber",
+    "Modality", "Manufacturer", "InstitutionName", "ReferringPhysicianName",
+    "TimezoneOffsetFromUTC", "StudyDescription", "ManufacturerModelName", "PatientName",
+    "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex", "PatientAge",
+    "PatientSize", "PatientWeight", "StudyInstanceUID", "StudyID", "AcquisitionNumber",
+    "ImagePositionPatient", "ImageOrientationPatient", "FrameOfReferenceUID", "Laterality",
+    "PositionReferenceIndicator", "SliceLocation", "PixelSpacing", "LossyImageCompression",
+    "LossyImageCompressionRatio", "LossyImageCompressionMethod",
+)  # fmt: skip
+_KEPT = frozenset(tag_for_keyword(keyword) for keyword in _KEPT_KEYWORDS)
+_KEPT_GROUPS = (0x0018, 0x0054)
+# The longest texts of the value representations LO and ST (PS3.5 section 6.2).
+_LO_CHARACTERS, _ST_CHARACTERS = 64, 1024
+_DS_CHARACTERS = 16
+
+
+def derive_series(
+    array: NDArray[Any],
+    images: Iterable[Dataset],
+    *,
+    series_description: str = "",
+    series_number: int | None = None,
+    derivation_description: str = "",
+    rescale_type: str | None = None,
+) -> Iterator[Dataset]:
+    """A new series with the values of `array`, one Dataset for each slice, on the source's grid.
+
+    `array` has the axes (slice, row, column) in the order of `numpy_grinder`: along the slice
+    normal. `images` are the datasets that it was made from, in any order. Each result is in the
+    source's study and frame of reference, refers to its source (SourceImageSequence, PS3.3
+    C.7.6.1.1.4), and has new SeriesInstanceUID and SOPInstanceUID.
+
+    Values that the source's own slope and intercept can hold exactly are stored so, whole numbers in
+    a range of 16 bits exactly with a slope of one; others with one slope and intercept for the whole
+    series, off by at most half a step.
+
+    `rescale_type` is the RescaleType of the values, such as "US" (unspecified) for a mask; None
+    means "HU" for CT, and none for other modalities.
+
+    The datasets are made one by one, as the caller takes them: leave `array` as it is until then.
+
+    Raises InconsistentSeries where shape and images do not fit, InvalidDataset for values that are
+    not finite or not real numbers, too wide a range, a text that is too long, and an image without
+    SOPClassUID or SOPInstanceUID.
+    """
+    for text, most, name in (
+        (series_description, _LO_CHARACTERS, "SeriesDescription"),
+        (derivation_description, _ST_CHARACTERS, "DerivationDescription"),
+    ):
+        if len(text) > most:
+            raise InvalidDataset(f"{name} has {len(text)} characters, DICOM allows {most}")
+    slices, _ = read_slices(images)
+    if not slices:
+        raise InconsistentSeries("there is no image to derive a series from")
+    if len(slices) > 1:
+        order = plan([item.header for item in slices])[0]
+        slices = [slices[k] for k in order]
+    first = slices[0].header
+    expected = (len(slices), first.rows, first.columns)
+    if array.shape != expected:
+        raise InconsistentSeries(
+            f"the array has the shape {array.shape}, the images are {expected} (slice, row, column)"
+        )
+    storing = _storing(array, first.slope, first.intercept)
+    texts = {
+        "SeriesDescription": series_description,
+        "DerivationDescription": derivation_description,
+    }
+    is_ascii = all(text.isascii() for text in texts.values())
+    if rescale_type is None and slices[0].dataset.get("Modality") == "CT":
+        rescale_type = "HU"
+    shared = _shared(storing, first, rescale_type, texts if is_ascii else {})
+    for k, item in enumerate(slices):
+        header = item.header
+        if not header.sop_class_uid or not header.sop_instance_uid:
+            raise InvalidDataset(
+                f"image {header.sop_instance_uid!r} at slice {k} has no SOPClassUID or no "
+                "SOPInstanceUID, so a result cannot refer to it"
+            )
+        result = _copy(item.dataset)
+        result.update(shared)
+        if not is_ascii:
+            result.SpecificCharacterSet = "ISO_IR 192"
+            for keyword, text in texts.items():
+                setattr(result, keyword, text)
+        result.ImageType = ["DERIVED", "SECONDARY", *header.image_type.split("\\")[2:]]
+        result.SOPInstanceUID = generate_uid()
+        result.SeriesNumber = (
+            series_number
+            if series_number is not None
+            else int(item.dataset.get("SeriesNumber") or 0) + 1000
+        )
+        result.InstanceNumber = k + 1
+        reference = Dataset()
+        reference.ReferencedSOPClassUID = header.sop_class_uid
+        reference.ReferencedSOPInstanceUID = header.sop_instance_uid
+        result.SourceImageSequence = Sequence([reference])
+        result.add_new(0x7FE00010, "OW", storing.stored(array[k]).tobytes())
+        yield result
+
+
+@dataclass(frozen=True)
+class _Storing:
+    """How values become 16 bit numbers, and the Decimal Strings of what undoes it."""
+
+    slope: str
+    intercept: str
+    pixel_type: type[numpy.uint16] | type[numpy.int16]
+    # One slice in float64, written anew by each method: a fresh one each time costs more than the
+    # arithmetic.
+    scratch: NDArray[numpy.float64]
+
+    def steps(self, values: NDArray[Any]) -> NDArray[numpy.float64]:
+        steps = self.scratch
+        numpy.copyto(steps, values)
+        steps -= float(self.intercept)
+        steps /= float(self.slope)
+        rounded: NDArray[numpy.float64] = numpy.rint(steps, out=steps)
+        return rounded
+
+    def stored(self, values: NDArray[Any]) -> NDArray[Any]:
+        limits = numpy.iinfo(self.pixel_type)
+        steps = self.steps(values)
+        numpy.clip(steps, limits.min, limits.max, out=steps)
+        return steps.astype(numpy.dtype(self.pixel_type).newbyteorder("<"))
+
+    def is_exact(self, values: NDArray[Any]) -> bool:
+        """Whether rescaling what would be stored gives the same values, in their own type."""
+        back = self.steps(values)
+        back *= float(self.slope)
+        back += float(self.intercept)
+        if values.dtype.kind == "f":
+            return bool((back.astype(values.dtype, copy=False) == values).all())
+        return bool((back == values).all())
+
+
+def _storing(array: NDArray[Any], slope: float, intercept: float) -> _Storing:
+    """The source's own slope and intercept where they are exact, else those that fit the range."""
+    if array.dtype.kind not in "iufb":
+        raise InvalidDataset(f"an array of {array.dtype} cannot be stored as an image")
+    if not array.size:
+        raise InvalidDataset("an array without voxels cannot be stored as an image")
+    low, high = float(array.min()), float(array.max())
+    if not numpy.isfinite([low, high]).all():
+        raise InvalidDataset("the array holds NaN or infinite values, which cannot be stored")
+    scratch = numpy.empty(array.shape[1:])
+    own = format_number_as_ds(slope), format_number_as_ds(intercept)
+    exact = []
+    if slope and (float(own[0]), float(own[1])) == (slope, intercept):
+        exact.append(own)
+    # Whole numbers, such as labels, are exact with a slope of one.
+    exact.append(("1", "0"))
+    if low == int(low) and abs(low) < 1e15:
+        exact.append(("1", str(int(low))))
+    for written in exact:
+        factor, offset = map(float, written)
+        ends = (low - offset) / factor, (high - offset) / factor
+        for pixel_type in (numpy.uint16, numpy.int16):
+            limits, storing = numpy.iinfo(pixel_type), _Storing(*written, pixel_type, scratch)
+            fits = min(ends) > limits.min - 0.5 and max(ends) < limits.max + 0.5
+            if fits and all(storing.is_exact(part) for part in array):
+                return storing
+    # A Decimal String has 16 characters: the values are computed with what can be written, and
+    # that is rounded outwards, so that the ends stay within reach of 0 and 65535.
+    new_intercept = _decimal_string(low, ROUND_FLOOR)
+    reach = high - float(new_intercept)
+    if not numpy.isfinite(reach):
+        raise InvalidDataset(f"the array goes from {low:g} to {high:g}, too far for one slope")
+    new_slope = _decimal_string(reach / 0xFFFF or reach or 1.0, ROUND_CEILING)
+    return _Storing(new_slope, new_intercept, numpy.uint16, scratch)
+
+
+def _decimal_string(value: float, rounding: str) -> str:
+    """A number as a Decimal String (PS3.5 section 6.2), rounded in one direction to what fits."""
+    exact = Decimal(repr(value))
+    for digits in range(_DS_CHARACTERS, 0, -1):
+        text = str(Context(prec=digits, rounding=rounding).plus(exact).normalize())
+        if len(text) <= _DS_CHARACTERS:
+            return text
+    raise InvalidDataset(f"{value} cannot be written in {_DS_CHARACTERS} characters")
+
+
+Elements: TypeAlias = dict[BaseTag, DataElement | RawDataElement]
+
+
+def _shared(
+    storing: _Storing, header: ImageHeader, rescale_type: str | None, texts: dict[str, str]
+) -> Elements:
+    """What is the same in all results, encoded once; raw elements cannot be changed in place."""
+    shared = Dataset()
+    now = datetime.now()
+    shared.SeriesInstanceUID = generate_uid()
+    shared.InstanceCreationDate = shared.ContentDate = now.strftime("%Y%m%d")
+    shared.InstanceCreationTime = shared.ContentTime = now.strftime("%H%M%S")
+    for keyword, text in texts.items():
+        if text:
+            setattr(shared, keyword, text)
+    shared.SamplesPerPixel = 1
+    shared.PhotometricInterpretation = "MONOCHROME2"
+    shared.Rows, shared.Columns = header.rows, header.columns
+    shared.BitsAllocated = shared.BitsStored = 16
+    shared.HighBit = 15
+    shared.PixelRepresentation = 1 if storing.pixel_type is numpy.int16 else 0
+    shared.RescaleIntercept, shared.RescaleSlope = storing.intercept, storing.slope
+    if rescale_type:
+        shared.RescaleType = rescale_type
+    encoded = DicomBytesIO()
+    encoded.is_implicit_VR, encoded.is_little_endian = False, True
+    write_dataset(encoded, shared)
+    return dict(read_dataset(io.BytesIO(encoded.getvalue()), False, True).items())
+
+
+def _copy(source: Dataset) -> Dataset:
+    """What a result keeps of its source, independent of it: changing one leaves the other alone.
+
+    Elements that nobody looked at stay undecoded bytes where the encoding is the same, which is
+    most of the speed of `derive_series`.
+    """
+    charset = convert_encodings(source.get("SpecificCharacterSet") or default_encoding)
+    same_encoding = (
+        source.original_encoding == (False, True) and source.original_character_set == charset
+    )
+    kept: Elements = {}
+    for tag in source.keys():  # noqa: SIM118  (iterating a Dataset decodes every element)
+        if tag in _KEPT or tag >> 16 in _KEPT_GROUPS:
+            element = source.get_item(tag)
+            if isinstance(element, RawDataElement) and not same_encoding:
+                element = source[tag]
+            raw = isinstance(element, RawDataElement)
+            kept[tag] = element if raw else _copy_element(element)
+    result = Dataset(kept)
+    result.set_original_encoding(False, True, charset)
+    result.file_meta = FileMetaDataset()
+    result.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    return result
+
+
+def _copy_element(element: DataElement) -> DataElement:
+    value = element.value
+    if not isinstance(value, str | int | float | bytes):
+        value = copy.deepcopy(value)
+    return DataElement(element.tag, element.VR, value, already_converted=True)

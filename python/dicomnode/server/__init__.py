@@ -1,0 +1,1 @@
+"""The node: receives, routes, waits, runs, exports."""

@@ -1,0 +1,93 @@
+"""An input: which images a pipeline needs, when there are enough, and how they become data.
+
+A pipeline holds input *classes*. For each case and look at it an instance is made, so inputs share
+nothing between patients or pipelines.
+"""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+from pydicom.dataset import Dataset
+from pydicom.tag import TagType
+
+from dicomnode.lib.dicom import LazyDataset, Source
+from dicomnode.lib.grinders import identity_grinder
+
+
+class Datasets(Mapping[str, Dataset]):
+    """SOPInstanceUID -> lazy dataset, in the order of arrival; each is made when it is asked for."""
+
+    def __init__(self, sources: Mapping[str, Source]) -> None:
+        self._sources = dict(sources)
+        self._made: dict[str, Dataset] = {}
+
+    def __getitem__(self, uid: str) -> Dataset:
+        dataset = self._made.get(uid)
+        if dataset is None:
+            dataset = self._made[uid] = LazyDataset(self._sources[uid])
+        return dataset
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+class AbstractInput(ABC):
+    """What a pipeline waits for under one name. Subclass it and override `validate`.
+
+    `data` maps SOPInstanceUID to dataset; `images` is how many there are.
+    """
+
+    #: Attributes that an image has to have, whatever their value: int, keyword or pydicom Tag.
+    required_tags: ClassVar[Iterable[TagType]] = [
+        0x00080018,
+        0x7FE00010,
+    ]  # SOPInstanceUID, PixelData
+
+    #: Attributes and the value that they have to have. A list or set: one of its values. A compiled
+    #: regular expression: it is found in the value. A function: it returns true for the value.
+    required_values: ClassVar[Mapping[Any, Any]] = {}
+
+    #: Turns the datasets into what `process` gets: any function of an iterable of datasets.
+    image_grinder: Callable[..., Any] = staticmethod(identity_grinder)
+
+    def __init__(self, data: Mapping[str, Dataset] | None = None) -> None:
+        self.data: Mapping[str, Dataset] = {} if data is None else data
+
+    @property
+    def images(self) -> int:
+        """How many images this input holds."""
+        return len(self.data)
+
+    @abstractmethod
+    def validate(self) -> bool:
+        """Whether there is enough to process. Called after each association that brought images."""
+
+    def get_data(self) -> Any:
+        """What `process` gets under this input's name: the grinder's result."""
+        return self._grinder()(self.data.values())
+
+    def _grinder(self) -> Callable[[Iterable[Dataset]], Any]:
+        """The grinder without `self`: the seed allows a bare function as well as a staticmethod."""
+        found = inspect.getattr_static(self, "image_grinder")
+        if inspect.isfunction(found) and _wants_self(found):
+            return found.__get__(self)
+        if isinstance(found, staticmethod):
+            return found.__func__
+        if isinstance(found, classmethod):
+            return self.image_grinder
+        return found  # type: ignore[no-any-return]
+
+
+def _wants_self(function: Callable[..., Any]) -> bool:
+    required = [
+        parameter
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        and parameter.default is parameter.empty
+    ]
+    return len(required) == 2

@@ -1,0 +1,402 @@
+"""The node: one class that a user subclasses, declares and opens."""
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import time
+from itertools import count
+from logging.handlers import TimedRotatingFileHandler
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar
+
+from pydicom.dataset import Dataset
+from pydicom.tag import TagType
+
+from dicomnode.errors import IncorrectlyConfigured, UnknownCase
+from dicomnode.lib.dicom import printable, tag_of
+from dicomnode.lib.dimse import Address
+from dicomnode.server.association import AssociationServer, Reception, default_contexts
+from dicomnode.server.input import AbstractInput
+from dicomnode.server.routing import compile_rules
+from dicomnode.server.runner import Runner, Work
+from dicomnode.storage.ledger import Case
+from dicomnode.storage.store import Storage
+
+_DATE_FORMAT = "%Y/%m/%d %H:%M:%S"
+_STOP_SECONDS = 30.0
+_AE_TITLE = re.compile(r"[ -\[\]-~]{1,16}")
+
+
+class _Formatter(logging.Formatter):
+    """One line for a message whatever it holds; a traceback is indented below it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        lines = super().formatException(ei).splitlines()
+        return "\n".join(f"    {printable(line)}" for line in lines)
+
+
+class AbstractPipeline:
+    """A DICOM node that receives images, waits for its inputs, processes, and sends the results.
+
+    Subclass it, set its attributes, override `process`. `MyPipeline()` opens the node and blocks
+    until it is stopped; `MyPipeline(start=False)` does not open it. A `with` block opens without
+    blocking, and closes.
+
+    Raises IncorrectlyConfigured for settings that cannot work.
+    """
+
+    #: Address to listen on. `0.0.0.0` is every address of this machine.
+    ip: str = "localhost"
+    #: Port to listen on; 0 finds a free one, which `port` then tells.
+    port: int = 104
+    #: AE title of this node, as receiver and as sender.
+    ae_title: str = "DICOMNODE"
+
+    #: Argument name -> input class.
+    input: Mapping[str, type[AbstractInput]] = {}
+    #: Where every result goes.
+    endpoints: Sequence[Address] = []
+    #: The attribute that tells which images belong together.
+    patient_identifier_tag: TagType = 0x00100020
+    #: Where images rest until they are done with; None keeps them in memory, lost at the end.
+    root_data_directory: str | os.PathLike[str] | None = None
+    #: In memory, at most so many bytes; None is half of what the machine has.
+    memory_limit: int | None = None
+    #: How many cases are processed at once; 0 only receives.
+    workers: int = 1
+
+    #: Where the log goes, rotated every Monday at midnight; None is the screen.
+    log_path: str | os.PathLike[str] | None = None
+    log_level: int | str = logging.INFO
+    log_format: str = "%(asctime)s %(name)s %(levelname)s %(message)s"
+    #: How many rotated logs are kept.
+    backup_weeks: int = 8
+
+    #: pynetdicom presentation contexts; C-ECHO is always answered.
+    supported_contexts: Sequence[Any] = default_contexts()
+    #: Whether a sender has to call this node by its AE title.
+    require_called_aet: bool = True
+    #: The AE titles that may send; empty lets everybody.
+    require_calling_aet: Sequence[str] = []
+
+    _numbers: ClassVar[Iterator[int]] = count(1)
+
+    def __init__(self, start: bool = True) -> None:
+        self.input = dict(_checked(self.input))
+        self.endpoints = list(_addresses(self.endpoints))
+        self._check_settings()
+        self.logger = logging.getLogger(f"dicomnode.{type(self).__name__}-{next(self._numbers)}")
+        self._handler: logging.Handler | None = None
+        self._state = threading.RLock()
+        self._closed = threading.Event()
+        self._storage: Storage | None = None
+        self._runner: Runner | None = None
+        self._server: AssociationServer | None = None
+        if start:
+            self.open()
+
+    def _check_settings(self) -> None:
+        """Find what cannot work before the first image comes."""
+        self._rules = compile_rules(_checked(self.input))
+        try:
+            self._identifier_tag = tag_of(self.patient_identifier_tag)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise IncorrectlyConfigured(
+                f"patient_identifier_tag {self.patient_identifier_tag!r} is no DICOM tag"
+            ) from error
+        _addresses(self.endpoints)
+        if isinstance(self.require_calling_aet, str):
+            raise IncorrectlyConfigured("require_calling_aet has to be a list of AE titles")
+        for name, value, least in (
+            ("port", self.port, 0),
+            ("workers", self.workers, 0),
+            ("backup_weeks", self.backup_weeks, 0),
+            ("memory_limit", 1 if self.memory_limit is None else self.memory_limit, 1),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise IncorrectlyConfigured(
+                    f"{name} has to be a whole number, at least {least}, not {value!r}"
+                )
+        for name, titles in (
+            ("ae_title", [self.ae_title]),
+            ("require_calling_aet", self.require_calling_aet),
+        ):
+            for title in titles:
+                if not (isinstance(title, str) and _AE_TITLE.fullmatch(title) and title.strip()):
+                    raise IncorrectlyConfigured(
+                        f"{name} has to have 1 to 16 ASCII characters without backslash, not {title!r}"
+                    )
+        if self.root_data_directory is not None and not str(self.root_data_directory):
+            raise IncorrectlyConfigured("root_data_directory is empty; None keeps images in memory")
+
+    # What a user overrides
+
+    def filter(self, dataset: Dataset) -> bool:
+        """Whether to take an image. Called for each before it is offered to the inputs.
+
+        `dataset` is lazy: its pixel data is not read unless you ask for it. False answers 0xB006.
+        """
+        del dataset
+        return True
+
+    def post_init(self) -> None:
+        """Called each time the node opens, after its storage is there and before it listens."""
+
+    def process(self, input_data: dict[str, Any]) -> Iterable[Dataset] | None:
+        """From the data of all inputs to results. Called for each case, in a worker thread.
+
+        `input_data` maps each key of `input` to what its `get_data` returned. Every Dataset that is
+        returned goes to every address in `endpoints`; None or nothing means there is no output. An
+        exception marks the case FAILED and keeps it.
+        """
+        del input_data
+        raise IncorrectlyConfigured(
+            f"{type(self).__name__} has inputs but does not define process()"
+        )
+
+    # Opening and closing
+
+    def open(self, blocking: bool = True) -> None:
+        """Recover what an earlier run left, listen, and with `blocking` stay until it is stopped.
+
+        Ctrl-C and SIGTERM stop a blocking node that was opened in the main thread. May be called
+        from any thread.
+
+        Raises CannotListen, InvalidRootDataDirectory, IncorrectlyConfigured.
+        """
+        with self._stopped_by_signals(blocking):
+            with self._state:
+                if self._server is not None:
+                    raise IncorrectlyConfigured(f"{type(self).__name__} is open already")
+                self._closed.clear()
+                self._check_settings()
+                self._open_log()
+                try:
+                    self._open()
+                except BaseException:
+                    self._close()
+                    raise
+            if blocking:
+                try:
+                    with contextlib.suppress(KeyboardInterrupt):
+                        self._closed.wait()
+                finally:
+                    self.close()
+
+    @contextlib.contextmanager
+    def _stopped_by_signals(self, wanted: bool) -> Iterator[None]:
+        """SIGTERM ends the opening or the waiting; only in the main thread."""
+        if not wanted or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(*_: object) -> None:
+            if self._server is None:
+                raise SystemExit(0)
+            self._closed.set()
+
+        previous = signal.signal(signal.SIGTERM, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def _open(self) -> None:
+        storage = Storage(
+            None if self.root_data_directory is None else Path(self.root_data_directory),
+            self.input,
+            self._identifier_tag,
+            _half_of_memory() if self.memory_limit is None else self.memory_limit,
+            self.logger,
+        )
+        storage.open()
+        self._storage = storage
+        self.post_init()
+        self._check_settings()
+        if self.input and type(self).process is AbstractPipeline.process:
+            self.logger.warning("%s does not define process()", type(self).__name__)
+        work = Work(self.ae_title, self.input, tuple(self.endpoints), self.process)
+        runner = Runner(work, storage, self.logger, self.workers)
+        server = AssociationServer(
+            Reception(
+                ae_title=self.ae_title,
+                rules=self._rules,
+                identifier_tag=self._identifier_tag,
+                supported_contexts=self.supported_contexts,
+                require_called_aet=self.require_called_aet,
+                require_calling_aet=self.require_calling_aet,
+                accept=None if type(self).filter is AbstractPipeline.filter else self.filter,
+                on_end=runner.check,
+            ),
+            storage,
+            self.logger,
+        )
+        self.port = server.open(self.ip, self.port)
+        self._server = server
+        self._runner = runner
+        runner.check(storage.open_identifiers())
+        runner.start()
+        self.logger.info("%s listens on %s:%d", self.ae_title, self.ip, self.port)
+
+    def close(self) -> None:
+        """Stop to listen, finish the step that runs, and let everything go. Nothing is deleted.
+
+        Without `root_data_directory` all complete cases are processed first, since what is in
+        memory would be lost. Waits for at most 30 seconds. May be called from any thread, and more
+        than once.
+        """
+        runner = self._runner
+        if runner is not None and runner.is_worker(threading.current_thread()):
+            # process() cannot wait for its own end.
+            threading.Thread(target=self.close, name="close-later").start()
+            return
+        with self._state:
+            self._close()
+        self._closed.set()
+
+    def cases(self) -> list[Case]:
+        """All cases of this node, oldest first; empty while it is closed."""
+        storage = self._storage
+        return [] if storage is None else storage.ledger.cases()
+
+    def retry(self, case_id: int) -> None:
+        """Run a FAILED case again: from its results where they are kept, else from its images.
+
+        Raises UnknownCase for a case that is not there or has not failed.
+        """
+        if self._storage is None or self._runner is None:
+            raise UnknownCase(
+                f"{self.ae_title} is closed, so that case {case_id} cannot be retried"
+            )
+        self._storage.ledger.retry(case_id)
+        self._runner.wake()
+
+    def wait(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Wait until a condition holds, looked at after every step of a case; whether it does."""
+        runner = self._runner
+        return condition() if runner is None else runner.wait(condition, seconds)
+
+    def _close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        runner, storage = self._runner, self._storage
+        self._runner = self._storage = None
+        if storage is not None:
+            drain = self.root_data_directory is None and self.workers > 0
+            if runner is None or runner.stop(drain, _STOP_SECONDS):
+                storage.close()
+            else:
+                after = "is lost" if drain else "runs again after the next start"
+                self.logger.error(
+                    "a case is still being processed; unless it ends before the program does, it %s",
+                    after,
+                )
+                storage.ledger.excuse()
+                threading.Thread(
+                    target=_close_later,
+                    args=(runner, storage, drain),
+                    name="close-later",
+                    daemon=True,
+                ).start()
+            self.logger.info("%s closed", self.ae_title)
+        if self._handler is not None:
+            self.logger.removeHandler(self._handler)
+            self._handler.close()
+            self._handler = None
+
+    def __enter__(self) -> "AbstractPipeline":
+        if self._server is None:
+            self.open(blocking=False)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open_log(self) -> None:
+        handler: logging.Handler
+        if self.log_path is None:
+            if _shows_on_screen(logging.getLogger()):
+                # The program shows what its loggers say already: not every line twice.
+                self._set_level()
+                return
+            handler = logging.StreamHandler(sys.stdout)
+        else:
+            path = Path(self.log_path)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handler = TimedRotatingFileHandler(
+                    path, when="W0", atTime=time(), backupCount=self.backup_weeks, encoding="utf-8"
+                )
+            except OSError as error:
+                raise IncorrectlyConfigured(
+                    f"log_path {path} cannot be written: {error.strerror}"
+                ) from error
+        handler.setFormatter(_Formatter(self.log_format, _DATE_FORMAT))
+        self._set_level()
+        self.logger.addHandler(handler)
+        self._handler = handler
+
+    def _set_level(self) -> None:
+        try:
+            self.logger.setLevel(self.log_level)
+        except (ValueError, TypeError) as error:
+            raise IncorrectlyConfigured(f"log_level {self.log_level!r} is no level") from error
+
+
+def _shows_on_screen(logger: logging.Logger) -> bool:
+    screens = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    return any(getattr(handler, "stream", None) in screens for handler in logger.handlers)
+
+
+def _checked(inputs: Mapping[str, Any]) -> Mapping[str, type[AbstractInput]]:
+    if not isinstance(inputs, Mapping):
+        raise IncorrectlyConfigured(f"input has to map names to input classes, not {inputs!r}")
+    for name, kind in inputs.items():
+        if not isinstance(name, str) or not name:
+            raise IncorrectlyConfigured(f"the name {name!r} of an input has to be a text")
+        if not (isinstance(kind, type) and issubclass(kind, AbstractInput)):
+            raise IncorrectlyConfigured(
+                f"input {name!r} has to be a subclass of AbstractInput (the class itself, not an "
+                f"instance), not {kind!r}"
+            )
+        missing = sorted(getattr(kind, "__abstractmethods__", ()))
+        if missing:
+            raise IncorrectlyConfigured(
+                f"input {name!r}: {kind.__name__} has to define {', '.join(missing)}()"
+            )
+    return inputs
+
+
+def _addresses(endpoints: object) -> Sequence[Address]:
+    if isinstance(endpoints, Address) or not isinstance(endpoints, Sequence):
+        raise IncorrectlyConfigured(f"endpoints has to be a list of Address, not {endpoints!r}")
+    for one in endpoints:
+        if not isinstance(one, Address):
+            raise IncorrectlyConfigured(f"endpoints holds {one!r}; it has to hold Address objects")
+    return endpoints
+
+
+def _close_later(runner: Runner, storage: Storage, drain: bool) -> None:
+    """Let the storage go once the step that outlasted `close` has ended."""
+    runner.stop(drain, seconds=None)
+    storage.close()
+
+
+def _half_of_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

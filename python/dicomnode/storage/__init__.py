@@ -1,0 +1,1 @@
+"""Where cases rest and in which state; durable, and without a network."""

@@ -1,0 +1,401 @@
+"""The ledger: which cases there are, and in which state, in one SQLite file.
+
+Every change of state is one transaction, durable when the method returns (WAL, synchronous FULL).
+The states and who moves a case between them:
+
+    RECEIVING --validated--> READY --claimed--> PROCESSING --results kept--> EXPORTING --all
+    acknowledged--> DONE
+
+From READY a case goes back to RECEIVING where it no longer validates. From any state but DONE it
+can become FAILED, which is kept and listed. `retry` leads out of it, and, for a case that was not
+claimed yet, the next image that makes it validate.
+"""
+
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from importlib.resources import files
+from pathlib import Path
+
+from dicomnode.errors import OutOfResources, UnknownCase
+
+
+class State(Enum):
+    """How far a case has come."""
+
+    RECEIVING = "RECEIVING"  # images arrive; not all inputs validate yet
+    READY = "READY"  # all inputs validated; waits for a worker
+    PROCESSING = "PROCESSING"  # a worker grinds and processes
+    EXPORTING = "EXPORTING"  # the results are kept; endpoints have not acknowledged all
+    DONE = "DONE"  # every endpoint acknowledged every result; files are deleted
+    FAILED = "FAILED"  # an error was recorded; everything is kept until a retry
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the ledger."""
+
+    id: int
+    identifier: str
+    folder: str
+    state: State
+    sealed: bool
+    attempts: int
+    error: str
+    created: float
+    changed: float
+
+
+@dataclass(frozen=True)
+class InstanceRow:
+    """One instance in one input of a case."""
+
+    input: str
+    uid: str
+    file: str
+    size: int
+    digest: bytes
+    damaged: bool = False
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One dataset that process() returned."""
+
+    number: int
+    uid: str
+    sop_class: str
+    syntax: str
+    file: str
+    digest: bytes
+
+
+# Of the tables in ledger.sql; a ledger of another version is left alone.
+_VERSION = 1
+_CASE = "id, identifier, folder, state, sealed, attempts, error, created, changed"
+
+
+class Ledger:
+    """Cases and their states. `path` None keeps them in memory. Safe to use from any thread."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._lock = threading.RLock()
+        self._db = sqlite3.connect(
+            ":memory:" if path is None else path,
+            isolation_level=None,
+            check_same_thread=False,
+            timeout=30.0,
+        )
+        try:
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            if version != _VERSION and tables:
+                raise sqlite3.OperationalError(
+                    f"it has version {version}, this dicomnode knows version {_VERSION}"
+                )
+            self._db.execute(f"PRAGMA user_version = {_VERSION}")
+            self._db.executescript(files(__package__).joinpath("ledger.sql").read_text("utf-8"))
+            found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found != "ok":
+                raise sqlite3.DatabaseError(found)
+        except sqlite3.Error:
+            self._db.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file; further calls fail."""
+        with self._lock:
+            self._db.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._db
+                except BaseException:
+                    self._db.execute("ROLLBACK")
+                    raise
+                self._db.execute("COMMIT")
+            except sqlite3.OperationalError as error:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise OutOfResources(f"the ledger cannot be written: {error}") from error
+
+    def changes(self) -> int:
+        """A number that differs after another process has changed the ledger."""
+        with self._lock:
+            return int(self._db.execute("PRAGMA data_version").fetchone()[0])
+
+    # Cases
+
+    def open_case(self, identifier: str, folder: str) -> Case:
+        """The case that takes new images of an identifier; made, with that folder, where none is."""
+        now = time.time()
+        with self._transaction() as db:
+            row = db.execute(
+                f"SELECT {_CASE} FROM cases WHERE identifier = ? AND sealed = 0", (identifier,)
+            ).fetchone()
+            if row is None:
+                db.execute(
+                    "INSERT INTO cases (identifier, folder, state, created, changed) "
+                    "VALUES (?, ?, ?, ?, ?)",
+                    (identifier, folder, State.RECEIVING.value, now, now),
+                )
+                row = db.execute(
+                    f"SELECT {_CASE} FROM cases WHERE id = last_insert_rowid()"
+                ).fetchone()
+        return _case(row)
+
+    def failed_case(self, identifier: str, folder: str, error: str) -> Case:
+        """A new case that takes no images and waits for a retry."""
+        now = time.time()
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO cases (identifier, folder, state, sealed, error, created, changed) "
+                "VALUES (?, ?, ?, 1, ?, ?, ?)",
+                (identifier, folder, State.FAILED.value, error, now, now),
+            )
+            row = db.execute(f"SELECT {_CASE} FROM cases WHERE id = last_insert_rowid()").fetchone()
+        return _case(row)
+
+    def excuse(self) -> None:
+        """Take back the attempts that are under way: the node is stopped, it did not die."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE cases SET attempts = attempts - 1 WHERE state = ?",
+                (State.PROCESSING.value,),
+            )
+
+    def case(self, case_id: int) -> Case:
+        """One case. Raises UnknownCase."""
+        with self._lock:
+            row = self._db.execute(f"SELECT {_CASE} FROM cases WHERE id = ?", (case_id,)).fetchone()
+        if row is None:
+            raise UnknownCase(f"there is no case {case_id}")
+        return _case(row)
+
+    def cases(self, *states: State) -> list[Case]:
+        """All cases, oldest first; with `states` only those in one of them."""
+        wanted = [state.value for state in states or State]
+        marks = ", ".join("?" * len(wanted))
+        with self._lock:
+            rows = self._db.execute(
+                f"SELECT {_CASE} FROM cases WHERE state IN ({marks}) ORDER BY id", wanted
+            ).fetchall()
+        return [_case(row) for row in rows]
+
+    def case_in(self, folder: str) -> Case | None:
+        """The newest case with this folder that is not DONE; None where there is none."""
+        with self._lock:
+            row = self._db.execute(
+                f"SELECT {_CASE} FROM cases WHERE folder = ? AND state != ? ORDER BY id DESC LIMIT 1",
+                (folder, State.DONE.value),
+            ).fetchone()
+        return None if row is None else _case(row)
+
+    def folder_is_taken(self, folder: str) -> bool:
+        """Whether a case that may still have files uses this folder."""
+        with self._lock:
+            row = self._db.execute(
+                "SELECT 1 FROM cases WHERE folder = ? AND (state != ? OR EXISTS "
+                "(SELECT 1 FROM instances WHERE case_id = cases.id)) LIMIT 1",
+                (folder, State.DONE.value),
+            ).fetchone()
+        return row is not None
+
+    def move(
+        self, case_id: int, expected: State, state: State, *, seal: bool = False, error: str = ""
+    ) -> bool:
+        """Change a state if it is the expected one, and tell whether it was.
+
+        Entering PROCESSING counts an attempt.
+        """
+        with self._transaction() as db:
+            cursor = db.execute(
+                "UPDATE cases SET state = ?, sealed = max(sealed, ?), error = ?, changed = ?, "
+                "attempts = attempts + ? WHERE id = ? AND state = ?",
+                (
+                    state.value,
+                    int(seal),
+                    error,
+                    time.time(),
+                    int(state is State.PROCESSING),
+                    case_id,
+                    expected.value,
+                ),
+            )
+            return cursor.rowcount == 1
+
+    def fail(self, case_id: int, error: str) -> None:
+        """Any state but DONE -> FAILED, with the reason.
+
+        A case that was not claimed yet still takes images, and can become READY by them.
+        """
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE cases SET state = ?, error = ?, changed = ? WHERE id = ? AND state != ?",
+                (State.FAILED.value, error, time.time(), case_id, State.DONE.value),
+            )
+
+    def retry(self, case_id: int) -> State:
+        """FAILED -> EXPORTING where results are kept, else READY.
+
+        Raises UnknownCase for a case that does not exist or has not failed.
+        """
+        with self._transaction() as db:
+            row = db.execute(f"SELECT {_CASE} FROM cases WHERE id = ?", (case_id,)).fetchone()
+            if row is None:
+                raise UnknownCase(f"there is no case {case_id}")
+            case = _case(row)
+            if case.state is not State.FAILED:
+                raise UnknownCase(
+                    f"case {case_id} is {case.state.value}; only a FAILED case can be retried"
+                )
+            has_results = db.execute(
+                "SELECT 1 FROM results WHERE case_id = ? LIMIT 1", (case_id,)
+            ).fetchone()
+            state = State.EXPORTING if has_results else State.READY
+            db.execute(
+                "UPDATE cases SET state = ?, attempts = 0, error = '', changed = ? WHERE id = ?",
+                (state.value, time.time(), case_id),
+            )
+        return state
+
+    def forget(self, keep: int) -> None:
+        """Drop the oldest DONE cases whose files are gone, all but the newest `keep`."""
+        with self._transaction() as db:
+            old = db.execute(
+                "SELECT id FROM cases WHERE state = ? AND NOT EXISTS "
+                "(SELECT 1 FROM instances WHERE case_id = cases.id) "
+                "ORDER BY id DESC LIMIT -1 OFFSET ?",
+                (State.DONE.value, keep),
+            ).fetchall()
+            for table, column in (("deliveries", "case_id"), ("cases", "id")):
+                db.executemany(f"DELETE FROM {table} WHERE {column} = ?", old)
+
+    # Instances
+
+    def add_instances(self, case_id: int, rows: Iterable[InstanceRow]) -> None:
+        """Record instances as stored. Their files have to be durable before."""
+        with self._transaction() as db:
+            db.executemany(
+                "INSERT OR REPLACE INTO instances (case_id, input, uid, file, size, digest, damaged) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (case_id, row.input, row.uid, row.file, row.size, row.digest, row.damaged)
+                    for row in rows
+                ],
+            )
+
+    def instances(self, case_id: int) -> list[InstanceRow]:
+        """The instances of a case, damaged ones too."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT input, uid, file, size, digest, damaged FROM instances WHERE case_id = ?",
+                (case_id,),
+            ).fetchall()
+        return [InstanceRow(*row) for row in rows]
+
+    def counts(self, case_id: int) -> dict[str, tuple[int, int]]:
+        """For each input how many instances there are, and how many of them are damaged."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT input, count(*), sum(damaged) FROM instances WHERE case_id = ? "
+                "GROUP BY input ORDER BY input",
+                (case_id,),
+            ).fetchall()
+        return {name: (total, damaged) for name, total, damaged in rows}
+
+    # Results
+
+    def export(self, case_id: int, rows: Iterable[ResultRow]) -> None:
+        """PROCESSING -> EXPORTING together with the rows of all results."""
+        with self._transaction() as db:
+            db.executemany(
+                "INSERT INTO results (case_id, number, uid, sop_class, syntax, file, digest) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (case_id, row.number, row.uid, row.sop_class, row.syntax, row.file, row.digest)
+                    for row in rows
+                ],
+            )
+            cursor = db.execute(
+                "UPDATE cases SET state = ?, changed = ? WHERE id = ? AND state = ?",
+                (State.EXPORTING.value, time.time(), case_id, State.PROCESSING.value),
+            )
+            if cursor.rowcount != 1:
+                raise UnknownCase(f"case {case_id} is not being processed")
+
+    def results(self, case_id: int) -> list[ResultRow]:
+        """The results of a case in the order in which process() gave them."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT number, uid, sop_class, syntax, file, digest FROM results "
+                "WHERE case_id = ? ORDER BY number",
+                (case_id,),
+            ).fetchall()
+        return [ResultRow(*row) for row in rows]
+
+    def deliver(self, case_id: int, endpoint: str, acknowledged: Iterable[tuple[str, int]]) -> None:
+        """Record (SOPInstanceUID, status) pairs that an endpoint acknowledged."""
+        with self._transaction() as db:
+            db.executemany(
+                "INSERT OR REPLACE INTO deliveries (case_id, endpoint, uid, status) "
+                "VALUES (?, ?, ?, ?)",
+                [(case_id, endpoint, uid, status) for uid, status in acknowledged],
+            )
+
+    def queue(self, state: State) -> list[int]:
+        """The numbers of the cases in a state, oldest first."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT id FROM cases WHERE state = ? ORDER BY id", (state.value,)
+            ).fetchall()
+        return [row[0] for row in rows]
+
+    def delivered(self, case_id: int, endpoint: str) -> set[str]:
+        """The SOPInstanceUIDs that an endpoint acknowledged."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT uid FROM deliveries WHERE case_id = ? AND endpoint = ?", (case_id, endpoint)
+            ).fetchall()
+        return {row[0] for row in rows}
+
+    def drop_results(self, case_id: int, error: str) -> None:
+        """EXPORTING -> FAILED without results, in one step: a retry makes them anew."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM deliveries WHERE case_id = ?", (case_id,))
+            db.execute("DELETE FROM results WHERE case_id = ?", (case_id,))
+            db.execute(
+                "UPDATE cases SET state = ?, error = ?, changed = ? WHERE id = ?",
+                (State.FAILED.value, error, time.time(), case_id),
+            )
+
+    def clear(self, case_id: int) -> None:
+        """Forget instances and results of a case, whose files are gone."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM instances WHERE case_id = ?", (case_id,))
+            db.execute("DELETE FROM results WHERE case_id = ?", (case_id,))
+
+
+def _case(row: tuple[object, ...]) -> Case:
+    number, identifier, folder, state, sealed, attempts, error, created, changed = row
+    return Case(
+        id=int(str(number)),
+        identifier=str(identifier),
+        folder=str(folder),
+        state=State(state),
+        sealed=bool(sealed),
+        attempts=int(str(attempts)),
+        error=str(error),
+        created=float(str(created)),
+        changed=float(str(changed)),
+    )

@@ -1,0 +1,51 @@
+-- One row for each case: what arrived for one patient identifier, and how far it has come.
+-- `sealed` is 1 from the moment a case is claimed: later images of that identifier start a new case.
+CREATE TABLE IF NOT EXISTS cases (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    identifier TEXT    NOT NULL,
+    folder     TEXT    NOT NULL,
+    state      TEXT    NOT NULL,
+    sealed     INTEGER NOT NULL DEFAULT 0,
+    attempts   INTEGER NOT NULL DEFAULT 0,
+    error      TEXT    NOT NULL DEFAULT '',
+    created    REAL    NOT NULL,
+    changed    REAL    NOT NULL
+);
+CREATE UNIQUE INDEX IF NOT EXISTS open_case ON cases (identifier) WHERE sealed = 0;
+CREATE INDEX IF NOT EXISTS case_state ON cases (state, id);
+
+-- One row for each instance and input that holds it: the promise behind the answer 0x0000.
+-- `damaged` is 1 where the file was found missing or broken; while the case takes images, a resend
+-- heals it.
+CREATE TABLE IF NOT EXISTS instances (
+    case_id INTEGER NOT NULL REFERENCES cases (id),
+    input   TEXT    NOT NULL,
+    uid     TEXT    NOT NULL,
+    file    TEXT    NOT NULL,
+    size    INTEGER NOT NULL,
+    digest  BLOB    NOT NULL,
+    damaged INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (case_id, input, uid)
+) WITHOUT ROWID;
+
+-- One row for each dataset that process() returned, written before the first is sent. `digest` is
+-- SHA-256 over the file.
+CREATE TABLE IF NOT EXISTS results (
+    case_id   INTEGER NOT NULL REFERENCES cases (id),
+    number    INTEGER NOT NULL,
+    uid       TEXT    NOT NULL,
+    sop_class TEXT    NOT NULL,
+    syntax    TEXT    NOT NULL,
+    file      TEXT    NOT NULL,
+    digest    BLOB    NOT NULL,
+    PRIMARY KEY (case_id, number)
+) WITHOUT ROWID;
+
+-- One row for each result that an endpoint acknowledged.
+CREATE TABLE IF NOT EXISTS deliveries (
+    case_id  INTEGER NOT NULL REFERENCES cases (id),
+    endpoint TEXT    NOT NULL,
+    uid      TEXT    NOT NULL,
+    status   INTEGER NOT NULL,
+    PRIMARY KEY (case_id, endpoint, uid)
+) WITHOUT ROWID;

@@ -1,0 +1,235 @@
+"""Recovery: what a crash, a disk or a person left below the root, brought back to order at a start.
+
+Every step may be interrupted and run again. Nothing that was acknowledged is dropped: a file that
+the ledger does not know is adopted, one that is not what it was is set aside and waited for.
+"""
+
+import logging
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from dicomnode.errors import InvalidDicom
+from dicomnode.lib.dicom import header_text, identifier_of, safe_name, scan
+from dicomnode.storage.instances import Instances
+from dicomnode.storage.layout import (
+    OWN,
+    digest_of_file,
+    input_folder,
+    outbox_folder,
+    set_aside,
+)
+from dicomnode.storage.ledger import Case, InstanceRow, Ledger, State
+
+_ATTEMPTS = 3
+
+
+@dataclass
+class OpenCase:
+    """What is known in memory of a case that takes images: to answer without asking the ledger."""
+
+    id: int
+    folder: str
+    rows: dict[str, dict[str, InstanceRow]] = field(default_factory=dict)
+    suffixes: dict[tuple[str, str], int] = field(default_factory=dict)
+
+
+class Recovery:
+    """One start of a node: `run` it, then take `open_cases` and `unverified`."""
+
+    def __init__(
+        self,
+        root: Path,
+        ledger: Ledger,
+        instances: Instances,
+        input_names: Iterable[str],
+        identifier_tag: int,
+        logger: logging.Logger,
+    ) -> None:
+        self._root = root
+        self._ledger = ledger
+        self._instances = instances
+        self._input_names = tuple(input_names)
+        self._identifier_tag = identifier_tag
+        self._logger = logger
+        self._found: dict[str, tuple[str, OpenCase]] = {}
+        #: The cases that take images, by identifier.
+        self.open_cases: dict[str, OpenCase] = {}
+        #: Cases whose files were not compared with their digests yet.
+        self.unverified: set[int] = set()
+
+    def run(self) -> None:
+        """Bring ledger and files to agree."""
+        for leftover in (self._root / OWN / "incoming").iterdir():
+            if leftover.is_file():
+                leftover.unlink()
+        for case in self._ledger.cases():
+            if case.state is State.DONE:
+                try:
+                    delete_files(self._ledger, self._instances, case)
+                except OSError as error:
+                    self._logger.error("files of case %d, DONE, stay: %s", case.id, error)
+                continue
+            if case.state is State.PROCESSING:
+                self._recover_processing(case)
+            self._check_files(case)
+        self._drop_stale_outbox()
+        self._adopt_orphans()
+
+    def _recover_processing(self, case: Case) -> None:
+        if case.attempts >= _ATTEMPTS:
+            self._ledger.fail(
+                case.id,
+                f"the node ended {case.attempts} times while it processed this case; see the log, "
+                "then retry it",
+            )
+            self._logger.error("case %d ended the node %d times: FAILED", case.id, case.attempts)
+        else:
+            self._ledger.move(case.id, State.PROCESSING, State.READY)
+            self._logger.info("case %d was interrupted while processing, it runs again", case.id)
+
+    def _check_files(self, case: Case) -> None:
+        rows: dict[str, dict[str, InstanceRow]] = {}
+        damaged: list[InstanceRow] = []
+        for row in self._ledger.instances(case.id):
+            if not row.damaged and not self._is_sound(case, row):
+                damaged.append(mark_damaged(self._root, case, row, self._logger))
+            rows.setdefault(row.input, {})[row.uid] = row
+        if damaged:
+            self._ledger.add_instances(case.id, damaged)
+            for row in damaged:
+                rows[row.input][row.uid] = row
+        for name in set(rows) - set(self._input_names):
+            if case.state is State.EXPORTING:
+                continue
+            self._logger.warning(
+                "case %d holds images of an input %r, which this pipeline lacks: it waits",
+                case.id,
+                name,
+            )
+        self.unverified.add(case.id)
+        if case.sealed:
+            return
+        if damaged and case.state is State.READY:
+            self._ledger.move(case.id, State.READY, State.RECEIVING)
+        self.open_cases[case.identifier] = OpenCase(case.id, case.folder, rows)
+
+    def _is_sound(self, case: Case, row: InstanceRow) -> bool:
+        folder = input_folder(case.folder, row.input)
+        if self._instances.size(folder, row.file) != row.size:
+            return False
+        try:
+            header = scan(self._instances.source(folder, row.file))
+        except (InvalidDicom, OSError):
+            return False
+        return header_text(header, 0x00080018) == row.uid
+
+    def _drop_stale_outbox(self) -> None:
+        """Results of a case that had not reached EXPORTING: process() makes them again."""
+        exporting = {str(case.id) for case in self._ledger.cases() if self._ledger.results(case.id)}
+        for folder in (self._root / OWN / "outbox").iterdir():
+            if folder.name not in exporting and folder.is_dir() and not folder.is_symlink():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _adopt_orphans(self) -> None:
+        known = {
+            (case.folder, safe_name(row.input), row.file)
+            for case in self._ledger.cases()
+            for row in self._ledger.instances(case.id)
+        }
+        by_folder = {safe_name(name): name for name in self._input_names}
+        for path in sorted(self._root.glob("*/*/*")):
+            relative = path.relative_to(self._root)
+            folder, input_folder, file = relative.parts
+            if folder == OWN or (folder, input_folder, file) in known or not path.is_file():
+                continue
+            if input_folder not in by_folder:
+                self._logger.warning(
+                    "a file %r belongs to no input of this pipeline, left alone", relative.name
+                )
+                continue
+            self._adopt(relative, by_folder[input_folder])
+
+    def _adopt(self, relative: Path, input_name: str) -> None:
+        """Take a file that the ledger does not know: complete, but the node ended before its row."""
+        path = self._root / relative
+        folder, _, file = relative.parts
+        try:
+            data = path.read_bytes()
+            header = scan(data)
+            identifier = identifier_of(header, self._identifier_tag)
+            uid = header_text(header, 0x00080018)
+        except (InvalidDicom, OSError) as error:
+            self._logger.error("file %r cannot be read (%s), set aside", relative.name, error)
+            set_aside(self._root, str(relative))
+            return
+        if not identifier or not uid:
+            self._logger.error(
+                "file %r has no identifier or no SOPInstanceUID, set aside", relative.name
+            )
+            set_aside(self._root, str(relative))
+            return
+        case = self._case_of_folder(identifier, folder)
+        if case is None:
+            self._logger.error("file %r is in the folder of another identifier, set aside", file)
+            set_aside(self._root, str(relative))
+            return
+        known = case.rows.setdefault(input_name, {}).get(uid)
+        if known is not None and not known.damaged:
+            self._logger.error("file %r repeats an instance of case %d, set aside", file, case.id)
+            set_aside(self._root, str(relative))
+            return
+        adopted = InstanceRow(input_name, uid, file, len(data), digest_of_file(data))
+        self._ledger.add_instances(case.id, [adopted])
+        case.rows[input_name][uid] = adopted
+        self._logger.info("case %d: instance %s was found without its row, adopted", case.id, uid)
+
+    def _case_of_folder(self, identifier: str, folder: str) -> OpenCase | None:
+        """The case that an orphan belongs to; made where the ledger has none.
+
+        None where the folder is that of another identifier. Where another folder is the open case
+        of this identifier already, these images wait as a FAILED case for the operator to decide.
+        """
+        case = self.open_cases.get(identifier)
+        if case is not None and case.folder == folder:
+            return case
+        if folder not in self._found:
+            row = self._ledger.case_in(folder)
+            if row is None and case is None:
+                row = self._ledger.open_case(identifier, folder)
+                self.open_cases[identifier] = OpenCase(row.id, row.folder)
+                return self.open_cases[identifier]
+            if row is None:
+                row = self._ledger.failed_case(
+                    identifier,
+                    folder,
+                    "found at the start without an entry in the ledger, beside another case of the "
+                    "same identifier; retry it to have it processed",
+                )
+                self._logger.error("case %d was found without an entry: FAILED", row.id)
+            self._found[folder] = (row.identifier, OpenCase(row.id, row.folder))
+            for known in self._ledger.instances(row.id):
+                self._found[folder][1].rows.setdefault(known.input, {})[known.uid] = known
+        owner, found = self._found[folder]
+        return found if owner == identifier else None
+
+
+def mark_damaged(root: Path, case: Case, row: InstanceRow, logger: logging.Logger) -> InstanceRow:
+    """Set the file of an instance aside; the row that says so."""
+    set_aside(root, f"{input_folder(case.folder, row.input)}/{row.file}")
+    logger.error(
+        "case %d: instance %s of input %r is damaged; it was set aside", case.id, row.uid, row.input
+    )
+    return replace(row, damaged=True)
+
+
+def delete_files(ledger: Ledger, instances: Instances, case: Case) -> None:
+    """Delete images and results of a case that is DONE, then forget them."""
+    by_input: dict[str, list[str]] = {}
+    for row in ledger.instances(case.id):
+        by_input.setdefault(row.input, []).append(row.file)
+    for name, names in by_input.items():
+        instances.remove(input_folder(case.folder, name), names)
+    instances.remove(outbox_folder(case.id), [row.file for row in ledger.results(case.id)])
+    ledger.clear(case.id)

@@ -1,0 +1,415 @@
+"""Storage: the bytes and the ledger as one object, so that a node cannot use one without the other.
+
+The promise: when `add` returns, the instance survives a crash (with a root directory) and is listed
+in its case. Files are durable before their ledger row; a file without a row was never acknowledged
+and is adopted at the next start, a row without a sound file is reported and waits for a resend.
+
+On disk, below the root:
+
+    <identifier>/<input>/Image_<modality>_<instance number>.dcm    what arrived
+    .dicomnode/ledger.sqlite                                       cases and states
+    .dicomnode/outbox/<case>/                                      results on their way
+    .dicomnode/incoming/                                           not yet complete files
+    .dicomnode/damaged/                                            set aside at a start
+"""
+
+import fcntl
+import itertools
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dicomnode.errors import InvalidDataset, InvalidRootDataDirectory, OutOfResources
+from dicomnode.lib.dicom import Source, safe_name
+from dicomnode.storage.instances import Buffer, FileInstances, Instances, MemoryInstances
+from dicomnode.storage.layout import OWN, digest_of, digest_of_file, input_folder, outbox_folder
+from dicomnode.storage.ledger import Case, InstanceRow, Ledger, ResultRow, State
+from dicomnode.storage.recovery import OpenCase, Recovery, delete_files, mark_damaged
+
+_DONE_KEPT = 1000
+_STRIPES = 64
+
+
+@dataclass(frozen=True)
+class Instance:
+    """An image that arrived: who it is, what its file is called, and its bytes as a Part 10 object.
+
+    `digest` is over the dataset without the file meta, so that a resend in another association
+    counts as the same.
+    """
+
+    sop_instance_uid: str
+    name: str
+    chunks: Sequence[Buffer]
+    digest: bytes
+
+
+class DuplicateInstance(Exception):
+    """The same SOPInstanceUID arrived before with other content."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a case holds: for each input {SOPInstanceUID: source}, and what forbids to process it."""
+
+    case_id: int
+    sources: dict[str, dict[str, Source]]
+    obstacle: str
+
+
+class DamagedResult(InvalidDataset):
+    """A result in the outbox is missing or is not what was kept."""
+
+
+class Storage:
+    """Cases with their instances and results. Safe to use from any thread.
+
+    `root` None keeps all in memory, at most `memory_limit` bytes. `input_names` are the inputs of
+    the pipeline; `identifier_tag` is the attribute that groups images into cases, which recovery
+    needs for files that the ledger does not know.
+    """
+
+    def __init__(
+        self,
+        root: Path | None,
+        input_names: Iterable[str],
+        identifier_tag: int,
+        memory_limit: int,
+        logger: logging.Logger,
+    ) -> None:
+        self.root = root
+        self._input_names = tuple(input_names)
+        self._identifier_tag = identifier_tag
+        self._logger = logger
+        self._open_cases: dict[str, OpenCase] = {}
+        self._stripes = [threading.RLock() for _ in range(_STRIPES)]
+        self._lock_file = -1
+        self._unverified: set[int] = set()
+        self._instances: Instances
+        if root is None:
+            self._instances = MemoryInstances(memory_limit)
+        else:
+            self._instances = FileInstances(root, root / OWN / "incoming")
+        self.ledger: Ledger
+
+    # Opening and closing
+
+    def open(self) -> None:
+        """Take the root, recover what a crash left, and know every case.
+
+        Raises InvalidRootDataDirectory where the root cannot be used. A damaged file or a damaged
+        ledger does not keep it from opening.
+        """
+        if self.root is None:
+            self.ledger = Ledger(None)
+            return
+        own = self.root / OWN
+        try:
+            for folder in (self.root, own, own / "incoming", own / "outbox"):
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock_file = os.open(own / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise InvalidRootDataDirectory(
+                f"root_data_directory {self.root} cannot be used: {error.strerror}"
+            ) from error
+        if not _lock(self._lock_file):
+            os.close(self._lock_file)
+            raise InvalidRootDataDirectory(
+                f"root_data_directory {self.root} is in use by another running node; "
+                "give every node its own"
+            )
+        try:
+            self.ledger = self._open_ledger(own / "ledger.sqlite")
+            try:
+                recovery = Recovery(
+                    self.root,
+                    self.ledger,
+                    self._instances,
+                    self._input_names,
+                    self._identifier_tag,
+                    self._logger,
+                )
+                recovery.run()
+            except BaseException:
+                self.ledger.close()
+                raise
+        except BaseException:
+            os.close(self._lock_file)
+            raise
+        self._open_cases = recovery.open_cases
+        self._unverified = recovery.unverified
+
+    def close(self) -> None:
+        """Let the root go."""
+        self.ledger.close()
+        self._open_cases.clear()
+        if self._lock_file >= 0:
+            os.close(self._lock_file)
+            self._lock_file = -1
+
+    def _open_ledger(self, path: Path) -> Ledger:
+        try:
+            return Ledger(path)
+        except sqlite3.OperationalError as error:
+            raise InvalidRootDataDirectory(
+                f"the ledger {path} cannot be opened: {error}"
+            ) from error
+        except sqlite3.DatabaseError as error:
+            aside = path.parent / f"ledger-damaged-{time.time_ns()}"
+            aside.mkdir()
+            for name in (path.name, f"{path.name}-wal", f"{path.name}-shm", "outbox"):
+                if (path.parent / name).exists():
+                    (path.parent / name).rename(aside / name)
+            (path.parent / "outbox").mkdir(mode=0o700)
+            self._logger.error(
+                "the ledger is damaged (%s); it was set aside in %s and is rebuilt from the files; "
+                "which results were still to be sent is lost with it, no image is",
+                error,
+                aside.name,
+            )
+            return Ledger(path)
+
+    # Receiving
+
+    @contextmanager
+    def holding(self, identifier: str) -> Iterator[None]:
+        """Nothing is added to, or sealed of, the cases of this identifier meanwhile."""
+        with self._stripes[hash(identifier) % _STRIPES]:
+            yield
+
+    def add(self, identifier: str, input_names: Iterable[str], instance: Instance) -> int:
+        """Keep an instance in the named inputs of the identifier's open case; the case's number.
+
+        An instance that is there already with the same content is not stored again.
+
+        Raises OutOfResources (nothing was stored) and DuplicateInstance (other content under the
+        same SOPInstanceUID; the first is kept).
+        """
+        names = tuple(input_names)
+        with self.holding(identifier):
+            known = self._open_cases.get(identifier)
+            if known is not None and not self._lacking(known, names, instance):
+                return known.id
+        staged = self._instances.stage(instance.chunks)
+        try:
+            with self.holding(identifier):
+                case = self._open_case(identifier)
+                rows: list[InstanceRow] = []
+                try:
+                    for name in self._lacking(case, names, instance):
+                        file = self._instances.place(
+                            staged,
+                            input_folder(case.folder, name),
+                            self._free_names(case, name, instance.name),
+                        )
+                        uid, digest = instance.sop_instance_uid, instance.digest
+                        rows.append(InstanceRow(name, uid, file, staged.size, digest))
+                    self.ledger.add_instances(case.id, rows)
+                except OutOfResources:
+                    for row in rows:
+                        self._instances.remove(input_folder(case.folder, row.input), [row.file])
+                    raise
+                for row in rows:
+                    case.rows.setdefault(row.input, {})[row.uid] = row
+                return case.id
+        finally:
+            self._instances.discard(staged)
+
+    def _lacking(self, case: OpenCase, names: tuple[str, ...], instance: Instance) -> list[str]:
+        """The inputs that do not hold this instance yet, or hold it damaged.
+
+        Raises DuplicateInstance where one holds it with other content.
+        """
+        lacking = []
+        for name in names:
+            known = case.rows.get(name, {}).get(instance.sop_instance_uid)
+            if known is None or known.damaged:
+                lacking.append(name)
+            elif known.digest and known.digest != instance.digest:
+                raise DuplicateInstance(
+                    f"{instance.sop_instance_uid} is in case {case.id} with other content"
+                )
+        return lacking
+
+    def _free_names(self, case: OpenCase, input_name: str, stem: str) -> Iterator[str]:
+        """`stem.dcm`, `stem~2.dcm`, ...: starts where the last instance of that name ended."""
+        key = (input_name, stem)
+        for number in itertools.count(case.suffixes.get(key, 0) + 1):
+            case.suffixes[key] = number
+            yield f"{stem}.dcm" if number == 1 else f"{stem}~{number}.dcm"
+
+    def _open_case(self, identifier: str) -> OpenCase:
+        case = self._open_cases.get(identifier)
+        if case is None:
+            row = self.ledger.open_case(identifier, self._free_folder(identifier))
+            case = OpenCase(row.id, row.folder)
+            self._open_cases[identifier] = case
+        return case
+
+    def _free_folder(self, identifier: str) -> str:
+        base = safe_name(identifier)
+        for number in itertools.count(1):
+            folder = base if number == 1 else f"{base}~{number}"
+            if self.ledger.folder_is_taken(folder):
+                continue
+            if self.root is not None and (self.root / folder).exists():
+                continue
+            return folder
+        raise AssertionError("unreachable: a count never ends")
+
+    # From RECEIVING to PROCESSING
+
+    def open_identifiers(self) -> list[str]:
+        """The identifiers of all cases that take images."""
+        return list(self._open_cases)
+
+    def current(self, identifier: str) -> Contents | None:
+        """What the open case of an identifier holds; None where there is no such case."""
+        case = self._open_cases.get(identifier)
+        if case is None:
+            return None
+        rows = (row for by_uid in case.rows.values() for row in by_uid.values())
+        return self._contents(case.id, case.folder, rows)
+
+    def contents(self, case: Case) -> Contents:
+        """What a sealed case holds."""
+        rows = self.ledger.instances(case.id)
+        return self._contents(case.id, case.folder, rows, sealed=True)
+
+    def _contents(
+        self, case_id: int, folder: str, rows: Iterable[InstanceRow], *, sealed: bool = False
+    ) -> Contents:
+        sources: dict[str, dict[str, Source]] = {name: {} for name in self._input_names}
+        obstacle = ""
+        for row in rows:
+            if row.damaged:
+                remedy = "the series again, it forms a new case" if sealed else "it again"
+                obstacle = f"instance {row.uid} is damaged and was set aside; send {remedy}"
+            elif row.input not in sources:
+                obstacle = f"it holds images of an input {row.input!r}, which this pipeline lacks"
+            else:
+                place = input_folder(folder, row.input)
+                sources[row.input][row.uid] = self._instances.source(place, row.file)
+        return Contents(case_id, sources, obstacle)
+
+    def verify(self, case: Case) -> None:
+        """Compare with their digests the images of a case that this run did not receive itself."""
+        if self.root is None or not (case.sealed or case.id in self._unverified):
+            return
+        with self.holding(case.identifier):
+            damaged = []
+            for row in self.ledger.instances(case.id):
+                source = self._instances.source(input_folder(case.folder, row.input), row.file)
+                if row.damaged or not row.digest or not isinstance(source, str):
+                    continue
+                try:
+                    good = digest_of_file(Path(source).read_bytes()) == row.digest
+                except OSError:
+                    good = False
+                if not good:
+                    damaged.append(mark_damaged(self.root, case, row, self._logger))
+            if damaged:
+                self.ledger.add_instances(case.id, damaged)
+                known = self._open_cases.get(case.identifier)
+                if known is not None and known.id == case.id:
+                    for row in damaged:
+                        known.rows[row.input][row.uid] = row
+            self._unverified.discard(case.id)
+
+    def settle(self, case_id: int, complete: bool) -> None:
+        """An open case is READY where it is complete, else RECEIVING, also if it had FAILED."""
+        state = State.READY if complete else State.RECEIVING
+        for before in (State.RECEIVING, State.READY, State.FAILED):
+            if before is not state and self.ledger.move(case_id, before, state):
+                return
+
+    def seal(self, case: Case) -> bool:
+        """READY -> PROCESSING: the case is claimed, and takes no further images."""
+        with self.holding(case.identifier):
+            claimed = self.ledger.move(case.id, State.READY, State.PROCESSING, seal=True)
+            if claimed:
+                self._drop_open(case)
+            return claimed
+
+    def fail(self, case_id: int, error: str) -> None:
+        """Any state -> FAILED with the reason; nothing is deleted."""
+        self.ledger.fail(case_id, error)
+
+    def _drop_open(self, case: Case) -> None:
+        known = self._open_cases.get(case.identifier)
+        if known is not None and known.id == case.id:
+            del self._open_cases[case.identifier]
+
+    # Results
+
+    def keep_results(self, case_id: int, results: Iterable[tuple[str, str, str, bytes]]) -> int:
+        """PROCESSING -> EXPORTING with all results durable; how many there are.
+
+        `results` are (SOPInstanceUID, SOPClassUID, transfer syntax UID, Part 10 bytes); they are
+        consumed one by one. Raises OutOfResources; then none is kept.
+        """
+        folder = outbox_folder(case_id)
+        rows: list[ResultRow] = []
+        try:
+            for number, (uid, sop_class, syntax, data) in enumerate(results, 1):
+                staged = self._instances.stage([data])
+                try:
+                    file = self._instances.place(staged, folder, [f"{number:06}.dcm"])
+                finally:
+                    self._instances.discard(staged)
+                rows.append(ResultRow(number, uid, sop_class, syntax, file, digest_of(data)))
+            self.ledger.export(case_id, rows)
+        except BaseException:
+            self._instances.remove(folder, [row.file for row in rows])
+            raise
+        return len(rows)
+
+    def undelivered(self, case_id: int, endpoint: str) -> list[ResultRow]:
+        """The results that an endpoint has not acknowledged yet."""
+        done = self.ledger.delivered(case_id, endpoint)
+        return [row for row in self.ledger.results(case_id) if row.uid not in done]
+
+    def result(self, case_id: int, row: ResultRow) -> Source:
+        """A result as it was kept.
+
+        Raises DamagedResult for one that is gone or is not what it was, and OSError for one that
+        cannot be read now.
+        """
+        source = self._instances.source(outbox_folder(case_id), row.file)
+        try:
+            data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        except FileNotFoundError as error:
+            raise DamagedResult(f"result {row.uid} is gone") from error
+        if digest_of(data) != row.digest:
+            raise DamagedResult(f"result {row.uid} is not what was kept")
+        return data
+
+    def drop_results(self, case_id: int, error: str) -> None:
+        """Give up the results of a case, which is FAILED by that: a retry makes them anew."""
+        rows = self.ledger.results(case_id)
+        self.ledger.drop_results(case_id, error)
+        self._instances.remove(outbox_folder(case_id), [row.file for row in rows])
+
+    def finish(self, case: Case) -> None:
+        """EXPORTING -> DONE, and only then delete the files of the case."""
+        if self.ledger.move(case.id, State.EXPORTING, State.DONE):
+            delete_files(self.ledger, self._instances, case)
+            self.ledger.forget(_DONE_KEPT)
+
+
+def _lock(descriptor: int) -> bool:
+    """Take a lock, waiting a moment for a command that only looks whether a node runs."""
+    for _ in range(10):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)
+        else:
+            return True
+    return False

@@ -1,0 +1,26 @@
+//! Header scanner and pixel kernels of dicomnode.
+//!
+//! The problem: a node must know a dozen attributes of every object that arrives, and must turn
+//! hundreds of native images into one array, without decoding what nobody asked for and without
+//! trusting a single number that came from the network. This crate does both on paths and slices
+//! that it is given; it knows no Python.
+//!
+//! | module | job |
+//! |---|---|
+//! | [`scan`] | where the top-level elements of one object lie |
+//! | [`image`] | the attributes that stacking needs, out of a scanned header |
+//! | [`pixels`] | stored bytes to values of an output type |
+//! | [`stack`] | many images into one array, in parallel |
+//! | [`source`] | a file or bytes in memory |
+//! | [`error`] | the one error type |
+
+pub mod error;
+pub mod image;
+pub mod pixels;
+pub mod scan;
+pub mod source;
+pub mod stack;
+#[cfg(test)]
+mod testing;
+
+pub use error::{Error, Result};

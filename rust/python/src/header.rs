@@ -1,0 +1,91 @@
+//! `Header`, `scan` and `is_dicom`.
+
+use std::borrow::Cow;
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use dicomnode_core::scan as core;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyString};
+
+use crate::errors::detached;
+use crate::memory::Owner;
+
+/// Where every top-level element of one object lies (PS3.10 section 7, PS3.5 section 7).
+///
+/// Holds the bytes up to the pixel data; the pixel data itself is never read.
+#[pyclass(frozen, module = "dicomnode._core")]
+pub struct Header {
+    header: core::Header,
+    owner: Owner,
+}
+
+#[pymethods]
+impl Header {
+    /// Transfer Syntax UID of the dataset; guessed from the bytes where the file meta is absent.
+    #[getter]
+    fn transfer_syntax(&self) -> &str {
+        self.header.layout().transfer_syntax()
+    }
+
+    /// Bytes of the (Float/Double) Pixel Data value, None without or with undefined length.
+    #[getter]
+    fn pixel_length(&self) -> Option<u32> {
+        let length = self.header.layout().pixels()?.length;
+        (length != core::UNDEFINED).then_some(length)
+    }
+
+    /// Whether the dataset is encoded big endian.
+    #[getter]
+    fn big_endian(&self) -> bool {
+        self.header.layout().big_endian()
+    }
+
+    fn __contains__(&self, tag: u32) -> bool {
+        self.header.layout().find(tag).is_some()
+    }
+
+    /// VR (empty where the encoding has none) and raw value bytes of a top-level element.
+    ///
+    /// Not the value of pixel data or of an undefined-length sequence: those give None, as do
+    /// absent elements; `in` tells them apart.
+    fn get<'py>(
+        &self,
+        py: Python<'py>,
+        tag: u32,
+    ) -> PyResult<Option<(Bound<'py, PyString>, Bound<'py, PyBytes>)>> {
+        let whole = self.owner.bytes(py);
+        let found = detached(py, || self.header.value(tag, whole))?;
+        Ok(found.map(|(entry, value): (_, Cow<'_, [u8]>)| {
+            (PyString::new(py, entry.vr()), PyBytes::new(py, &value))
+        }))
+    }
+
+    /// The tags present, in the order of the file, group 0002 left out.
+    fn tags(&self) -> Vec<u32> {
+        self.header.layout().tags()
+    }
+}
+
+/// Scan one object. With `transfer_syntax`, `source` is a bare dataset (as DIMSE carries it).
+///
+/// Raises InvalidDicom (not DICOM, truncated, lying lengths, nested too deep) or OSError.
+#[pyfunction]
+#[pyo3(signature = (source, transfer_syntax = None))]
+pub fn scan(
+    py: Python<'_>,
+    source: &Bound<'_, PyAny>,
+    transfer_syntax: Option<&str>,
+) -> PyResult<Header> {
+    let owner = Owner::of_source(source)?;
+    let given = owner.source(py);
+    let header = detached(py, || core::scan(given, transfer_syntax))?;
+    Ok(Header { header, owner })
+}
+
+/// Whether a file starts like a DICOM object (a Part 10 prefix, or a plausible bare dataset).
+#[pyfunction]
+pub fn is_dicom(py: Python<'_>, path: OsString) -> PyResult<bool> {
+    let path = PathBuf::from(path);
+    detached(py, || core::is_dicom(&path))
+}

@@ -1,0 +1,335 @@
+//! `Image`, `scan_images` and `stack`.
+
+use dicomnode_core::pixels::Value;
+use dicomnode_core::source::Source;
+use dicomnode_core::stack::Slice;
+use dicomnode_core::{Error, image as core};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::errors::{detached, exception};
+use crate::memory::{Dtype, Out, Owner};
+
+/// What stacking needs to know of one single-frame or multi-frame image, and its source.
+#[pyclass(frozen, module = "dicomnode._core")]
+pub struct Image {
+    image: core::Image,
+    owner: Owner,
+}
+
+#[pymethods]
+impl Image {
+    /// An image from native pixel bytes in memory (borrowed, C-contiguous, one frame, one sample).
+    ///
+    /// With `big_endian`, 16 and 32 bit cells are big endian; 8 bit cells are in order in any case.
+    #[new]
+    #[pyo3(signature = (
+        pixels, *, rows, columns, bits_allocated, bits_stored, high_bit, pixel_representation,
+        slope = 1.0, intercept = 0.0, big_endian = false, sop_instance_uid = ""
+    ))]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is an attribute, given by name"
+    )]
+    fn new(
+        py: Python<'_>,
+        pixels: &Bound<'_, PyAny>,
+        rows: u32,
+        columns: u32,
+        bits_allocated: u32,
+        bits_stored: u32,
+        high_bit: u32,
+        pixel_representation: u32,
+        slope: f64,
+        intercept: f64,
+        big_endian: bool,
+        sop_instance_uid: &str,
+    ) -> PyResult<Self> {
+        let owner = Owner::of_pixels(pixels)?;
+        let found = owner.bytes(py).unwrap_or_default().len() as u64;
+        // Below 2^96, and so is the length.
+        let bits = u128::from(rows) * u128::from(columns) * u128::from(bits_allocated);
+        let expected = bits.div_ceil(8);
+        if u128::from(found) < expected {
+            let message = format!("expected at least {expected} bytes of pixels, found {found}");
+            return Err(exception(py, Error::invalid(message).of(sop_instance_uid)));
+        }
+        let image = core::Image {
+            sop_instance_uid: sop_instance_uid.to_owned(),
+            rows,
+            columns,
+            samples_per_pixel: 1,
+            bits_allocated,
+            bits_stored,
+            high_bit,
+            pixel_representation,
+            number_of_frames: 1,
+            slope,
+            intercept,
+            pixel_tag: dicomnode_core::scan::PIXEL_DATA,
+            is_native: true,
+            pixel_length: found,
+            big_endian_pixels: big_endian,
+            ..core::Image::default()
+        };
+        Ok(Image { image, owner })
+    }
+
+    #[getter]
+    fn sop_class_uid(&self) -> &str {
+        &self.image.sop_class_uid
+    }
+
+    #[getter]
+    fn sop_instance_uid(&self) -> &str {
+        &self.image.sop_instance_uid
+    }
+
+    #[getter]
+    fn study_instance_uid(&self) -> &str {
+        &self.image.study_instance_uid
+    }
+
+    #[getter]
+    fn series_instance_uid(&self) -> &str {
+        &self.image.series_instance_uid
+    }
+
+    #[getter]
+    fn frame_of_reference_uid(&self) -> &str {
+        &self.image.frame_of_reference_uid
+    }
+
+    #[getter]
+    fn transfer_syntax(&self) -> &str {
+        &self.image.transfer_syntax
+    }
+
+    #[getter]
+    fn modality(&self) -> &str {
+        &self.image.modality
+    }
+
+    /// The whole value, backslash between the values, as in the file.
+    #[getter]
+    fn image_type(&self) -> &str {
+        &self.image.image_type
+    }
+
+    #[getter]
+    fn photometric_interpretation(&self) -> &str {
+        &self.image.photometric_interpretation
+    }
+
+    /// 0 where absent; likewise the other integers unless told otherwise.
+    #[getter]
+    fn rows(&self) -> u32 {
+        self.image.rows
+    }
+
+    #[getter]
+    fn columns(&self) -> u32 {
+        self.image.columns
+    }
+
+    /// 1 where absent.
+    #[getter]
+    fn samples_per_pixel(&self) -> u32 {
+        self.image.samples_per_pixel
+    }
+
+    #[getter]
+    fn bits_allocated(&self) -> u32 {
+        self.image.bits_allocated
+    }
+
+    /// BitsAllocated where absent.
+    #[getter]
+    fn bits_stored(&self) -> u32 {
+        self.image.bits_stored
+    }
+
+    /// BitsStored - 1 where absent.
+    #[getter]
+    fn high_bit(&self) -> u32 {
+        self.image.high_bit
+    }
+
+    #[getter]
+    fn pixel_representation(&self) -> u32 {
+        self.image.pixel_representation
+    }
+
+    /// 1 where absent, empty or 0.
+    #[getter]
+    fn number_of_frames(&self) -> u32 {
+        self.image.number_of_frames
+    }
+
+    #[getter]
+    fn has_rescale(&self) -> bool {
+        self.image.has_rescale
+    }
+
+    /// Rescale Slope, 1.0 where absent.
+    #[getter]
+    fn slope(&self) -> f64 {
+        self.image.slope
+    }
+
+    #[getter]
+    fn intercept(&self) -> f64 {
+        self.image.intercept
+    }
+
+    /// Image Position (Patient), mm.
+    #[getter]
+    fn position(&self) -> Option<(f64, f64, f64)> {
+        self.image.position.map(|[x, y, z]| (x, y, z))
+    }
+
+    /// Image Orientation (Patient).
+    #[getter]
+    fn orientation(&self) -> Option<(f64, f64, f64, f64, f64, f64)> {
+        self.image
+            .orientation
+            .map(|[a, b, c, d, e, f]| (a, b, c, d, e, f))
+    }
+
+    /// Pixel Spacing, mm: between rows, between columns.
+    #[getter]
+    fn pixel_spacing(&self) -> Option<(f64, f64)> {
+        self.image
+            .pixel_spacing
+            .map(|[rows, columns]| (rows, columns))
+    }
+
+    #[getter]
+    fn slice_thickness(&self) -> Option<f64> {
+        self.image.slice_thickness
+    }
+
+    #[getter]
+    fn spacing_between_slices(&self) -> Option<f64> {
+        self.image.spacing_between_slices
+    }
+
+    #[getter]
+    fn instance_number(&self) -> Option<i64> {
+        self.image.instance_number
+    }
+
+    /// A Modality LUT Sequence (0028,3000) is present.
+    #[getter]
+    fn has_modality_lut(&self) -> bool {
+        self.image.has_modality_lut
+    }
+
+    /// (5200,9229) or (5200,9230) is present.
+    #[getter]
+    fn has_functional_groups(&self) -> bool {
+        self.image.has_functional_groups
+    }
+
+    /// 0x7FE00010, 0x7FE00008 or 0x7FE00009; 0 without pixel data.
+    #[getter]
+    fn pixel_tag(&self) -> u32 {
+        self.image.pixel_tag
+    }
+
+    /// The pixel data is uncompressed, so that `stack` can read it.
+    #[getter]
+    fn is_native(&self) -> bool {
+        self.image.is_native
+    }
+}
+
+/// Scan many objects in parallel with the GIL released; order and length as given.
+///
+/// Raises InvalidDicom or OSError for the first source that cannot be read; the message names it
+/// by SOPInstanceUID where known, else by its place in the list.
+#[pyfunction]
+pub fn scan_images(py: Python<'_>, sources: Vec<Bound<'_, PyAny>>) -> PyResult<Vec<Image>> {
+    let owners: Vec<Owner> = sources
+        .iter()
+        .map(Owner::of_source)
+        .collect::<PyResult<_>>()?;
+    let given: Vec<Source<'_>> = owners.iter().map(|owner| owner.source(py)).collect();
+    let images = detached(py, || core::scan_images(&given))?;
+    Ok(images
+        .into_iter()
+        .zip(owners)
+        .map(|(image, owner)| Image { image, owner })
+        .collect())
+}
+
+/// Write the pixels of `images[k]` to `out[k]`, in parallel over images, the GIL released.
+///
+/// `out` has shape (len(images), rows, columns), is C-contiguous and writeable; dtype float32,
+/// float64, or an 8, 16 or 32 bit integer. Stored values are shifted by HighBit, masked to
+/// BitsStored and sign-extended, then, with `rescale`, stored * slope + intercept is computed in
+/// float64 and rounded once to `out`'s dtype (PS3.3 C.11.1).
+///
+/// Raises UnsupportedImage where an image is not native, has several samples or frames, or
+/// BitsAllocated is not 8, 16 or 32; InvalidDicom where pixel data is shorter than Rows x Columns
+/// ask, or Rows/Columns differ from `out`, or bits are contradictory; InvalidDataset where an
+/// integer dtype cannot hold a rescaled value exactly; OSError. On an error `out` is undefined.
+#[pyfunction]
+#[pyo3(signature = (images, out, rescale = true))]
+pub fn stack(
+    py: Python<'_>,
+    images: Vec<Bound<'_, Image>>,
+    out: &Bound<'_, PyAny>,
+    rescale: bool,
+) -> PyResult<()> {
+    let out = Out::new(out)?;
+    if out.slices != images.len() {
+        return Err(PyValueError::new_err(format!(
+            "expected out for {} images, found one for {}",
+            images.len(),
+            out.slices
+        )));
+    }
+    let slices: Vec<Slice<'_>> = images
+        .iter()
+        .map(Bound::get)
+        .map(|image| Slice {
+            image: &image.image,
+            source: image.owner.source(py),
+        })
+        .collect();
+    for slice in &slices {
+        if let Source::Bytes(bytes) = slice.source
+            && out.overlaps(bytes)
+        {
+            return Err(PyValueError::new_err(
+                "expected out apart from the pixels, found overlap",
+            ));
+        }
+    }
+    match out.dtype {
+        Dtype::Float32 => fill::<f32>(py, &slices, out, rescale),
+        Dtype::Float64 => fill::<f64>(py, &slices, out, rescale),
+        Dtype::Int8 => fill::<i8>(py, &slices, out, rescale),
+        Dtype::Uint8 => fill::<u8>(py, &slices, out, rescale),
+        Dtype::Int16 => fill::<i16>(py, &slices, out, rescale),
+        Dtype::Uint16 => fill::<u16>(py, &slices, out, rescale),
+        Dtype::Int32 => fill::<i32>(py, &slices, out, rescale),
+        Dtype::Uint32 => fill::<u32>(py, &slices, out, rescale),
+    }
+}
+
+/// `out.dtype` names `T`, and `out` overlaps no source.
+fn fill<T: Value>(
+    py: Python<'_>,
+    slices: &[Slice<'_>],
+    mut out: Out,
+    rescale: bool,
+) -> PyResult<()> {
+    let (rows, columns) = (out.rows, out.columns);
+    // SAFETY: `stack`, the only caller, picked `T` by `out.dtype` and refused overlap.
+    let values = unsafe { out.as_mut_slice::<T>() };
+    detached(py, || {
+        dicomnode_core::stack::stack(slices, rows, columns, values, rescale)
+    })
+}

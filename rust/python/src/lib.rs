@@ -1,0 +1,33 @@
+//! The compiled module `dicomnode._core`: converts, calls, converts.
+//!
+//! The problem: the core takes slices and paths and returns Rust values; Python has objects whose
+//! memory may go away. This crate borrows the memory of Python objects for as long as it is used,
+//! detaches from the interpreter around every loop, and turns errors into the exceptions of
+//! `dicomnode.errors`. Its typed face is `python/dicomnode/_core.pyi`.
+
+mod errors;
+mod header;
+mod image;
+mod memory;
+
+#[pyo3::pymodule]
+mod _core {
+    use pyo3::prelude::*;
+    use pyo3::types::{PyBytes, PyString};
+
+    #[pymodule_export]
+    use crate::header::{Header, is_dicom, scan};
+    #[pymodule_export]
+    use crate::image::{Image, scan_images, stack};
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        let py = module.py();
+        module.add(
+            "Source",
+            py.get_type::<PyString>().bitor(py.get_type::<PyBytes>())?,
+        )?;
+        module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        module.add("debug_build", cfg!(debug_assertions))
+    }
+}

@@ -1,0 +1,86 @@
+"""Fixtures shared by all tests: real peers, real data, and pieces of series."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dicomnode.errors import CouldNotCompleteDIMSEMessage
+from dicomnode.lib.dimse import Address, echo
+
+_PACKAGES = {"dciodvfy": "dicom3tools", "dcm2niix": "dcm2niix"}
+
+
+@pytest.fixture(scope="session")
+def peer() -> Callable[[str], str]:
+    """The path of a program that we did not write; the test is skipped where it is missing.
+
+    pynetdicom installs scripts named like dcmtk's into a virtual environment: those are passed by.
+    """
+    own = Path(sys.prefix, "bin")
+    folders = [one for one in os.environ["PATH"].split(os.pathsep) if Path(one) != own]
+
+    def find(name: str) -> str:
+        found = shutil.which(name, path=os.pathsep.join(["/usr/bin", *folders]))
+        if found is None:
+            reason = f"{name} is missing (Debian package {_PACKAGES.get(name, 'dcmtk')})"
+            if os.environ.get("DICOMNODE_REQUIRE_PEERS"):
+                pytest.fail(reason)
+            pytest.skip(reason)
+        return found
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real series; tests with it are skipped where it is not given."""
+    folder = os.environ.get("DICOMNODE_TEST_DATA", "")
+    if not folder:
+        pytest.skip("DICOMNODE_TEST_DATA is not set: no real series")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def ct_folder(real_data: Path) -> Path:
+    """140 real CT slices and one object that is no image."""
+    return real_data / "ct-phantom-140"
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def storescp(
+    peer: Callable[[str], str], tmp_path: Path, free_port: int
+) -> Iterator[tuple[Address, Path]]:
+    """dcmtk's storescp as an endpoint: its address, and the folder where it writes."""
+    folder = tmp_path / "storescp"
+    folder.mkdir()
+    command = [peer("storescp"), "+B", "-aet", "STORESCP", "-od", str(folder), str(free_port)]
+    environment = {**os.environ, "TCP_NODELAY": "1"}
+    with subprocess.Popen(command, env=environment) as process:
+        address = Address("127.0.0.1", free_port, "STORESCP")
+        _until_it_answers(address)
+        yield address, folder
+        process.terminate()
+
+
+def _until_it_answers(address: Address) -> None:
+    for _ in range(100):
+        try:
+            echo(address)
+        except CouldNotCompleteDIMSEMessage:
+            continue
+        return
+    raise TimeoutError(f"{address} does not answer")

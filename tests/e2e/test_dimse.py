@@ -1,0 +1,94 @@
+"""Sending as a client: answers for each instance, deadlines, peers that misbehave."""
+
+import socket
+import threading
+import time
+from typing import Any
+
+import pytest
+from pynetdicom.association import Association
+
+from dicomnode.errors import CouldNotCompleteDIMSEMessage
+from dicomnode.lib import dimse
+from dicomnode.lib.dimse import Address, echo, send
+from dicomnode.testing import StoringNode, address_of, make_series, running_node
+
+
+class LatePause:
+    """The moment between "paused" and paused of pynetdicom's reactor, made long."""
+
+    def __get__(self, association: Any, kind: type) -> bool:
+        return bool(association.__dict__.get("late_pause", False))
+
+    def __set__(self, association: Any, paused: bool) -> None:
+        if not paused and "late_pause" in association.__dict__:
+            time.sleep(0.003)
+        association.__dict__["late_pause"] = paused
+
+
+def test_no_answer_is_lost_to_the_reactor_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dimse, "_ANSWER_SECONDS", 3.0)
+    with running_node(StoringNode) as store:
+        monkeypatch.setattr(Association, "_is_paused", LatePause(), raising=False)
+        answers = send(address_of(store), make_series(60, 8, 8))
+        assert [one.status for one in answers] == [0] * 60
+
+
+def test_a_peer_that_never_reads_does_not_hold_the_sender(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dimse, "_ANSWER_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        start = time.monotonic()
+        with pytest.raises(CouldNotCompleteDIMSEMessage):
+            send(Address("127.0.0.1", silent.getsockname()[1], "SILENT"), make_series(1))
+        assert time.monotonic() - start < 20
+
+
+def test_a_peer_that_hangs_up_is_reported_with_what_it_had_acknowledged() -> None:
+    class HangingUp(StoringNode):
+        def filter(self, dataset: Any) -> bool:
+            if dataset.InstanceNumber == 3:
+                for thread in threading.enumerate():
+                    if isinstance(thread, Association) and thread.is_acceptor:
+                        thread.dul.socket.socket.shutdown(socket.SHUT_RDWR)
+            return super().filter(dataset)
+
+    got = []
+    with (
+        running_node(HangingUp) as store,
+        pytest.raises(CouldNotCompleteDIMSEMessage, match=r"STORE@127\.0\.0\.1"),
+    ):
+        send(address_of(store), make_series(5), on_response=got.append)
+    assert [one.status for one in got] == [0, 0]
+
+
+def test_a_wrong_called_title_is_reported_as_a_rejection() -> None:
+    with (
+        running_node(StoringNode) as store,
+        pytest.raises(CouldNotCompleteDIMSEMessage, match="rejected"),
+    ):
+        echo(Address("127.0.0.1", store.port, "WRONG"))
+
+
+def test_nobody_there_is_reported_with_the_address() -> None:
+    with pytest.raises(CouldNotCompleteDIMSEMessage, match=r"X@127\.0\.0\.1:1 cannot be reached"):
+        echo(Address("127.0.0.1", 1, "X"))
+
+
+def test_a_peer_without_the_sop_class_is_reported_for_that_instance() -> None:
+    from pynetdicom.presentation import build_context
+
+    series = make_series(2)
+    series[1].SOPClassUID = "1.2.840.10008.5.1.4.1.1.4"
+    with running_node(
+        StoringNode, supported_contexts=[build_context(series[0].SOPClassUID)]
+    ) as store:
+        answers = send(address_of(store), series)
+        assert [one.is_stored for one in answers] == [True, False]
+        assert answers[1].status == 0x0122
+
+
+def test_an_empty_address_is_reported() -> None:
+    with pytest.raises(CouldNotCompleteDIMSEMessage):
+        echo(Address(ip="", port=104, ae_title=""))

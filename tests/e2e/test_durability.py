@@ -1,0 +1,297 @@
+"""A node that is killed at any moment finishes its job after a restart: nothing lost, no second UID."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy
+import pytest
+from pydicom import dcmread
+from pydicom.dataset import Dataset
+
+from dicomnode.errors import CouldNotCompleteDIMSEMessage
+from dicomnode.lib.dicom import load
+from dicomnode.lib.dimse import Address, Response, send
+from dicomnode.lib.grinders import numpy_grinder
+from dicomnode.storage.ledger import Ledger
+from dicomnode.testing import State, StoringNode, address_of, make_series, running_node
+
+NODE = """
+import sys
+from dicomnode.lib.dimse import Address
+from dicomnode.lib.grinders import list_grinder, many_meta_grinder, numpy_grinder
+from dicomnode.lib.series import derive_series
+from dicomnode.server.input import AbstractInput
+from dicomnode.server.node import AbstractPipeline
+
+root, expected, endpoint_port, endpoint_title = sys.argv[1:]
+
+class All(AbstractInput):
+    image_grinder = many_meta_grinder(list_grinder, numpy_grinder)
+    def validate(self):
+        return self.images >= int(expected)
+
+class Node(AbstractPipeline):
+    ip, port, ae_title = "127.0.0.1", 0, "NODE"
+    input = {"ct": All}
+    endpoints = [Address("127.0.0.1", int(endpoint_port), endpoint_title)]
+    root_data_directory = root
+    log_format = "%(message)s"
+
+    def process(self, input_data):
+        images, array = input_data["ct"]
+        return derive_series(array + 1, images)
+
+node = Node(start=False)
+node.open()
+"""
+
+
+class Killable:
+    """The node in a process of its own."""
+
+    def __init__(self, script: Path, root: Path, expected: int, endpoint: Address) -> None:
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-u",
+                str(script),
+                str(root),
+                str(expected),
+                str(endpoint.port),
+                endpoint.ae_title,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.address = Address("127.0.0.1", int(self.until(r"listens on .*:(\d+)")), "NODE")
+
+    def until(self, pattern: str) -> str:
+        """Read the log until a line matches; the first group, or an error with what was said."""
+        assert self.process.stdout is not None
+        said = []
+        watchdog = threading.Timer(45, self.process.kill)
+        watchdog.start()
+        for line in self.process.stdout:
+            said.append(line)
+            found = re.search(pattern, line)
+            if found:
+                watchdog.cancel()
+                return found.group(found.lastindex or 0)
+        raise AssertionError(f"{pattern!r} was not said, but: {''.join(said[-30:])}")
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.communicate()
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "node.py"
+    path.write_text(textwrap.dedent(NODE))
+    return path
+
+
+def send_until_killed(node: Killable, series: list[Dataset], kill_after: int) -> list[str]:
+    """The UIDs that were acknowledged before the node was killed."""
+    acknowledged: list[str] = []
+
+    def count(response: Response) -> None:
+        assert response.status == 0
+        acknowledged.append(response.sop_instance_uid)
+        if len(acknowledged) == kill_after:
+            node.kill()
+
+    with suppress(CouldNotCompleteDIMSEMessage):
+        send(node.address, series, on_response=count)
+    return acknowledged
+
+
+@pytest.mark.parametrize("kill_after", [1, 7, 19])
+def test_killed_while_receiving(kill_after: int, script: Path, tmp_path: Path) -> None:
+    series = make_series(20, 64, 64)
+    root = tmp_path / "root"
+    with running_node(StoringNode) as store:
+        node = Killable(script, root, 20, address_of(store))
+        acknowledged = send_until_killed(node, series, kill_after)
+        assert len(acknowledged) >= kill_after
+        kept = {dcmread(path).SOPInstanceUID for path in root.glob("*/*/*.dcm")}
+        assert set(acknowledged) <= kept
+        node = Killable(script, root, 20, address_of(store))
+        # A sender repeats only what was not acknowledged.
+        send(node.address, [one for one in series if one.SOPInstanceUID not in acknowledged])
+        node.until("case 1 is done")
+        node.kill()
+        arrived = store.wait_for_images(20)
+        assert numpy.array_equal(numpy_grinder(arrived), numpy_grinder(series) + 1)
+
+
+def state_of_case(root: Path) -> State:
+    """Where case 1 is, read after the node was killed."""
+    ledger = Ledger(root / ".dicomnode" / "ledger.sqlite")
+    try:
+        return ledger.case(1).state
+    finally:
+        ledger.close()
+
+
+def kept_images(root: Path) -> int:
+    """How many images case 1 holds, or held when it was done."""
+    ledger = Ledger(root / ".dicomnode" / "ledger.sqlite")
+    try:
+        cases = ledger.cases()
+        if cases and cases[0].state is State.DONE:
+            return 140
+        return sum(total for total, _ in ledger.counts(1).values())
+    finally:
+        ledger.close()
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "association with .* closed",
+        "case 1 is ready",
+        "case 1 ground",
+        "case 1 processed",
+        "acknowledged",
+        "case 1 is done",
+    ],
+)
+def test_killed_at_every_step_of_a_case(moment: str, script: Path, tmp_path: Path) -> None:
+    series = make_series(20, 64, 64)
+    root = tmp_path / "root"
+    with running_node(StoringNode) as store:
+        node = Killable(script, root, 20, address_of(store))
+        assert all(one.status == 0 for one in send(node.address, series))
+        node.until(moment)
+        node.kill()
+        if state_of_case(root) is not State.DONE:
+            node = Killable(script, root, 20, address_of(store))
+            node.until("case 1 is done")
+            node.kill()
+        uids = {one.SOPInstanceUID for one in store.received}
+        assert len(uids) == 20
+        by_uid = {one.SOPInstanceUID: one for one in store.received}
+        assert numpy.array_equal(numpy_grinder(by_uid.values()), numpy_grinder(series) + 1)
+
+
+def test_killed_while_sending(script: Path, tmp_path: Path) -> None:
+    series = make_series(20, 64, 64)
+    root = tmp_path / "root"
+    nodes: list[Killable] = []
+
+    class Killing(StoringNode):
+        """Kills the node in the middle of its export, before it gets the answer."""
+
+        def filter(self, dataset: Dataset) -> bool:
+            accepted = super().filter(dataset)
+            if len(self.received) == 9:
+                nodes[0].kill()
+            return accepted
+
+    with running_node(Killing) as store:
+        nodes.append(Killable(script, root, 20, address_of(store)))
+        send(nodes[0].address, series)
+        nodes[0].process.wait(30)
+        again = Killable(script, root, 20, address_of(store))
+        again.until("case 1 is done")
+        again.kill()
+        assert len({one.SOPInstanceUID for one in store.received}) == 20
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.6, 1.0, 1.6, 2.4])
+def test_real_ct_killed_at_some_time_arrives_whole_and_once(
+    seconds: float,
+    ct_folder: Path,
+    storescp: tuple[Address, Path],
+    peer: Callable[[str], str],
+    script: Path,
+    tmp_path: Path,
+) -> None:
+    endpoint, folder = storescp
+    root = tmp_path / "root"
+    files = sorted(path for path in ct_folder.iterdir() if path.name != "DIRFILE")
+    environment = {**os.environ, "TCP_NODELAY": "1"}
+
+    def sender(node: Killable) -> subprocess.Popen[bytes]:
+        command = [peer("storescu"), "-aec", "NODE", "127.0.0.1", str(node.address.port)]
+        return subprocess.Popen([*command, *map(str, files)], env=environment)
+
+    node = Killable(script, root, 140, endpoint)
+    with sender(node) as sending:
+        try:
+            node.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            node.kill()
+        sending.wait()
+    # As a sender does, send again only where not everything was acknowledged.
+    complete = kept_images(root) == 140
+    node = Killable(script, root, 140, endpoint)
+    if not complete:
+        with sender(node) as sending:
+            assert sending.wait() == 0
+    if state_of_case(root) is not State.DONE:
+        node.until("case 1 is done")
+    node.kill()
+    arrived = [dcmread(path) for path in folder.iterdir()]
+    assert len({one.SOPInstanceUID for one in arrived}) == len(arrived) == 140
+    assert numpy.array_equal(numpy_grinder(arrived), numpy_grinder(load(files)) + 1)
+
+
+def test_L21_everything_is_flushed_before_it_is_acknowledged(script: Path, tmp_path: Path) -> None:
+    """The order of system calls: file and folder flushed, ledger flushed, then the answer."""
+    strace = shutil.which("strace")
+    if strace is None:
+        reason = "strace is missing (Debian package strace)"
+        (pytest.fail if os.environ.get("DICOMNODE_REQUIRE_PEERS") else pytest.skip)(reason)
+    trace = tmp_path / "trace"
+    root = tmp_path / "root"
+    with running_node(StoringNode) as store:
+        node = Killable(script, root, 99, address_of(store))
+        with subprocess.Popen(
+            [
+                str(strace),
+                "-f",
+                "-y",
+                "-qq",
+                "-o",
+                str(trace),
+                "-p",
+                str(node.process.pid),
+                "-e",
+                "trace=fsync,fdatasync,link,linkat,sendto,write",
+            ],
+            stderr=subprocess.PIPE,
+        ) as tracer:
+            while not trace.exists() or not trace.stat().st_size:
+                send(node.address, make_series(1, 16, 16, patient_id="WARM-UP"))
+            trace.write_text("")
+            send(node.address, make_series(1, 16, 16, patient_id="TRACED"))
+            node.kill()
+            tracer.wait(10)
+    events = []
+    for line in trace.read_text().splitlines():
+        if "fsync" in line and ".part" in line:
+            events.append("file")
+        elif "link" in line and ".part" in line and "Image_" in line:
+            events.append("link")
+        elif "fsync" in line and "TRACED/ct>" in line:
+            events.append("folder")
+        elif re.search("f(data)?sync", line) and "ledger.sqlite" in line:
+            events.append("ledger")
+        elif "sendto(" in line and events and events[-1] == "ledger":
+            events.append("answer")
+            break
+    wanted = ["file", "link", "folder", "ledger", "answer"]
+    steps = iter(events)
+    assert all(step in steps for step in wanted), events

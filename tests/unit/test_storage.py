@@ -1,0 +1,406 @@
+"""Storage without a network: what is kept, what is recovered, what is refused."""
+
+import logging
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from dicomnode.errors import InvalidRootDataDirectory, OutOfResources, UnknownCase
+from dicomnode.lib.dicom import encode
+from dicomnode.storage.instances import FileInstances, MemoryInstances
+from dicomnode.storage.layout import digest_of
+from dicomnode.storage.ledger import InstanceRow, Ledger, ResultRow, State
+from dicomnode.storage.store import (
+    DamagedResult,
+    DuplicateInstance,
+    Instance,
+    Storage,
+)
+from dicomnode.testing import make_series
+
+LOGGER = logging.getLogger("dicomnode.test")
+
+
+@contextmanager
+def opened(root: Path | None, limit: int = 10**9) -> Iterator[Storage]:
+    storage = Storage(root, ["ct", "mr"], 0x00100020, limit, LOGGER)
+    storage.open()
+    try:
+        yield storage
+    finally:
+        storage.close()
+
+
+def instances(count: int, patient_id: str = "P", seed: int = 1) -> list[Instance]:
+    made = []
+    for one in make_series(count, 8, 8, patient_id=patient_id, seed=seed):
+        data = encode(one)[0]
+        offset = 144 + int.from_bytes(data[140:144], "little")
+        made.append(
+            Instance(
+                one.SOPInstanceUID,
+                f"Image_CT_{one.InstanceNumber}",
+                (data[:offset], data[offset:]),
+                digest_of(data[offset:]),
+            )
+        )
+    return made
+
+
+@pytest.fixture(params=["disk", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
+    with opened(tmp_path / "root" if request.param == "disk" else None) as one:
+        yield one
+
+
+def test_an_instance_is_in_each_input_and_written_once(tmp_path: Path) -> None:
+    (one,) = instances(1)
+    with opened(tmp_path) as storage:
+        storage.add("P", ["ct", "mr"], one)
+        paths = [tmp_path / "P" / name / "Image_CT_1.dcm" for name in ("ct", "mr")]
+        assert paths[0].samefile(paths[1])
+        assert paths[0].read_bytes() == b"".join(one.chunks)
+        contents = storage.current("P")
+        assert contents is not None and not contents.obstacle
+        assert set(contents.sources["ct"]) == set(contents.sources["mr"]) == {one.sop_instance_uid}
+
+
+def test_other_content_under_a_known_uid_is_refused(storage: Storage) -> None:
+    first, second = instances(1)[0], instances(1, seed=2)[0]
+    storage.add("P", ["ct"], first)
+    clash = Instance(first.sop_instance_uid, "x", second.chunks, second.digest)
+    with pytest.raises(DuplicateInstance, match=first.sop_instance_uid):
+        storage.add("P", ["ct"], clash)
+    # In another input it may be stored: the rule is per input, and all inputs or none.
+    with pytest.raises(DuplicateInstance):
+        storage.add("P", ["mr", "ct"], clash)
+    contents = storage.current("P")
+    assert contents is not None and contents.sources["mr"] == {}
+
+
+def test_a_sealed_case_takes_no_images_and_the_next_one_has_its_own_folder(
+    storage: Storage,
+) -> None:
+    first, second = instances(2)
+    number = storage.add("P", ["ct"], first)
+    storage.settle(number, complete=True)
+    assert storage.seal(storage.ledger.case(number))
+    assert not storage.seal(storage.ledger.case(number))
+    assert storage.add("P", ["ct"], second) != number
+    folders = [case.folder for case in storage.ledger.cases()]
+    assert folders == ["P", "P~2"]
+
+
+def test_twins_after_escaping_do_not_share_a_folder(storage: Storage) -> None:
+    for name in ("P", "P~2", "p", "P%7E2", "", " "):
+        for one in instances(1, name):
+            storage.add(name, ["ct"], one)
+    folders = [case.folder for case in storage.ledger.cases()]
+    assert len(set(folders)) == 6
+
+
+def test_results_are_kept_in_order_and_none_is_kept_where_one_fails(storage: Storage) -> None:
+    number = storage.add("P", ["ct"], instances(1)[0])
+    storage.settle(number, complete=True)
+    storage.seal(storage.ledger.case(number))
+
+    def failing() -> Iterator[tuple[str, str, str, bytes]]:
+        yield "1.1", "1", "1", b"one"
+        raise RuntimeError("second")
+
+    with pytest.raises(RuntimeError):
+        storage.keep_results(number, failing())
+    assert storage.undelivered(number, "A") == []
+    results = [(f"1.{k}", "1", "1", b"x" * k) for k in (3, 1, 2)]
+    assert storage.keep_results(number, iter(results)) == 3
+    assert [row.uid for row in storage.undelivered(number, "A")] == ["1.3", "1.1", "1.2"]
+    storage.ledger.deliver(number, "A", [("1.1", 0)])
+    assert [row.uid for row in storage.undelivered(number, "A")] == ["1.3", "1.2"]
+    assert len(storage.undelivered(number, "B")) == 3
+    storage.finish(storage.ledger.case(number))
+    assert storage.ledger.case(number).state is State.DONE
+    assert storage.ledger.instances(number) == []
+
+
+def test_a_ledger_that_cannot_be_written_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path) as storage:
+
+        def full(*_: object) -> None:
+            raise OutOfResources("the ledger cannot be written: disk full")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(storage.ledger, "add_instances", full)
+            with pytest.raises(OutOfResources):
+                storage.add("P", ["ct", "mr"], instances(1)[0])
+        assert not list(tmp_path.glob("P/*/*"))
+        assert not list((tmp_path / ".dicomnode" / "incoming").iterdir())
+
+
+def test_a_file_without_its_row_is_adopted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = instances(2)
+    with opened(tmp_path) as storage:
+        storage.add("P", ["ct"], first)
+        # The node ends between the file and its row.
+        monkeypatch.setattr(storage.ledger, "add_instances", lambda *_: None)
+        storage.add("P", ["ct"], second)
+    with opened(tmp_path) as storage:
+        contents = storage.current("P")
+        assert contents is not None
+        assert set(contents.sources["ct"]) == {first.sop_instance_uid, second.sop_instance_uid}
+        # A resend of it is recognised as the same.
+        storage.add("P", ["ct"], second)
+        assert len(list(tmp_path.glob("P/ct/*"))) == 2
+
+
+@pytest.mark.parametrize("damage", ["deleted", "shorter", "other", "same size"])
+def test_a_damaged_file_blocks_its_case_until_it_is_sent_again(damage: str, tmp_path: Path) -> None:
+    first, second = instances(2)
+    with opened(tmp_path) as storage:
+        number = storage.add("P", ["ct"], first)
+        storage.add("P", ["ct"], second)
+        storage.settle(number, complete=True)
+    victim = tmp_path / "P" / "ct" / "Image_CT_1.dcm"
+    data = victim.read_bytes()
+    if damage == "deleted":
+        victim.unlink()
+    elif damage == "shorter":
+        victim.write_bytes(data[:-1])
+    elif damage == "other":
+        victim.write_bytes(b"".join(second.chunks))
+    else:
+        victim.write_bytes(bytes(len(data)))
+    with opened(tmp_path) as storage:
+        assert storage.ledger.case(number).state is State.RECEIVING
+        contents = storage.current("P")
+        assert contents is not None
+        assert first.sop_instance_uid in contents.obstacle
+        assert storage.add("P", ["ct"], first) == number
+        contents = storage.current("P")
+        assert contents is not None and not contents.obstacle
+    with opened(tmp_path) as storage:
+        contents = storage.current("P")
+        assert contents is not None and not contents.obstacle
+
+
+def test_a_case_that_ends_the_node_three_times_is_failed(tmp_path: Path) -> None:
+    with opened(tmp_path) as storage:
+        number = storage.add("P", ["ct"], instances(1)[0])
+        storage.settle(number, complete=True)
+    for attempt in (1, 2, 3):
+        with opened(tmp_path) as storage:
+            case = storage.ledger.case(number)
+            assert case.state is State.READY
+            assert storage.seal(case)
+            assert storage.ledger.case(number).attempts == attempt
+    with opened(tmp_path) as storage:
+        case = storage.ledger.case(number)
+        assert case.state is State.FAILED and "3 times" in case.error
+        storage.ledger.retry(number)
+        assert storage.ledger.case(number).attempts == 0
+
+
+def test_files_of_a_case_that_was_done_are_deleted_at_the_next_start(tmp_path: Path) -> None:
+    with opened(tmp_path) as storage:
+        number = storage.add("P", ["ct"], instances(1)[0])
+        storage.settle(number, complete=True)
+        storage.seal(storage.ledger.case(number))
+        storage.keep_results(number, [("1.1", "1", "1", b"result")])
+        storage.ledger.move(number, State.EXPORTING, State.DONE)
+    assert list(tmp_path.glob("P/ct/*")) and list(tmp_path.glob(".dicomnode/outbox/*/*"))
+    with opened(tmp_path):
+        pass
+    assert not list(tmp_path.glob("P")) and not list(tmp_path.glob(".dicomnode/outbox/*"))
+
+
+def test_a_ledger_in_use_is_not_taken_for_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path) as storage:
+        storage.add("P", ["ct"], instances(1)[0])
+
+    def locked(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("database is locked")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(sqlite3, "connect", locked)
+        with pytest.raises(InvalidRootDataDirectory, match="locked"), opened(tmp_path):
+            pass
+    assert not list((tmp_path / ".dicomnode").glob("ledger-damaged*"))
+    with opened(tmp_path) as storage:
+        assert len(storage.ledger.instances(1)) == 1
+
+
+def test_a_rebuild_that_was_interrupted_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path) as storage:
+        first = storage.add("P", ["ct"], instances(1)[0])
+        storage.settle(first, complete=True)
+        storage.seal(storage.ledger.case(first))
+        for one in instances(3, seed=2):
+            storage.add("P", ["ct"], one)
+    for path in (tmp_path / ".dicomnode").glob("ledger.sqlite*"):
+        path.unlink()
+    calls = []
+    real = Ledger.add_instances
+
+    def dying(self: Ledger, case_id: int, rows: list[InstanceRow]) -> None:
+        calls.append(case_id)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        real(self, case_id, rows)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Ledger, "add_instances", dying)
+        with pytest.raises(KeyboardInterrupt), opened(tmp_path):
+            pass
+    with opened(tmp_path) as storage:
+        found = {c.folder: len(storage.ledger.instances(c.id)) for c in storage.ledger.cases()}
+        assert found == {"P": 1, "P~2": 3}
+
+
+def test_memory_is_limited_and_let_go() -> None:
+    memory = MemoryInstances(100)
+    staged = memory.stage([b"x" * 60])
+    with pytest.raises(OutOfResources):
+        memory.stage([b"x" * 60])
+    memory.place(staged, "a", ["1"])
+    memory.place(staged, "b", ["1"])
+    memory.discard(staged)
+    memory.remove("a", ["1"])
+    with pytest.raises(OutOfResources):
+        memory.stage([b"x" * 60])
+    memory.remove("b", ["1", "2"])
+    memory.discard(memory.stage([b"x" * 60]))
+    assert memory.size("a", "1") is None
+
+
+def test_files_are_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "own" / "incoming").mkdir(parents=True)
+    files = FileInstances(tmp_path, tmp_path / "own" / "incoming")
+    for data, name in ((b"one", "1"), (b"two", "2")):
+        staged = files.stage([data])
+        assert files.place(staged, "a/b", iter(["1", "2", "3"])) == name
+        files.discard(staged)
+    assert (tmp_path / "a" / "b" / "1").read_bytes() == b"one"
+    files.remove("a/b", ["1"])
+    assert (tmp_path / "a" / "b" / "2").read_bytes() == b"two"
+    files.remove("a/b", ["2"])
+    assert not (tmp_path / "a").exists() and tmp_path.exists()
+
+
+def test_a_ledger_says_what_cannot_be_done() -> None:
+    ledger = Ledger(None)
+    with pytest.raises(UnknownCase, match="no case 5"):
+        ledger.case(5)
+    case = ledger.open_case("P", "P")
+    with pytest.raises(UnknownCase, match="only a FAILED case"):
+        ledger.retry(case.id)
+    with pytest.raises(UnknownCase, match="not being processed"):
+        ledger.export(case.id, [ResultRow(1, "1", "1", "1", "1", b"")])
+    assert not ledger.results(case.id)
+
+
+def test_old_cases_that_are_done_are_forgotten_and_others_never() -> None:
+    ledger = Ledger(None)
+    for k in range(10):
+        case = ledger.open_case(f"P{k}", f"P{k}")
+        ledger.move(case.id, State.RECEIVING, State.DONE if k % 2 else State.FAILED, seal=True)
+    ledger.forget(2)
+    assert [case.identifier for case in ledger.cases(State.DONE)] == ["P7", "P9"]
+    assert len(ledger.cases(State.FAILED)) == 5
+
+
+def test_many_threads_add_to_one_case_and_to_many(storage: Storage) -> None:
+    batches = [(f"P{k % 3}", instances(10, f"P{k % 3}", seed=k)) for k in range(9)]
+
+    def work(identifier: str, batch: list[Instance]) -> None:
+        for one in batch:
+            storage.add(identifier, ["ct"], one)
+
+    threads = [threading.Thread(target=work, args=batch) for batch in batches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for k in range(3):
+        contents = storage.current(f"P{k}")
+        assert contents is not None
+        wanted = {
+            one.sop_instance_uid for name, batch in batches if name == f"P{k}" for one in batch
+        }
+        assert set(contents.sources["ct"]) == wanted
+        rows = storage.ledger.instances(contents.case_id)
+        assert len({row.file for row in rows}) == len(rows) == 30
+
+
+def test_a_result_that_is_not_what_was_kept_is_not_given(tmp_path: Path) -> None:
+    with opened(tmp_path) as storage:
+        number = storage.add("P", ["ct"], instances(1)[0])
+        storage.settle(number, complete=True)
+        storage.seal(storage.ledger.case(number))
+        storage.keep_results(number, [(f"1.{k}", "1", "1", b"result") for k in range(3)])
+        rows = storage.undelivered(number, "A")
+        assert storage.result(number, rows[0]) == b"result"
+        outbox = tmp_path / ".dicomnode" / "outbox" / str(number)
+        (outbox / rows[1].file).write_bytes(b"resulT")
+        (outbox / rows[2].file).unlink()
+        for row in rows[1:]:
+            with pytest.raises(DamagedResult, match=row.uid):
+                storage.result(number, row)
+        storage.ledger.deliver(number, "A", [("1.0", 0)])
+        storage.drop_results(number, "damaged")
+        assert storage.undelivered(number, "A") == [] and not outbox.exists()
+        assert storage.ledger.case(number).state is State.FAILED
+        assert storage.ledger.retry(number) is State.READY
+
+
+def test_odd_things_in_the_own_folder_do_not_keep_a_node_from_starting(tmp_path: Path) -> None:
+    with opened(tmp_path) as storage:
+        storage.add("P", ["ct"], instances(1)[0])
+    own = tmp_path / ".dicomnode"
+    (own / "outbox" / "link").symlink_to(tmp_path)
+    for name in ("outbox/zz/sub", "outbox/²", "outbox/7/8", "incoming/folder"):
+        (own / name).mkdir(parents=True)
+    (own / "outbox" / "file").touch()
+    with opened(tmp_path) as storage:
+        assert len(storage.ledger.instances(1)) == 1
+
+
+def test_an_image_that_changed_without_changing_its_size_is_found_before_it_is_used(
+    tmp_path: Path,
+) -> None:
+    first, second = instances(2)
+    with opened(tmp_path) as storage:
+        number = storage.add("P", ["ct"], first)
+        storage.add("P", ["ct"], second)
+        storage.settle(number, complete=True)
+    victim = tmp_path / "P" / "ct" / "Image_CT_1.dcm"
+    data = victim.read_bytes()
+    victim.write_bytes(data[:-20] + b"\xff" * 20)
+    with opened(tmp_path) as storage:
+        storage.verify(storage.ledger.case(number))
+        contents = storage.current("P")
+        assert contents is not None and first.sop_instance_uid in contents.obstacle
+        storage.add("P", ["ct"], first)
+        contents = storage.current("P")
+        assert contents is not None and not contents.obstacle
+        assert victim.read_bytes() == data
+
+
+def test_a_ledger_of_another_version_is_left_alone(tmp_path: Path) -> None:
+    with opened(tmp_path):
+        pass
+    path = tmp_path / ".dicomnode" / "ledger.sqlite"
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(InvalidRootDataDirectory, match="version 99"), opened(tmp_path):
+        pass
+    assert path.exists()
