@@ -1,8 +1,10 @@
 """Sending as a client: answers for each instance, deadlines, peers that misbehave."""
 
+import logging
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ from dicomnode.errors import CouldNotCompleteDIMSEMessage
 from dicomnode.lib import dimse
 from dicomnode.lib.dimse import Address, echo, send
 from dicomnode.testing import StoringNode, address_of, make_series, running_node
+
+CT = {("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.1")}
 
 
 class LatePause:
@@ -69,6 +73,39 @@ def test_a_wrong_called_title_is_reported_as_a_rejection() -> None:
         pytest.raises(CouldNotCompleteDIMSEMessage, match="rejected"),
     ):
         echo(Address("127.0.0.1", store.port, "WRONG"))
+
+
+def test_a_peer_that_is_busy_is_asked_again_until_it_has_time() -> None:
+    rejections = threading.Event()
+    with running_node(StoringNode) as store:
+        assert store._server is not None
+        store._server._ae.maximum_associations = 1
+        first = dimse._associate(address_of(store), "FIRST", dimse._presentation_contexts(CT))
+
+        class Rejections(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                if "rejected" in record.getMessage():
+                    rejections.set()
+
+        store.logger.addHandler(Rejections())
+        with ThreadPoolExecutor() as pool:
+            second = pool.submit(send, address_of(store), make_series(2))
+            assert rejections.wait(10)
+            first.release()
+            assert [one.status for one in second.result()] == [0, 0]
+
+
+def test_a_peer_that_stays_busy_is_reported_as_a_rejection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dimse, "_BUSY_SECONDS", 0.2)
+    with running_node(StoringNode) as store:
+        assert store._server is not None
+        store._server._ae.maximum_associations = 1
+        first = dimse._associate(address_of(store), "FIRST", dimse._presentation_contexts(CT))
+        with pytest.raises(CouldNotCompleteDIMSEMessage, match="limit exceeded"):
+            send(address_of(store), make_series(2))
+        first.release()
 
 
 def test_nobody_there_is_reported_with_the_address() -> None:

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,10 @@ _VERIFICATION = "1.2.840.10008.1.1"
 _MOST_CONTEXTS = 128
 _CONNECT_SECONDS = 10.0
 _ANSWER_SECONDS = 60.0
+# How long to ask again after a transient rejection (PS3.8 9.3.4): a peer that takes only so many
+# associations may still be closing the one before.
+_BUSY_SECONDS = 10.0
+_REJECTED_TRANSIENT = 2
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,35 @@ def _presentation_contexts(pairs: set[tuple[str, str]]) -> list[PresentationCont
 
 
 def _associate(address: Address, ae_title: str, contexts: list[PresentationContext]) -> Association:
+    """An established association; asks again while the peer is too busy to take one."""
+    end, pause = time.monotonic() + _BUSY_SECONDS, 0.05
+    while True:
+        association = _ask_for_association(address, ae_title, contexts)
+        if association.is_established:
+            _keep_answers_for_sender(association)
+            return association
+        answer = association.acceptor.primitive
+        if association.is_rejected:
+            is_busy = answer is not None and answer.result == _REJECTED_TRANSIENT
+            if is_busy and time.monotonic() + pause < end:
+                time.sleep(pause)
+                pause = min(2 * pause, 1.0)
+                continue
+            reason = getattr(answer, "reason_str", "") if answer is not None else ""
+            raise CouldNotCompleteDIMSEMessage(
+                f"{address} rejected the association of {ae_title!r}: {reason or 'no reason given'}"
+            )
+        raise CouldNotCompleteDIMSEMessage(
+            f"{address} accepted none of the presentation contexts"
+            if answer is not None
+            else f"{address} cannot be reached: nobody listens there, or it does not answer"
+        )
+
+
+def _ask_for_association(
+    address: Address, ae_title: str, contexts: list[PresentationContext]
+) -> Association:
+    """One request for an association, whatever comes of it."""
     ae = AE(ae_title=ae_title)
     ae.connection_timeout = _CONNECT_SECONDS
     ae.acse_timeout = _ANSWER_SECONDS
@@ -148,7 +182,7 @@ def _associate(address: Address, ae_title: str, contexts: list[PresentationConte
     ae.network_timeout = _ANSWER_SECONDS
     ae.maximum_pdu_size = 131072
     try:
-        association = ae.associate(
+        return ae.associate(
             address.ip,
             address.port,
             contexts=contexts,
@@ -158,21 +192,6 @@ def _associate(address: Address, ae_title: str, contexts: list[PresentationConte
     except (OSError, ValueError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CouldNotCompleteDIMSEMessage(f"{address} cannot be reached: {reason}") from error
-    if association.is_established:
-        _keep_answers_for_sender(association)
-        return association
-    if association.is_rejected:
-        answer = association.acceptor.primitive
-        reason = getattr(answer, "reason_str", "") if answer is not None else ""
-        raise CouldNotCompleteDIMSEMessage(
-            f"{address} rejected the association of {ae_title!r}: {reason or 'no reason given'}"
-        )
-    accepted_none = association.acceptor.primitive is not None
-    raise CouldNotCompleteDIMSEMessage(
-        f"{address} accepted none of the presentation contexts"
-        if accepted_none
-        else f"{address} cannot be reached: nobody listens there, or it does not answer"
-    )
 
 
 def _keep_answers_for_sender(association: Association) -> None:
