@@ -41,6 +41,10 @@ class CouldNotCompleteDIMSEMessage(DicomnodeError):
     """A peer could not be reached, refused, or did not acknowledge what was sent to it."""
 
 
+class PeerUnreachable(CouldNotCompleteDIMSEMessage):
+    """A peer is not there, or takes no association, whatever would be sent over it."""
+
+
 class OutOfResources(DicomnodeError):
     """The disk is full or a memory limit is reached; nothing was stored."""
 

@@ -765,7 +765,7 @@ def test_a_result_that_cannot_be_read_now_is_kept(
         monkeypatch.setattr(node._storage, "result", failing)
         send_and_check(node, make_series(4))
         wait_for_cases(node, State.FAILED)
-        assert len(list((tmp_path / ".dicomnode" / "outbox").glob("*/*"))) == 4
+        assert len(list((tmp_path / ".dicomnode" / "outbox").glob("*/*.dcm"))) == 4
         broken.clear()
         node.retry(1)
         wait_for_cases(node, State.DONE)

@@ -51,6 +51,19 @@ def instances(count: int, patient_id: str = "P", seed: int = 1) -> list[Instance
     return made
 
 
+def make_ready(storage: Storage, number: int) -> None:
+    identifier = storage.ledger.case(number).identifier
+    contents = storage.current(identifier)
+    assert contents is not None and storage.settle(identifier, contents, complete=True)
+
+
+def claim(storage: Storage, number: int) -> bool:
+    case = storage.ledger.case(number)
+    contents = storage.contents(case) if case.sealed else storage.current(case.identifier)
+    assert contents is not None
+    return storage.seal(case, contents)
+
+
 @pytest.fixture(params=["disk", "memory"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
     with opened(tmp_path / "root" if request.param == "disk" else None) as one:
@@ -87,9 +100,9 @@ def test_a_sealed_case_takes_no_images_and_the_next_one_has_its_own_folder(
 ) -> None:
     first, second = instances(2)
     number = storage.add("P", ["ct"], first)
-    storage.settle(number, complete=True)
-    assert storage.seal(storage.ledger.case(number))
-    assert not storage.seal(storage.ledger.case(number))
+    make_ready(storage, number)
+    assert claim(storage, number)
+    assert not claim(storage, number)
     assert storage.add("P", ["ct"], second) != number
     folders = [case.folder for case in storage.ledger.cases()]
     assert folders == ["P", "P~2"]
@@ -105,18 +118,18 @@ def test_twins_after_escaping_do_not_share_a_folder(storage: Storage) -> None:
 
 def test_results_are_kept_in_order_and_none_is_kept_where_one_fails(storage: Storage) -> None:
     number = storage.add("P", ["ct"], instances(1)[0])
-    storage.settle(number, complete=True)
-    storage.seal(storage.ledger.case(number))
+    make_ready(storage, number)
+    claim(storage, number)
 
     def failing() -> Iterator[tuple[str, str, str, bytes]]:
         yield "1.1", "1", "1", b"one"
         raise RuntimeError("second")
 
     with pytest.raises(RuntimeError):
-        storage.keep_results(number, failing())
+        storage.keep_results(storage.ledger.case(number), failing())
     assert storage.undelivered(number, "A") == []
     results = [(f"1.{k}", "1", "1", b"x" * k) for k in (3, 1, 2)]
-    assert storage.keep_results(number, iter(results)) == 3
+    assert storage.keep_results(storage.ledger.case(number), iter(results)) == 3
     assert [row.uid for row in storage.undelivered(number, "A")] == ["1.3", "1.1", "1.2"]
     storage.ledger.deliver(number, "A", [("1.1", 0)])
     assert [row.uid for row in storage.undelivered(number, "A")] == ["1.3", "1.2"]
@@ -164,7 +177,7 @@ def test_a_damaged_file_blocks_its_case_until_it_is_sent_again(damage: str, tmp_
     with opened(tmp_path) as storage:
         number = storage.add("P", ["ct"], first)
         storage.add("P", ["ct"], second)
-        storage.settle(number, complete=True)
+        make_ready(storage, number)
     victim = tmp_path / "P" / "ct" / "Image_CT_1.dcm"
     data = victim.read_bytes()
     if damage == "deleted":
@@ -191,12 +204,12 @@ def test_a_damaged_file_blocks_its_case_until_it_is_sent_again(damage: str, tmp_
 def test_a_case_that_ends_the_node_three_times_is_failed(tmp_path: Path) -> None:
     with opened(tmp_path) as storage:
         number = storage.add("P", ["ct"], instances(1)[0])
-        storage.settle(number, complete=True)
+        make_ready(storage, number)
     for attempt in (1, 2, 3):
         with opened(tmp_path) as storage:
             case = storage.ledger.case(number)
             assert case.state is State.READY
-            assert storage.seal(case)
+            assert claim(storage, case.id)
             assert storage.ledger.case(number).attempts == attempt
     with opened(tmp_path) as storage:
         case = storage.ledger.case(number)
@@ -208,9 +221,9 @@ def test_a_case_that_ends_the_node_three_times_is_failed(tmp_path: Path) -> None
 def test_files_of_a_case_that_was_done_are_deleted_at_the_next_start(tmp_path: Path) -> None:
     with opened(tmp_path) as storage:
         number = storage.add("P", ["ct"], instances(1)[0])
-        storage.settle(number, complete=True)
-        storage.seal(storage.ledger.case(number))
-        storage.keep_results(number, [("1.1", "1", "1", b"result")])
+        make_ready(storage, number)
+        claim(storage, number)
+        storage.keep_results(storage.ledger.case(number), [("1.1", "1", "1", b"result")])
         storage.ledger.move(number, State.EXPORTING, State.DONE)
     assert list(tmp_path.glob("P/ct/*")) and list(tmp_path.glob(".dicomnode/outbox/*/*"))
     with opened(tmp_path):
@@ -241,8 +254,8 @@ def test_a_rebuild_that_was_interrupted_goes_on(
 ) -> None:
     with opened(tmp_path) as storage:
         first = storage.add("P", ["ct"], instances(1)[0])
-        storage.settle(first, complete=True)
-        storage.seal(storage.ledger.case(first))
+        make_ready(storage, first)
+        claim(storage, first)
         for one in instances(3, seed=2):
             storage.add("P", ["ct"], one)
     for path in (tmp_path / ".dicomnode").glob("ledger.sqlite*"):
@@ -343,9 +356,9 @@ def test_many_threads_add_to_one_case_and_to_many(storage: Storage) -> None:
 def test_a_result_that_is_not_what_was_kept_is_not_given(tmp_path: Path) -> None:
     with opened(tmp_path) as storage:
         number = storage.add("P", ["ct"], instances(1)[0])
-        storage.settle(number, complete=True)
-        storage.seal(storage.ledger.case(number))
-        storage.keep_results(number, [(f"1.{k}", "1", "1", b"result") for k in range(3)])
+        make_ready(storage, number)
+        claim(storage, number)
+        storage.keep_results(storage.ledger.case(number), [(f"1.{k}", "1", "1", b"result") for k in range(3)])
         rows = storage.undelivered(number, "A")
         assert storage.result(number, rows[0]) == b"result"
         outbox = tmp_path / ".dicomnode" / "outbox" / str(number)
@@ -380,7 +393,7 @@ def test_an_image_that_changed_without_changing_its_size_is_found_before_it_is_u
     with opened(tmp_path) as storage:
         number = storage.add("P", ["ct"], first)
         storage.add("P", ["ct"], second)
-        storage.settle(number, complete=True)
+        make_ready(storage, number)
     victim = tmp_path / "P" / "ct" / "Image_CT_1.dcm"
     data = victim.read_bytes()
     victim.write_bytes(data[:-20] + b"\xff" * 20)

@@ -234,14 +234,22 @@ def header_text(header: Header, tag: int) -> str:
 
 
 def identifier_of(header: Header, tag: int) -> str:
-    """The value that groups images into a case, as text; empty where absent or empty."""
+    """The value that groups images into a case, as text; empty where absent or empty.
+
+    Bytes that are not of the character set that the object names stay apart, as `\\xNN`: two
+    patients whose identifiers differ only in such bytes must not become one.
+    """
     element = header_element(header, tag)
     if element is None or element.value is None:
         return ""
     value = element.value
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         value = "\\".join(str(part) for part in value)
-    return str(value).strip(" \0").encode("utf-8", "replace").decode("utf-8")
+    text = str(value)
+    found = header.get(tag)
+    if "\N{REPLACEMENT CHARACTER}" in text and found is not None:
+        text = found[1].decode("ascii", "backslashreplace")
+    return text.strip(" \0").encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def is_uid(text: str) -> bool:

@@ -19,7 +19,7 @@ from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.presentation import PresentationContext, build_context
 
-from dicomnode.errors import CouldNotCompleteDIMSEMessage
+from dicomnode.errors import CouldNotCompleteDIMSEMessage, PeerUnreachable
 from dicomnode.lib.dicom import printable
 
 # Tells a peer that it speaks with this package.
@@ -96,8 +96,8 @@ def send(
 
     `on_response` is called after each answer, also before an error that ends the association.
 
-    Raises CouldNotCompleteDIMSEMessage where the peer cannot be reached, accepts no presentation
-    context at all, or stops answering. A status that refuses one instance is no exception: look at
+    Raises PeerUnreachable where the peer cannot be reached or rejects the association, and
+    CouldNotCompleteDIMSEMessage where it accepts no presentation context at all, or stops answering. A status that refuses one instance is no exception: look at
     `Response.is_stored`. An instance for which no context was accepted has status 0x0122.
     """
     batch = list(datasets)
@@ -116,8 +116,12 @@ def send(
             responses.append(response)
             if on_response is not None:
                 on_response(response)
-    finally:
-        _leave(association)
+    except BaseException:
+        # A release would wait for the answer of a peer that may not give one.
+        if association.is_established:
+            association.abort()
+        raise
+    _leave(association)
     return responses
 
 
@@ -149,7 +153,7 @@ def _associate(address: Address, ae_title: str, contexts: list[PresentationConte
     """An established association; asks again while the peer is too busy to take one."""
     end, pause = time.monotonic() + _BUSY_SECONDS, 0.05
     while True:
-        association = _ask_for_association(address, ae_title, contexts)
+        association, is_connected = _ask_for_association(address, ae_title, contexts)
         if association.is_established:
             _keep_answers_for_sender(association)
             return association
@@ -161,37 +165,48 @@ def _associate(address: Address, ae_title: str, contexts: list[PresentationConte
                 pause = min(2 * pause, 1.0)
                 continue
             reason = getattr(answer, "reason_str", "") if answer is not None else ""
-            raise CouldNotCompleteDIMSEMessage(
+            raise PeerUnreachable(
                 f"{address} rejected the association of {ae_title!r}: {reason or 'no reason given'}"
+            )
+        if not is_connected:
+            raise PeerUnreachable(
+                f"{address} cannot be reached: nobody listens there, or it does not answer"
             )
         raise CouldNotCompleteDIMSEMessage(
             f"{address} accepted none of the presentation contexts"
             if answer is not None
-            else f"{address} cannot be reached: nobody listens there, or it does not answer"
+            else f"{address} did not answer the request for an association"
         )
 
 
 def _ask_for_association(
     address: Address, ae_title: str, contexts: list[PresentationContext]
-) -> Association:
-    """One request for an association, whatever comes of it."""
+) -> tuple[Association, bool]:
+    """One request for an association, whatever comes of it; and whether there was a connection."""
     ae = AE(ae_title=ae_title)
     ae.connection_timeout = _CONNECT_SECONDS
     ae.acse_timeout = _ANSWER_SECONDS
     ae.dimse_timeout = _ANSWER_SECONDS
     ae.network_timeout = _ANSWER_SECONDS
     ae.maximum_pdu_size = 131072
+    connections = []
+
+    def on_open(event: Any) -> None:
+        connections.append(event)
+        _tune_socket(event)
+
     try:
-        return ae.associate(
+        association = ae.associate(
             address.ip,
             address.port,
             contexts=contexts,
             ae_title=address.ae_title,
-            evt_handlers=[(evt.EVT_CONN_OPEN, _tune_socket)],
+            evt_handlers=[(evt.EVT_CONN_OPEN, on_open)],
         )
     except (OSError, ValueError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CouldNotCompleteDIMSEMessage(f"{address} cannot be reached: {reason}") from error
+        raise PeerUnreachable(f"{address} cannot be reached: {reason}") from error
+    return association, bool(connections)
 
 
 def _keep_answers_for_sender(association: Association) -> None:

@@ -9,7 +9,8 @@ import logging
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +92,11 @@ class _SharedContexts(list[PresentationContext]):
 
 @dataclass(eq=False)
 class _Visit:
-    """One association: which identifiers it touched, and whether it is over."""
+    """One connection: which identifiers it touched, and whether it is over."""
+
+    is_accepted: bool = False
+    #: Bytes that came since the last whole image.
+    arriving: int = 0
 
     touched: dict[str, None] = field(default_factory=dict)
     stored: int = 0
@@ -110,6 +115,8 @@ class Reception:
     supported_contexts: Sequence[PresentationContext]
     require_called_aet: bool
     require_calling_aet: Sequence[str]
+    #: Most bytes of images that are arriving, over all connections.
+    most_bytes: int
     #: The user's filter, None where it was not overridden; gets a lazy dataset.
     accept: Callable[[Dataset], bool] | None
     #: Called after an association, with the identifiers that it touched.
@@ -125,6 +132,10 @@ class AssociationServer:
         self._logger = logger
         self._visits: dict[Association, _Visit] = {}
         self._lock = threading.Lock()
+        # The threads that store an image or end an association, and how deep they are in it.
+        self._busy: Counter[int] = Counter()
+        self._idle = threading.Condition(self._lock)
+        self._arriving = 0
         self._ae = AE(ae_title=reception.ae_title)
         self._ae.require_called_aet = reception.require_called_aet
         self._ae.require_calling_aet = list(reception.require_calling_aet)
@@ -144,7 +155,7 @@ class AssociationServer:
                     (evt.EVT_C_STORE, self._on_store),
                     (evt.EVT_C_ECHO, self._on_echo),
                     (evt.EVT_CONN_OPEN, self._on_open),
-                    (evt.EVT_DATA_RECV, _acknowledge_quickly),
+                    (evt.EVT_DATA_RECV, self._on_data),
                     (evt.EVT_ACCEPTED, self._on_accepted),
                     (evt.EVT_REJECTED, self._on_rejected),
                     (evt.EVT_ABORTED, self._on_aborted),
@@ -168,18 +179,38 @@ class AssociationServer:
             contexts.append(build_context(_VERIFICATION))
         return contexts
 
-    def close(self) -> None:
-        """Stop to listen, and end the associations that are open."""
+    def close(self, seconds: float) -> None:
+        """Stop to listen, end the associations that are open, and wait until all are dealt with."""
         if self._server is None:
             return
         self._ae.shutdown()
         self._server = None
         for association in list(self._visits):
             self._end(association)
+        own = threading.get_ident()
+        with self._idle:
+            self._idle.wait_for(lambda: not any(k != own for k in self._busy), seconds)
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        """What `close` waits for."""
+        thread = threading.get_ident()
+        with self._lock:
+            self._busy[thread] += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._busy[thread] -= 1
+                if not self._busy[thread]:
+                    del self._busy[thread]
+                    self._idle.notify_all()
 
     # Events
 
     def _on_open(self, event: Any) -> None:
+        with self._lock:
+            self._visits[event.assoc] = _Visit()
         with contextlib.suppress(OSError):
             event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -187,9 +218,44 @@ class AssociationServer:
         self._logger.info("C-ECHO from %s", _peer(event.assoc))
         return _SUCCESS
 
+    def _on_data(self, event: Any) -> None:
+        """A sender with Nagle's algorithm waits for our TCP acknowledgement; do not delay it 40 ms.
+
+        What arrives is held until the image is whole. One that never ends must not take the memory
+        of all.
+        """
+        client = event.assoc.dul.socket.socket
+        size = len(event.data)
+        with self._lock:
+            visit = self._visits.get(event.assoc)
+            if visit is not None:
+                visit.arriving += size
+                self._arriving += size
+            too_much = self._arriving > self._reception.most_bytes
+        with contextlib.suppress(OSError, AttributeError):
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        if too_much and visit is not None:
+            self._logger.error(
+                "association with %s is cut off: %d bytes of images are arriving at once, "
+                "memory_limit is %d",
+                _peer(event.assoc),
+                self._arriving,
+                self._reception.most_bytes,
+            )
+            with contextlib.suppress(OSError, AttributeError):
+                client.shutdown(socket.SHUT_RDWR)
+
+    def _arrived(self, visit: _Visit) -> None:
+        """An image is whole, or its connection is over."""
+        with self._lock:
+            self._arriving -= visit.arriving
+            visit.arriving = 0
+
     def _on_accepted(self, event: Any) -> None:
         with self._lock:
-            self._visits[event.assoc] = _Visit()
+            visit = self._visits.get(event.assoc)
+            if visit is not None:
+                visit.is_accepted = True
         self._logger.info("association with %s opened", _peer(event.assoc))
 
     def _on_rejected(self, event: Any) -> None:
@@ -206,10 +272,17 @@ class AssociationServer:
         self._end(event.assoc)
 
     def _end(self, association: Association) -> None:
-        with self._lock:
-            visit = self._visits.pop(association, None)
-        if visit is None:
-            return
+        with self._working():
+            with self._lock:
+                visit = self._visits.pop(association, None)
+            if visit is not None:
+                self._arrived(visit)
+                # An image that was cut off would stay until the collector of cycles comes by.
+                association.dimse.message = None
+                if visit.is_accepted:
+                    self._leave(association, visit)
+
+    def _leave(self, association: Association, visit: _Visit) -> None:
         with visit.lock:
             visit.over = True
             touched = list(visit.touched)
@@ -225,6 +298,11 @@ class AssociationServer:
         with self._lock:
             # Without a visit the connection has closed while this image was on its way.
             visit = self._visits.get(event.assoc) or _Visit(over=True)
+        self._arrived(visit)
+        with self._working():
+            return self._answered(event, visit)
+
+    def _answered(self, event: Any, visit: _Visit) -> Dataset:
         try:
             status, comment, identifier = self._store(event)
         except OutOfResources as error:
@@ -336,12 +414,6 @@ def _peer(association: Association) -> str:
     requestor = association.requestor
     title = str(requestor.ae_title or "").strip()
     return f"{title!r} at {requestor.address}:{requestor.port}"
-
-
-def _acknowledge_quickly(event: Any) -> None:
-    """A sender with Nagle's algorithm waits for our TCP acknowledgement; do not delay it 40 ms."""
-    with contextlib.suppress(OSError, AttributeError):
-        event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
 
 def _why_not(ip: str, port: int, error: OSError | OverflowError) -> str:

@@ -1,5 +1,6 @@
 """The node: one class that a user subclasses, declares and opens."""
 
+import atexit
 import contextlib
 import logging
 import os
@@ -30,6 +31,8 @@ from dicomnode.storage.store import Storage
 
 _DATE_FORMAT = "%Y/%m/%d %H:%M:%S"
 _STOP_SECONDS = 30.0
+# How often a blocking node looks whether a signal came.
+_LOOK_SECONDS = 0.2
 _AE_TITLE = re.compile(r"[ -\[\]-~]{1,16}")
 
 
@@ -70,7 +73,8 @@ class AbstractPipeline:
     patient_identifier_tag: TagType = 0x00100020
     #: Where images rest until they are done with; None keeps them in memory, lost at the end.
     root_data_directory: str | os.PathLike[str] | None = None
-    #: In memory, at most so many bytes; None is half of what the machine has.
+    #: At most so many bytes of images in memory, and of images that are arriving; None is half of
+    #: what the machine has.
     memory_limit: int | None = None
     #: How many cases are processed at once; 0 only receives.
     workers: int = 1
@@ -99,6 +103,7 @@ class AbstractPipeline:
         self._handler: logging.Handler | None = None
         self._state = threading.RLock()
         self._closed = threading.Event()
+        self._is_told_to_stop = False
         self._storage: Storage | None = None
         self._runner: Runner | None = None
         self._server: AssociationServer | None = None
@@ -179,6 +184,7 @@ class AbstractPipeline:
                 if self._server is not None:
                     raise IncorrectlyConfigured(f"{type(self).__name__} is open already")
                 self._closed.clear()
+                self._is_told_to_stop = False
                 self._check_settings()
                 self._open_log()
                 try:
@@ -189,7 +195,9 @@ class AbstractPipeline:
             if blocking:
                 try:
                     with contextlib.suppress(KeyboardInterrupt):
-                        self._closed.wait()
+                        # The handler of a signal may not touch a lock, so it sets a flag only.
+                        while not (self._is_told_to_stop or self._closed.wait(_LOOK_SECONDS)):
+                            pass
                 finally:
                     self.close()
 
@@ -203,7 +211,7 @@ class AbstractPipeline:
         def stop(*_: object) -> None:
             if self._server is None:
                 raise SystemExit(0)
-            self._closed.set()
+            self._is_told_to_stop = True
 
         previous = signal.signal(signal.SIGTERM, stop)
         try:
@@ -212,16 +220,19 @@ class AbstractPipeline:
             signal.signal(signal.SIGTERM, previous)
 
     def _open(self) -> None:
+        limit = _half_of_memory() if self.memory_limit is None else self.memory_limit
         storage = Storage(
             None if self.root_data_directory is None else Path(self.root_data_directory),
             self.input,
             self._identifier_tag,
-            _half_of_memory() if self.memory_limit is None else self.memory_limit,
+            limit,
             self.logger,
         )
         storage.open()
         self._storage = storage
         self.post_init()
+        if self._storage is not storage:
+            raise IncorrectlyConfigured(f"post_init() of {type(self).__name__} closed the node")
         self._check_settings()
         if self.input and type(self).process is AbstractPipeline.process:
             self.logger.warning("%s does not define process()", type(self).__name__)
@@ -236,6 +247,7 @@ class AbstractPipeline:
                 require_called_aet=self.require_called_aet,
                 require_calling_aet=self.require_calling_aet,
                 accept=None if type(self).filter is AbstractPipeline.filter else self.filter,
+                most_bytes=limit,
                 on_end=runner.check,
             ),
             storage,
@@ -246,6 +258,8 @@ class AbstractPipeline:
         self._runner = runner
         runner.check(storage.open_identifiers())
         runner.start()
+        # A program that ends without close() does not leave a step half done.
+        atexit.register(self.close)
         self.logger.info("%s listens on %s:%d", self.ae_title, self.ip, self.port)
 
     def close(self) -> None:
@@ -262,6 +276,7 @@ class AbstractPipeline:
             return
         with self._state:
             self._close()
+        atexit.unregister(self.close)
         self._closed.set()
 
     def cases(self) -> list[Case]:
@@ -288,12 +303,14 @@ class AbstractPipeline:
 
     def _close(self) -> None:
         if self._server is not None:
-            self._server.close()
+            self._server.close(_STOP_SECONDS)
             self._server = None
         runner, storage = self._runner, self._storage
         self._runner = self._storage = None
         if storage is not None:
             drain = self.root_data_directory is None and self.workers > 0
+            # If it is killed before its step has ended, that is not the case's fault.
+            storage.ledger.excuse()
             if runner is None or runner.stop(drain, _STOP_SECONDS):
                 storage.close()
             else:
@@ -302,7 +319,6 @@ class AbstractPipeline:
                     "a case is still being processed; unless it ends before the program does, it %s",
                     after,
                 )
-                storage.ledger.excuse()
                 threading.Thread(
                     target=_close_later,
                     args=(runner, storage, drain),

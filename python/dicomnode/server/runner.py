@@ -11,7 +11,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from dicomnode.errors import (
     IncorrectlyConfigured,
     InvalidDataset,
     OutOfResources,
+    PeerUnreachable,
 )
 from dicomnode.lib.dicom import encode, printable, read
 from dicomnode.lib.dimse import Address, Response, send
@@ -36,6 +36,10 @@ from dicomnode.storage.store import Contents, DamagedResult, Storage
 _LOOK_SECONDS = 1.0
 # How many cases are exported at once, so that an endpoint that hangs does not hold up the others.
 _EXPORTERS = 16
+
+
+class _Stopping(Exception):
+    """The node stops between two results of an export."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,11 @@ class Runner:
         self._draining = False
         self._unrecorded: dict[int, str] = {}
         self._recording = threading.Lock()
+        self._unchecked: set[str] = set()
         self._exporting: set[int] = set()
+        # How many cases are being processed, and whether one of them has to be alone.
+        self._processing = 0
+        self._alone = False
         # One association for each endpoint at a time: many peers take no more.
         self._locks = {endpoint: threading.Lock() for endpoint in work.endpoints}
         self._outages: dict[Address, tuple[float, str]] = {}
@@ -108,7 +116,9 @@ class Runner:
             try:
                 self._check(identifier)
             except OutOfResources as error:
-                self._logger.error("a case cannot be made ready: %s", error)
+                self._logger.error("a case cannot be made ready now: %s", error)
+                with self._wake:
+                    self._unchecked.add(identifier)
         self.wake()
 
     def wake(self) -> None:
@@ -141,7 +151,7 @@ class Runner:
         seen = changes = -1
         while True:
             with self._wake:
-                while seen == self._generation and not self._stopping and not self._unrecorded:
+                while seen == self._generation and not self._stopping and not self._postponed():
                     now = self._changes()
                     if now != changes:
                         changes = now
@@ -163,8 +173,12 @@ class Runner:
                 elif self._stopping:
                     # Another thread still works and may bring more.
                     self._wake.wait(0.05)
-                elif self._unrecorded or seen < 0:
+                elif self._postponed() or seen < 0:
                     self._wake.wait(_LOOK_SECONDS)
+
+    def _postponed(self) -> bool:
+        """Whether something waits for the disk to have room again."""
+        return bool(self._unrecorded or self._unchecked)
 
     def _changes(self) -> int:
         try:
@@ -175,17 +189,34 @@ class Runner:
     # RECEIVING -> READY
 
     def _check(self, identifier: str) -> None:
-        with self._storage.holding(identifier):
-            contents = self._storage.current(identifier)
-            if contents is None:
+        """Look whether a case is complete; again, where images came in meanwhile."""
+        while (contents := self._storage.current(identifier)) is not None:
+            looked = self._look(contents)
+            if looked is None:
                 return
-            with self._blaming(contents.case_id):
-                waiting = _waiting_for(contents, self._inputs(contents))
-                self._storage.settle(contents.case_id, complete=not waiting)
+            _, waiting = looked
+            repeated = None if waiting else self._storage.park(identifier, contents)
+            if repeated is not None:
+                self._logger.error(
+                    "case %d repeats case %d, whose sender had not got all answers, and is not "
+                    "processed; retry it if it should be",
+                    contents.case_id,
+                    repeated,
+                )
+                return
+            if self._storage.settle(identifier, contents, complete=not waiting):
                 if waiting:
                     self._logger.info("case %d waits: %s", contents.case_id, waiting)
                 else:
                     self._logger.info("case %d is ready", contents.case_id)
+                return
+
+    def _look(self, contents: Contents) -> tuple[dict[str, AbstractInput], str] | None:
+        """The inputs of a case and what they wait for; None where looking failed."""
+        with self._blaming(contents.case_id):
+            inputs = self._inputs(contents)
+            return inputs, _waiting_for(contents, inputs)
+        return None
 
     def _inputs(self, contents: Contents) -> dict[str, AbstractInput]:
         return {
@@ -196,37 +227,71 @@ class Runner:
 
     def _process_next(self) -> bool:
         self._record_failures()
+        self._check_again()
         for case_id in self._storage.ledger.queue(State.READY):
             if case_id in self._unrecorded:
                 continue
             case = self._storage.ledger.case(case_id)
-            inputs = self._claim(case)
-            if inputs is not None:
-                self._process(case, inputs)
-                return True
+            if case.state is not State.READY:
+                continue
+            if not self._begin(case):
+                return False
+            try:
+                inputs = self._claim(case)
+                if inputs is not None:
+                    self._process(case, inputs)
+                    return True
+            finally:
+                self._end()
         return False
+
+    def _check_again(self) -> None:
+        with self._wake:
+            identifiers, self._unchecked = self._unchecked, set()
+        if identifiers:
+            self.check(identifiers)
+
+    def _begin(self, case: Case) -> bool:
+        """Whether a case may be processed now.
+
+        One that was being processed when the node died runs alone, so that if it is what ends the
+        node, no other case gets the blame.
+        """
+        with self._wake:
+            if self._alone or (case.attempts and self._processing):
+                return False
+            self._processing += 1
+            self._alone = case.attempts > 0
+            return True
+
+    def _end(self) -> None:
+        with self._wake:
+            self._processing -= 1
+            self._alone = False
+            self._notify()
 
     def _claim(self, case: Case) -> dict[str, AbstractInput] | None:
         """The inputs of a case that is now ours; None where it is not to be processed now.
 
         The inputs validate again: what is claimed is what was validated, whatever came in between.
         """
-        with self._storage.holding(case.identifier), self._blaming(case.id):
-            self._storage.verify(case)
-            contents = (
-                self._storage.contents(case)
-                if case.sealed
-                else self._storage.current(case.identifier)
-            )
-            if contents is None or contents.case_id != case.id:
-                return None
-            inputs = self._inputs(contents)
-            waiting = _waiting_for(contents, inputs)
-            if not waiting:
-                return inputs if self._storage.seal(case) else None
-            if case.sealed:
-                raise InvalidDataset(f"this case is not complete, and takes no images: {waiting}")
-            self._storage.settle(case.id, complete=False)
+        self._storage.verify(case)
+        contents = (
+            self._storage.contents(case) if case.sealed else self._storage.current(case.identifier)
+        )
+        if contents is None or contents.case_id != case.id:
+            return None
+        looked = self._look(contents)
+        if looked is None:
+            return None
+        inputs, waiting = looked
+        if not waiting:
+            return inputs if self._storage.seal(case, contents) else None
+        if not case.sealed:
+            self._storage.settle(case.identifier, contents, complete=False)
+            return None
+        with self._blaming(case.id):
+            raise InvalidDataset(f"this case is not complete, and takes no images: {waiting}")
         return None
 
     def _process(self, case: Case, inputs: Mapping[str, AbstractInput]) -> None:
@@ -236,7 +301,7 @@ class Runner:
             ground = time.perf_counter()
             self._logger.info("case %d ground in %.3f s", case.id, ground - start)
             results = self._work.process(data)
-            count = self._storage.keep_results(case.id, _encoded(results))
+            count = self._storage.keep_results(case, _encoded(results))
             self._logger.info(
                 "case %d processed in %.3f s: %d results",
                 case.id,
@@ -278,8 +343,10 @@ class Runner:
                 "start the node again and retry this case; or return nothing"
             )
         try:
-            with ThreadPoolExecutor(max_workers=max(1, len(endpoints))) as pool:
-                problems = list(filter(None, pool.map(partial(self._deliver, case), endpoints)))
+            problems = list(filter(None, _at_once(partial(self._deliver, case), endpoints)))
+        except _Stopping:
+            # What is not acknowledged goes out after the next start.
+            return
         except DamagedResult as error:
             reason = f"{error}; a retry makes all results again from the images, under new UIDs"
             self._logger.error("case %d FAILED and is kept: %s", case.id, reason)
@@ -301,8 +368,10 @@ class Runner:
                 return problem
             try:
                 return self._send(case, endpoint, key)
-            except CouldNotCompleteDIMSEMessage as error:
+            except PeerUnreachable as error:
                 self._outages[endpoint] = (time.monotonic(), str(error))
+                return str(error)
+            except CouldNotCompleteDIMSEMessage as error:
                 return str(error)
 
     def _send(self, case: Case, endpoint: Address, key: str) -> str:
@@ -325,6 +394,8 @@ class Runner:
             if len(acknowledged) >= 32:
                 self._storage.ledger.deliver(case.id, key, acknowledged)
                 acknowledged.clear()
+            if self._stopping and not self._draining:
+                raise _Stopping
 
         try:
             responses = send(
@@ -367,6 +438,9 @@ class Runner:
             if in_main_thread and isinstance(error, KeyboardInterrupt | SystemExit):
                 # Ctrl-C or SIGTERM while the node opens: not the case's fault.
                 raise
+            if isinstance(error, RuntimeError) and "shutdown" in str(error):
+                self._logger.warning("case %d: the program ends, it goes on after a start", case_id)
+                return
             self._logger.error(
                 "case %d FAILED and is kept: %s: %s",
                 case_id,
@@ -388,6 +462,33 @@ class Runner:
                     self._logger.critical("case %d cannot be marked FAILED: %s", case_id, error)
                     return
                 self._unrecorded.pop(case_id, None)
+
+
+def _at_once(job: Callable[[Address], str], endpoints: Sequence[Address]) -> list[str]:
+    """What `job` gives for each endpoint, all at the same time; raises what one of them raised.
+
+    In daemon threads, which do not keep a program from ending, as those of a pool would.
+    """
+    results: dict[Address, str] = {}
+    errors: list[BaseException] = []
+
+    def run(endpoint: Address) -> None:
+        try:
+            results[endpoint] = job(endpoint)
+        except BaseException as error:  # noqa: BLE001  (raised again below, in the exporter)
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(one,), daemon=True) for one in endpoints[1:]]
+    for thread in threads:
+        thread.start()
+    for endpoint in endpoints[:1]:
+        run(endpoint)
+    for thread in threads:
+        thread.join()
+    if errors:
+        # What is wrong with the case counts more than that the node stops.
+        raise min(errors, key=lambda error: isinstance(error, _Stopping))
+    return [results[endpoint] for endpoint in endpoints]
 
 
 def _waiting_for(contents: Contents, inputs: Mapping[str, AbstractInput]) -> str:

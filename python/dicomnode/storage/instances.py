@@ -7,6 +7,7 @@ under another name, flushed, linked to its place, and the folder is flushed; the
 
 import errno
 import os
+import secrets
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
@@ -60,17 +61,13 @@ class FileInstances:
     def __init__(self, root: Path, incoming: Path) -> None:
         self._root = root
         self._incoming = incoming
-        self._counter = 0
-        self._lock = threading.Lock()
 
     def stage(self, chunks: Iterable[Buffer]) -> Staged:
-        with self._lock:
-            self._counter += 1
-            path = self._incoming / f"{os.getpid()}-{self._counter}.part"
+        path = self._incoming / f"{secrets.token_hex(16)}.part"
         parts = list(chunks)
         size = sum(len(part) for part in parts)
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 for part in parts:
                     _write_all(descriptor, part)
@@ -87,7 +84,7 @@ class FileInstances:
             raise ValueError("these bytes were staged in memory")
         directory = self._root / folder
         try:
-            self._make_folder(directory)
+            make_folder(directory)
             for name in names:
                 try:
                     os.link(staged.path, directory / name)
@@ -98,13 +95,6 @@ class FileInstances:
         except OSError as error:
             raise _out_of_resources(error) from error
         raise ValueError("no name is free")
-
-    def _make_folder(self, directory: Path) -> None:
-        if directory.is_dir():
-            return
-        self._make_folder(directory.parent)
-        directory.mkdir(mode=0o700, exist_ok=True)
-        flush_folder(directory.parent)
 
     def discard(self, staged: Staged) -> None:
         if staged.path is not None:
@@ -196,6 +186,15 @@ class MemoryInstances:
                 data = self._kept.pop((folder, name), None)
                 if data is not None:
                     self._release(data)
+
+
+def make_folder(directory: Path) -> None:
+    """Make a folder and those above it that are missing, durably."""
+    if directory.is_dir():
+        return
+    make_folder(directory.parent)
+    directory.mkdir(mode=0o700, exist_ok=True)
+    flush_folder(directory.parent)
 
 
 def flush_folder(directory: Path) -> None:

@@ -5,10 +5,13 @@ import itertools
 from pathlib import Path
 
 from dicomnode.lib.dicom import safe_name
-from dicomnode.storage.instances import Buffer
+from dicomnode.storage.instances import Buffer, flush_folder, make_folder
 
 #: The node's own folder: ledger, outbox, incoming and damaged files. No identifier has this name.
 OWN = ".dicomnode"
+
+#: In a folder of results: the folder of the case that they are of.
+OWNER = "case"
 
 
 def input_folder(case_folder: str, input_name: str) -> str:
@@ -21,16 +24,20 @@ def outbox_folder(case_id: int) -> str:
     return f"{OWN}/outbox/{case_id}"
 
 
-def set_aside(root: Path, relative: str) -> None:
-    """Move a file to the folder of damaged files; never over another one."""
+def set_aside(root: Path, relative: Path) -> None:
+    """Move a file to the folder of damaged files; never over another one.
+
+    Raises OSError where that cannot be done; then the file is where it was.
+    """
     if not (root / relative).exists():
         return
     target = root / OWN / "damaged" / relative
     for number in itertools.count(1):
         candidate = target if number == 1 else target.with_name(f"{target.name}~{number}")
         if not candidate.exists():
-            candidate.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_folder(candidate.parent)
             (root / relative).rename(candidate)
+            flush_folder(candidate.parent)
             return
 
 
@@ -39,9 +46,14 @@ def digest_of(dataset: Buffer) -> bytes:
     return hashlib.sha256(dataset).digest()
 
 
-def digest_of_file(part10: bytes) -> bytes:
-    """The digest of the dataset in a file of ours; empty (unknown) for any other form."""
-    if part10[128:132] != b"DICM" or part10[132:140] != b"\x02\x00\x00\x00UL\x04\x00":
-        return b""
-    meta_length = int.from_bytes(part10[140:144], "little")
-    return digest_of(memoryview(part10)[144 + meta_length :])
+def digest_of_file(path: str | Path) -> bytes:
+    """The digest of the dataset in a file of ours; empty (unknown) for any other form.
+
+    Raises OSError.
+    """
+    with Path(path).open("rb") as file:
+        start = file.read(144)
+        if start[128:132] != b"DICM" or start[132:140] != b"\x02\x00\x00\x00UL\x04\x00":
+            return b""
+        file.seek(144 + int.from_bytes(start[140:144], "little"))
+        return hashlib.file_digest(file, "sha256").digest()

@@ -76,6 +76,8 @@ class ResultRow:
 
 # Of the tables in ledger.sql; a ledger of another version is left alone.
 _VERSION = 1
+# A sender tries again within hours; the same images after that are a wish to process them again.
+_REPEAT_SECONDS = 24 * 3600.0
 _CASE = "id, identifier, folder, state, sealed, attempts, error, created, changed"
 
 
@@ -165,6 +167,43 @@ class Ledger:
             )
             row = db.execute(f"SELECT {_CASE} FROM cases WHERE id = last_insert_rowid()").fetchone()
         return _case(row)
+
+    def park(self, case_id: int, error: str) -> None:
+        """RECEIVING -> FAILED, and sealed: it takes no more images and waits for a retry."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE cases SET state = ?, sealed = 1, error = ?, changed = ? "
+                "WHERE id = ? AND state = ?",
+                (State.FAILED.value, error, time.time(), case_id, State.RECEIVING.value),
+            )
+
+    def interrupt(self, case_id: int) -> None:
+        """Remember what an open case holds, since its sender may send that again."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO interrupted (case_id, input, uid, digest) "
+                "SELECT case_id, input, uid, digest FROM instances "
+                "WHERE case_id = ? AND NOT damaged AND length(digest) > 0",
+                (case_id,),
+            )
+
+    def repeated(self, case_id: int) -> int | None:
+        """The earlier case of the same identifier that held all that this one holds.
+
+        Only one that was interrupted, and changed within the last `_REPEAT_SECONDS`.
+        """
+        with self._lock:
+            row = self._db.execute(
+                "SELECT old.id FROM cases AS new JOIN cases AS old "
+                "ON old.identifier = new.identifier AND old.id < new.id AND old.sealed "
+                "AND new.created < old.changed + ? "
+                "WHERE new.id = ? AND NOT EXISTS ("
+                "SELECT 1 FROM instances AS i WHERE i.case_id = new.id AND NOT EXISTS ("
+                "SELECT 1 FROM interrupted AS o WHERE o.case_id = old.id AND o.input = i.input "
+                "AND o.uid = i.uid AND o.digest = i.digest)) ORDER BY old.id DESC LIMIT 1",
+                (_REPEAT_SECONDS, case_id),
+            ).fetchone()
+        return None if row is None else int(row[0])
 
     def excuse(self) -> None:
         """Take back the attempts that are under way: the node is stopped, it did not die."""
@@ -278,7 +317,11 @@ class Ledger:
                 "ORDER BY id DESC LIMIT -1 OFFSET ?",
                 (State.DONE.value, keep),
             ).fetchall()
-            for table, column in (("deliveries", "case_id"), ("cases", "id")):
+            for table, column in (
+                ("deliveries", "case_id"),
+                ("interrupted", "case_id"),
+                ("cases", "id"),
+            ):
                 db.executemany(f"DELETE FROM {table} WHERE {column} = ?", old)
 
     # Instances

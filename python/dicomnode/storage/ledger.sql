@@ -49,3 +49,13 @@ CREATE TABLE IF NOT EXISTS deliveries (
     status   INTEGER NOT NULL,
     PRIMARY KEY (case_id, endpoint, uid)
 ) WITHOUT ROWID;
+
+-- One row for each image of a case that took images when the node ended. Its sender may not have got
+-- the last answers, and then sends all of it again.
+CREATE TABLE IF NOT EXISTS interrupted (
+    case_id INTEGER NOT NULL REFERENCES cases (id),
+    input   TEXT    NOT NULL,
+    uid     TEXT    NOT NULL,
+    digest  BLOB    NOT NULL,
+    PRIMARY KEY (case_id, input, uid)
+) WITHOUT ROWID;

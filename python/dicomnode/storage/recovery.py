@@ -15,6 +15,7 @@ from dicomnode.lib.dicom import header_text, identifier_of, safe_name, scan
 from dicomnode.storage.instances import Instances
 from dicomnode.storage.layout import (
     OWN,
+    OWNER,
     digest_of_file,
     input_folder,
     outbox_folder,
@@ -33,6 +34,13 @@ class OpenCase:
     folder: str
     rows: dict[str, dict[str, InstanceRow]] = field(default_factory=dict)
     suffixes: dict[tuple[str, str], int] = field(default_factory=dict)
+    #: Counts the changes of `rows`.
+    generation: int = 0
+
+    def put(self, row: InstanceRow) -> None:
+        """Add or change one row."""
+        self.rows.setdefault(row.input, {})[row.uid] = row
+        self.generation += 1
 
 
 class Recovery:
@@ -46,8 +54,11 @@ class Recovery:
         input_names: Iterable[str],
         identifier_tag: int,
         logger: logging.Logger,
+        unfinished: Iterable[str] = (),
     ) -> None:
         self._root = root
+        # Folders of cases whose results were on their way when the ledger was lost.
+        self._unfinished = frozenset(unfinished)
         self._ledger = ledger
         self._instances = instances
         self._input_names = tuple(input_names)
@@ -76,6 +87,8 @@ class Recovery:
             self._check_files(case)
         self._drop_stale_outbox()
         self._adopt_orphans()
+        for open_case in self.open_cases.values():
+            self._ledger.interrupt(open_case.id)
 
     def _recover_processing(self, case: Case) -> None:
         if case.attempts >= _ATTEMPTS:
@@ -149,41 +162,49 @@ class Recovery:
                     "a file %r belongs to no input of this pipeline, left alone", relative.name
                 )
                 continue
-            self._adopt(relative, by_folder[input_folder])
+            try:
+                self._adopt(relative, by_folder[input_folder])
+            except (OSError, MemoryError) as error:
+                # It is looked at again at the next start.
+                self._logger.error(
+                    "file %r can be neither read nor set aside: %s", file, type(error).__name__
+                )
 
     def _adopt(self, relative: Path, input_name: str) -> None:
         """Take a file that the ledger does not know: complete, but the node ended before its row."""
         path = self._root / relative
         folder, _, file = relative.parts
+        trouble = ""
         try:
-            data = path.read_bytes()
-            header = scan(data)
+            str(relative).encode()
+            header = scan(str(path))
             identifier = identifier_of(header, self._identifier_tag)
             uid = header_text(header, 0x00080018)
+            if not identifier or not uid:
+                trouble = "it has no identifier or no SOPInstanceUID"
+        except UnicodeEncodeError:
+            trouble = "its name is no UTF-8"
         except (InvalidDicom, OSError) as error:
-            self._logger.error("file %r cannot be read (%s), set aside", relative.name, error)
-            set_aside(self._root, str(relative))
-            return
-        if not identifier or not uid:
-            self._logger.error(
-                "file %r has no identifier or no SOPInstanceUID, set aside", relative.name
-            )
-            set_aside(self._root, str(relative))
+            trouble = f"it cannot be read: {error}"
+        if trouble:
+            self._set_aside(relative, trouble)
             return
         case = self._case_of_folder(identifier, folder)
         if case is None:
-            self._logger.error("file %r is in the folder of another identifier, set aside", file)
-            set_aside(self._root, str(relative))
+            self._set_aside(relative, "it is in the folder of another identifier")
             return
-        known = case.rows.setdefault(input_name, {}).get(uid)
+        known = case.rows.get(input_name, {}).get(uid)
         if known is not None and not known.damaged:
-            self._logger.error("file %r repeats an instance of case %d, set aside", file, case.id)
-            set_aside(self._root, str(relative))
+            self._set_aside(relative, f"it repeats an instance of case {case.id}")
             return
-        adopted = InstanceRow(input_name, uid, file, len(data), digest_of_file(data))
+        adopted = InstanceRow(input_name, uid, file, path.stat().st_size, digest_of_file(path))
         self._ledger.add_instances(case.id, [adopted])
-        case.rows[input_name][uid] = adopted
+        case.put(adopted)
         self._logger.info("case %d: instance %s was found without its row, adopted", case.id, uid)
+
+    def _set_aside(self, relative: Path, trouble: str) -> None:
+        self._logger.error("file %r set aside: %s", relative.name, trouble)
+        set_aside(self._root, relative)
 
     def _case_of_folder(self, identifier: str, folder: str) -> OpenCase | None:
         """The case that an orphan belongs to; made where the ledger has none.
@@ -196,6 +217,14 @@ class Recovery:
             return case
         if folder not in self._found:
             row = self._ledger.case_in(folder)
+            if row is None and folder in self._unfinished:
+                row = self._ledger.failed_case(
+                    identifier,
+                    folder,
+                    "the ledger was lost while results of this case were on their way, and some may "
+                    "have been delivered; a retry makes all of them again, under new UIDs",
+                )
+                self._logger.error("case %d may have been delivered in part: FAILED", row.id)
             if row is None and case is None:
                 row = self._ledger.open_case(identifier, folder)
                 self.open_cases[identifier] = OpenCase(row.id, row.folder)
@@ -217,9 +246,13 @@ class Recovery:
 
 def mark_damaged(root: Path, case: Case, row: InstanceRow, logger: logging.Logger) -> InstanceRow:
     """Set the file of an instance aside; the row that says so."""
-    set_aside(root, f"{input_folder(case.folder, row.input)}/{row.file}")
+    try:
+        set_aside(root, Path(input_folder(case.folder, row.input), row.file))
+        fate = "it was set aside"
+    except OSError as error:
+        fate = f"it cannot be set aside: {error.strerror}"
     logger.error(
-        "case %d: instance %s of input %r is damaged; it was set aside", case.id, row.uid, row.input
+        "case %d: instance %s of input %r is damaged; %s", case.id, row.uid, row.input, fate
     )
     return replace(row, damaged=True)
 
@@ -231,5 +264,6 @@ def delete_files(ledger: Ledger, instances: Instances, case: Case) -> None:
         by_input.setdefault(row.input, []).append(row.file)
     for name, names in by_input.items():
         instances.remove(input_folder(case.folder, name), names)
-    instances.remove(outbox_folder(case.id), [row.file for row in ledger.results(case.id)])
+    results = [row.file for row in ledger.results(case.id)]
+    instances.remove(outbox_folder(case.id), [OWNER, *results])
     ledger.clear(case.id)

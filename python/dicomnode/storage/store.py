@@ -20,20 +20,35 @@ import os
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from dicomnode.errors import InvalidDataset, InvalidRootDataDirectory, OutOfResources
 from dicomnode.lib.dicom import Source, safe_name
-from dicomnode.storage.instances import Buffer, FileInstances, Instances, MemoryInstances
-from dicomnode.storage.layout import OWN, digest_of, digest_of_file, input_folder, outbox_folder
+from dicomnode.storage.instances import (
+    Buffer,
+    FileInstances,
+    Instances,
+    MemoryInstances,
+    flush_folder,
+    make_folder,
+)
+from dicomnode.storage.layout import (
+    OWN,
+    OWNER,
+    digest_of,
+    digest_of_file,
+    input_folder,
+    outbox_folder,
+)
 from dicomnode.storage.ledger import Case, InstanceRow, Ledger, ResultRow, State
 from dicomnode.storage.recovery import OpenCase, Recovery, delete_files, mark_damaged
 
 _DONE_KEPT = 1000
-_STRIPES = 64
 
 
 @dataclass(frozen=True)
@@ -56,11 +71,15 @@ class DuplicateInstance(Exception):
 
 @dataclass(frozen=True)
 class Contents:
-    """What a case holds: for each input {SOPInstanceUID: source}, and what forbids to process it."""
+    """What a case holds: for each input {SOPInstanceUID: source}, and what forbids to process it.
+
+    `generation` differs after every change of what an open case holds.
+    """
 
     case_id: int
     sources: dict[str, dict[str, Source]]
     obstacle: str
+    generation: int
 
 
 class DamagedResult(InvalidDataset):
@@ -88,9 +107,11 @@ class Storage:
         self._identifier_tag = identifier_tag
         self._logger = logger
         self._open_cases: dict[str, OpenCase] = {}
-        self._stripes = [threading.RLock() for _ in range(_STRIPES)]
+        self._guard = threading.Lock()
+        self._locks: dict[str, _Held] = {}
         self._lock_file = -1
         self._unverified: set[int] = set()
+        self._unfinished: set[str] = set()
         self._instances: Instances
         if root is None:
             self._instances = MemoryInstances(memory_limit)
@@ -112,7 +133,7 @@ class Storage:
         own = self.root / OWN
         try:
             for folder in (self.root, own, own / "incoming", own / "outbox"):
-                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                make_folder(folder.absolute())
             self._lock_file = os.open(own / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise InvalidRootDataDirectory(
@@ -124,6 +145,8 @@ class Storage:
                 f"root_data_directory {self.root} is in use by another running node; "
                 "give every node its own"
             )
+        # A program that process() forks has the lock too, and would keep it when the node is gone.
+        os.register_at_fork(after_in_child=partial(_let_go, weakref.ref(self)))
         try:
             self.ledger = self._open_ledger(own / "ledger.sqlite")
             try:
@@ -134,6 +157,7 @@ class Storage:
                     self._input_names,
                     self._identifier_tag,
                     self._logger,
+                    self._unfinished,
                 )
                 recovery.run()
             except BaseException:
@@ -154,34 +178,56 @@ class Storage:
             self._lock_file = -1
 
     def _open_ledger(self, path: Path) -> Ledger:
+        is_lost = not path.exists() or not path.stat().st_size
         try:
+            if is_lost and any((path.parent / "outbox").iterdir()):
+                self._set_ledger_aside(path, "is gone, but there are results")
             return Ledger(path)
         except sqlite3.OperationalError as error:
             raise InvalidRootDataDirectory(
                 f"the ledger {path} cannot be opened: {error}"
             ) from error
         except sqlite3.DatabaseError as error:
-            aside = path.parent / f"ledger-damaged-{time.time_ns()}"
-            aside.mkdir()
-            for name in (path.name, f"{path.name}-wal", f"{path.name}-shm", "outbox"):
-                if (path.parent / name).exists():
-                    (path.parent / name).rename(aside / name)
-            (path.parent / "outbox").mkdir(mode=0o700)
-            self._logger.error(
-                "the ledger is damaged (%s); it was set aside in %s and is rebuilt from the files; "
-                "which results were still to be sent is lost with it, no image is",
-                error,
-                aside.name,
-            )
+            self._set_ledger_aside(path, f"is damaged ({error})")
             return Ledger(path)
+
+    def _set_ledger_aside(self, path: Path, trouble: str) -> None:
+        """Keep what is left of a ledger, and the results that only it could tell the way of."""
+        aside = path.parent / f"ledger-lost-{time.time_ns()}"
+        make_folder(aside)
+        for name in (path.name, f"{path.name}-wal", f"{path.name}-shm", "outbox"):
+            if (path.parent / name).exists():
+                (path.parent / name).rename(aside / name)
+        make_folder(path.parent / "outbox")
+        flush_folder(aside)
+        for owner in aside.glob(f"outbox/*/{OWNER}"):
+            self._unfinished.add(owner.read_text("utf-8", "replace"))
+        self._logger.error(
+            "the ledger %s; what is left was set aside in %s, and it is rebuilt from the files; a "
+            "case whose results were on their way becomes FAILED, for you to decide",
+            trouble,
+            aside.name,
+        )
 
     # Receiving
 
     @contextmanager
     def holding(self, identifier: str) -> Iterator[None]:
-        """Nothing is added to, or sealed of, the cases of this identifier meanwhile."""
-        with self._stripes[hash(identifier) % _STRIPES]:
-            yield
+        """Nothing is added to, or sealed of, the cases of this identifier meanwhile.
+
+        No code of a user runs while this is held: it could wait for ever.
+        """
+        with self._guard:
+            held = self._locks.setdefault(identifier, _Held())
+            held.users += 1
+        try:
+            with held.lock:
+                yield
+        finally:
+            with self._guard:
+                held.users -= 1
+                if not held.users:
+                    del self._locks[identifier]
 
     def add(self, identifier: str, input_names: Iterable[str], instance: Instance) -> int:
         """Keep an instance in the named inputs of the identifier's open case; the case's number.
@@ -216,7 +262,7 @@ class Storage:
                         self._instances.remove(input_folder(case.folder, row.input), [row.file])
                     raise
                 for row in rows:
-                    case.rows.setdefault(row.input, {})[row.uid] = row
+                    case.put(row)
                 return case.id
         finally:
             self._instances.discard(staged)
@@ -229,6 +275,9 @@ class Storage:
         lacking = []
         for name in names:
             known = case.rows.get(name, {}).get(instance.sop_instance_uid)
+            if known is not None and case.id in self._unverified and not known.damaged:
+                # What an earlier run wrote may have changed since; the sender offers it again.
+                known = self._checked(self.ledger.case(case.id), known, case)
             if known is None or known.damaged:
                 lacking.append(name)
             elif known.digest and known.digest != instance.digest:
@@ -271,11 +320,12 @@ class Storage:
 
     def current(self, identifier: str) -> Contents | None:
         """What the open case of an identifier holds; None where there is no such case."""
-        case = self._open_cases.get(identifier)
-        if case is None:
-            return None
-        rows = (row for by_uid in case.rows.values() for row in by_uid.values())
-        return self._contents(case.id, case.folder, rows)
+        with self.holding(identifier):
+            case = self._open_cases.get(identifier)
+            if case is None:
+                return None
+            rows = [row for by_uid in case.rows.values() for row in by_uid.values()]
+            return self._contents(case.id, case.folder, rows, generation=case.generation)
 
     def contents(self, case: Case) -> Contents:
         """What a sealed case holds."""
@@ -283,7 +333,13 @@ class Storage:
         return self._contents(case.id, case.folder, rows, sealed=True)
 
     def _contents(
-        self, case_id: int, folder: str, rows: Iterable[InstanceRow], *, sealed: bool = False
+        self,
+        case_id: int,
+        folder: str,
+        rows: Iterable[InstanceRow],
+        *,
+        sealed: bool = False,
+        generation: int = 0,
     ) -> Contents:
         sources: dict[str, dict[str, Source]] = {name: {} for name in self._input_names}
         obstacle = ""
@@ -296,79 +352,125 @@ class Storage:
             else:
                 place = input_folder(folder, row.input)
                 sources[row.input][row.uid] = self._instances.source(place, row.file)
-        return Contents(case_id, sources, obstacle)
+        return Contents(case_id, sources, obstacle, generation)
 
     def verify(self, case: Case) -> None:
         """Compare with their digests the images of a case that this run did not receive itself."""
         if self.root is None or not (case.sealed or case.id in self._unverified):
             return
         with self.holding(case.identifier):
-            damaged = []
+            known = self._open_cases.get(case.identifier)
+            if known is not None and known.id != case.id:
+                known = None
             for row in self.ledger.instances(case.id):
-                source = self._instances.source(input_folder(case.folder, row.input), row.file)
-                if row.damaged or not row.digest or not isinstance(source, str):
-                    continue
-                try:
-                    good = digest_of_file(Path(source).read_bytes()) == row.digest
-                except OSError:
-                    good = False
-                if not good:
-                    damaged.append(mark_damaged(self.root, case, row, self._logger))
-            if damaged:
-                self.ledger.add_instances(case.id, damaged)
-                known = self._open_cases.get(case.identifier)
-                if known is not None and known.id == case.id:
-                    for row in damaged:
-                        known.rows[row.input][row.uid] = row
+                self._checked(case, row, known)
             self._unverified.discard(case.id)
 
-    def settle(self, case_id: int, complete: bool) -> None:
-        """An open case is READY where it is complete, else RECEIVING, also if it had FAILED."""
-        state = State.READY if complete else State.RECEIVING
-        for before in (State.RECEIVING, State.READY, State.FAILED):
-            if before is not state and self.ledger.move(case_id, before, state):
-                return
+    def _checked(self, case: Case, row: InstanceRow, known: OpenCase | None) -> InstanceRow:
+        """A row whose file was compared with its digest; set aside and marked where it differs."""
+        source = self._instances.source(input_folder(case.folder, row.input), row.file)
+        if self.root is None or row.damaged or not row.digest or not isinstance(source, str):
+            return row
+        try:
+            if digest_of_file(source) == row.digest:
+                return row
+        except OSError:
+            pass
+        damaged = mark_damaged(self.root, case, row, self._logger)
+        self.ledger.add_instances(case.id, [damaged])
+        if known is not None:
+            known.put(damaged)
+        return damaged
 
-    def seal(self, case: Case) -> bool:
-        """READY -> PROCESSING: the case is claimed, and takes no further images."""
+    def settle(self, identifier: str, contents: Contents, complete: bool) -> bool:
+        """An open case is READY where it is complete, else RECEIVING, also if it had FAILED.
+
+        False, and nothing is done, where the case holds something else than `contents` by now.
+        """
+        with self.holding(identifier):
+            known = self._open_cases.get(identifier)
+            if known is None or (known.id, known.generation) != (
+                contents.case_id,
+                contents.generation,
+            ):
+                return False
+            state = State.READY if complete else State.RECEIVING
+            for before in (State.RECEIVING, State.READY, State.FAILED):
+                if before is not state and self.ledger.move(known.id, before, state):
+                    break
+            return True
+
+    def park(self, identifier: str, contents: Contents) -> int | None:
+        """Set aside a case whose images an earlier one held when the node ended; that one's number.
+
+        The sender may not have got the last answers, and sent everything again: processing it would
+        deliver the same results twice. None, and nothing is done, for any other case.
+        """
+        with self.holding(identifier):
+            known = self._open_cases.get(identifier)
+            if known is None or known.id != contents.case_id:
+                return None
+            repeated = self.ledger.repeated(known.id)
+            if repeated is None or self.ledger.case(known.id).state is not State.RECEIVING:
+                return None
+            self.ledger.park(
+                known.id,
+                f"it holds what case {repeated} held when the node ended, and nothing else: its "
+                "sender had not got all answers, and sent it again; retry it to have it processed "
+                "a second time",
+            )
+            del self._open_cases[identifier]
+            return repeated
+
+    def seal(self, case: Case, contents: Contents) -> bool:
+        """READY -> PROCESSING: the case is claimed, and takes no further images.
+
+        False where it is not READY, or holds something else than `contents` by now.
+        """
         with self.holding(case.identifier):
+            known = self._open_cases.get(case.identifier)
+            if not case.sealed and (
+                known is None
+                or (known.id, known.generation) != (contents.case_id, contents.generation)
+            ):
+                return False
             claimed = self.ledger.move(case.id, State.READY, State.PROCESSING, seal=True)
-            if claimed:
-                self._drop_open(case)
+            if claimed and known is not None and known.id == case.id:
+                del self._open_cases[case.identifier]
             return claimed
 
     def fail(self, case_id: int, error: str) -> None:
         """Any state -> FAILED with the reason; nothing is deleted."""
         self.ledger.fail(case_id, error)
 
-    def _drop_open(self, case: Case) -> None:
-        known = self._open_cases.get(case.identifier)
-        if known is not None and known.id == case.id:
-            del self._open_cases[case.identifier]
-
     # Results
 
-    def keep_results(self, case_id: int, results: Iterable[tuple[str, str, str, bytes]]) -> int:
+    def keep_results(self, case: Case, results: Iterable[tuple[str, str, str, bytes]]) -> int:
         """PROCESSING -> EXPORTING with all results durable; how many there are.
 
         `results` are (SOPInstanceUID, SOPClassUID, transfer syntax UID, Part 10 bytes); they are
         consumed one by one. Raises OutOfResources; then none is kept.
         """
-        folder = outbox_folder(case_id)
+        folder = outbox_folder(case.id)
         rows: list[ResultRow] = []
         try:
+            # Where the ledger is lost, this tells whose results these are.
+            self._put(folder, OWNER, case.folder.encode())
             for number, (uid, sop_class, syntax, data) in enumerate(results, 1):
-                staged = self._instances.stage([data])
-                try:
-                    file = self._instances.place(staged, folder, [f"{number:06}.dcm"])
-                finally:
-                    self._instances.discard(staged)
+                file = self._put(folder, f"{number:06}.dcm", data)
                 rows.append(ResultRow(number, uid, sop_class, syntax, file, digest_of(data)))
-            self.ledger.export(case_id, rows)
+            self.ledger.export(case.id, rows)
         except BaseException:
-            self._instances.remove(folder, [row.file for row in rows])
+            self._instances.remove(folder, [OWNER, *(row.file for row in rows)])
             raise
         return len(rows)
+
+    def _put(self, folder: str, name: str, data: Buffer) -> str:
+        staged = self._instances.stage([data])
+        try:
+            return self._instances.place(staged, folder, [name])
+        finally:
+            self._instances.discard(staged)
 
     def undelivered(self, case_id: int, endpoint: str) -> list[ResultRow]:
         """The results that an endpoint has not acknowledged yet."""
@@ -394,13 +496,29 @@ class Storage:
         """Give up the results of a case, which is FAILED by that: a retry makes them anew."""
         rows = self.ledger.results(case_id)
         self.ledger.drop_results(case_id, error)
-        self._instances.remove(outbox_folder(case_id), [row.file for row in rows])
+        self._instances.remove(outbox_folder(case_id), [OWNER, *(row.file for row in rows)])
 
     def finish(self, case: Case) -> None:
         """EXPORTING -> DONE, and only then delete the files of the case."""
         if self.ledger.move(case.id, State.EXPORTING, State.DONE):
             delete_files(self.ledger, self._instances, case)
             self.ledger.forget(_DONE_KEPT)
+
+
+@dataclass
+class _Held:
+    """The lock of one identifier, and how many want it."""
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    users: int = 0
+
+
+def _let_go(storage: "weakref.ref[Storage]") -> None:
+    """In a forked child: close the lock of the root, which stays the parent's."""
+    owner = storage()
+    if owner is not None and owner._lock_file >= 0:
+        os.close(owner._lock_file)
+        owner._lock_file = -1
 
 
 def _lock(descriptor: int) -> bool:
