@@ -191,7 +191,10 @@ def test_a_program_that_ends_without_close_loses_and_fails_nothing(
         assert not any("FAILED" in line for line in program.said), program.said
         left = cases(tmp_path)
         assert all(case.state is not State.FAILED for case in left.values())
-        again = start("class Node(Base): process = lambda self, data: derive_series(data['ct'][1] + 1, data['ct'][0])\nNode()", store.port)
+        again = start(
+            "class Node(Base): process = lambda self, data: derive_series(data['ct'][1] + 1, data['ct'][0])\nNode()",
+            store.port,
+        )
         ids = {case.id for case in left.values() if case.state is not State.DONE}
         for number in ids:
             again.until(f"case {number} is done")

@@ -358,7 +358,9 @@ def test_a_result_that_is_not_what_was_kept_is_not_given(tmp_path: Path) -> None
         number = storage.add("P", ["ct"], instances(1)[0])
         make_ready(storage, number)
         claim(storage, number)
-        storage.keep_results(storage.ledger.case(number), [(f"1.{k}", "1", "1", b"result") for k in range(3)])
+        storage.keep_results(
+            storage.ledger.case(number), [(f"1.{k}", "1", "1", b"result") for k in range(3)]
+        )
         rows = storage.undelivered(number, "A")
         assert storage.result(number, rows[0]) == b"result"
         outbox = tmp_path / ".dicomnode" / "outbox" / str(number)

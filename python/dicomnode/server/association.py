@@ -97,6 +97,7 @@ class _Visit:
     is_accepted: bool = False
     #: Bytes that came since the last whole image.
     arriving: int = 0
+    is_cut_off: bool = False
 
     touched: dict[str, None] = field(default_factory=dict)
     stored: int = 0
@@ -231,10 +232,16 @@ class AssociationServer:
             if visit is not None:
                 visit.arriving += size
                 self._arriving += size
-            too_much = self._arriving > self._reception.most_bytes
+            too_much = (
+                visit is not None
+                and not visit.is_cut_off
+                and self._arriving > self._reception.most_bytes
+            )
+            if visit is not None and too_much:
+                visit.is_cut_off = True
         with contextlib.suppress(OSError, AttributeError):
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-        if too_much and visit is not None:
+        if too_much:
             self._logger.error(
                 "association with %s is cut off: %d bytes of images are arriving at once, "
                 "memory_limit is %d",

@@ -1,0 +1,308 @@
+"""Trouble stays where it is: with its patient, its case, its file, its connection."""
+
+import os
+import socket
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pynetdicom.association
+import pytest
+from pydicom.dataset import Dataset
+from pynetdicom import AE, evt
+
+from dicomnode.errors import (
+    CouldNotCompleteDIMSEMessage,
+    IncorrectlyConfigured,
+    OutOfResources,
+)
+from dicomnode.lib import dimse
+from dicomnode.lib.dicom import encode
+from dicomnode.lib.dimse import Address, send
+from dicomnode.lib.grinders import list_grinder, many_meta_grinder, numpy_grinder
+from dicomnode.lib.series import derive_series
+from dicomnode.server.input import AbstractInput
+from dicomnode.server.node import AbstractPipeline
+from dicomnode.storage.ledger import Ledger
+from dicomnode.testing import (
+    State,
+    StoringNode,
+    address_of,
+    make_series,
+    running_node,
+    wait_for_cases,
+)
+
+
+class Two(AbstractInput):
+    image_grinder = many_meta_grinder(list_grinder, numpy_grinder)
+
+    def validate(self) -> bool:
+        return self.images >= 2
+
+
+class Silent(AbstractPipeline):
+    """Processes and returns nothing."""
+
+    ae_title = "NODE"
+    input = {"ct": Two}
+
+    def process(self, input_data: dict[str, Any]) -> Iterable[Dataset] | None:
+        return None
+
+
+class Echoing(Silent):
+    def process(self, input_data: dict[str, Any]) -> Iterable[Dataset] | None:
+        images, array = input_data["ct"]
+        return derive_series(array, images)
+
+
+@pytest.mark.parametrize("charset", ["ISO_IR 192", "GB18030", "ISO 2022 IR 13", "ISO_IR 100", ""])
+def test_identifiers_that_differ_in_bytes_of_another_charset_are_two_patients(
+    charset: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    encoded = iter([b"P\xe91 ", b"P\xe81 "])
+    real = pynetdicom.association.encode
+
+    def relabel(*args: Any, **options: Any) -> bytes | None:
+        data = real(*args, **options)
+        return None if data is None else data.replace(b"P_1 ", next(encoded))
+
+    images = [make_series(1, patient_id="P_1")[0] for _ in range(2)]
+    for one in images:
+        one.SpecificCharacterSet = charset
+    monkeypatch.setattr(pynetdicom.association, "encode", relabel)
+    with running_node(Silent, root_data_directory=tmp_path) as node:
+        assert [one.status for one in send(address_of(node), images)] == [0, 0]
+        assert len({case.identifier for case in node.cases()}) == 2
+    monkeypatch.undo()
+    with running_node(Silent, root_data_directory=tmp_path) as node:
+        assert len({case.identifier for case in node.cases()}) == 2
+
+
+def test_what_is_wrong_with_the_results_of_one_case_is_not_put_on_another() -> None:
+    """A peer takes CT only, and lets the second case wait while it refuses the PET of the first."""
+    got, asked = [], threading.Event()
+    peer = AE("SCP")
+    peer.add_supported_context("1.2.840.10008.5.1.4.1.1.2")
+
+    def on_requested(event: Any) -> None:
+        if not asked.is_set():
+            asked.wait(5)
+
+    server = peer.start_server(
+        ("127.0.0.1", 0),
+        block=False,
+        evt_handlers=[
+            (evt.EVT_C_STORE, lambda event: got.append(event) or 0),
+            (evt.EVT_REQUESTED, on_requested),
+        ],
+    )
+
+    class Mixed(Echoing):
+        workers = 2
+
+        def process(self, input_data: dict[str, Any]) -> Iterable[Dataset]:
+            for one in super().process(input_data) or ():
+                if one.PatientID == "A":
+                    one.SOPClassUID = "1.2.840.10008.5.1.4.1.1.128"
+                yield one
+
+    endpoint = Address("127.0.0.1", server.server_address[1], "SCP")
+    try:
+        with running_node(Mixed, endpoints=[endpoint]) as node:
+            send(address_of(node), make_series(2, patient_id="A") + make_series(2, patient_id="B"))
+            both = {State.EXPORTING, State.DONE, State.FAILED}
+            assert node.wait(lambda: {case.state for case in node.cases()} <= both, 20)
+            asked.set()
+            wait_for_cases(node, State.FAILED)
+            wait_for_cases(node, State.DONE)
+            assert {case.identifier: case.state for case in node.cases()} == {
+                "A": State.FAILED,
+                "B": State.DONE,
+            }
+    finally:
+        peer.shutdown()
+    assert len(got) == 2
+
+
+def test_a_resend_heals_a_file_that_changed_while_the_node_was_down(tmp_path: Path) -> None:
+    class Three(Two):
+        def validate(self) -> bool:
+            return self.images >= 3
+
+    series = make_series(3, patient_id="P1")
+    with running_node(Silent, root_data_directory=tmp_path, input={"ct": Three}) as node:
+        send(address_of(node), series[:2])
+    victim = next((tmp_path / "P1" / "ct").iterdir())
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 255
+    victim.write_bytes(data)
+    with running_node(Silent, root_data_directory=tmp_path, input={"ct": Three}) as node:
+        assert [one.status for one in send(address_of(node), series)] == [0, 0, 0]
+        wait_for_cases(node, State.DONE)
+
+
+def test_in_memory_a_case_that_is_being_looked_at_is_processed_before_the_node_closes() -> None:
+    looking, processed = threading.Event(), threading.Event()
+
+    class Slow(Two):
+        def validate(self) -> bool:
+            looking.set()
+            threading.Event().wait(0.5)
+            return super().validate()
+
+    class Processing(Silent):
+        input = {"ct": Slow}
+
+        def process(self, input_data: dict[str, Any]) -> None:
+            processed.set()
+
+    with running_node(Processing) as node:
+        send(address_of(node), make_series(2))
+        assert looking.wait(10)
+    assert processed.is_set()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "input folder"])
+def test_a_name_that_is_no_utf8_does_not_keep_the_node_from_starting(
+    kind: str, tmp_path: Path
+) -> None:
+    data = encode(make_series(1, patient_id="P1")[0])[0]
+    parts = {
+        "file": [b"P1", b"ct", b"Image_\xff.dcm"],
+        "folder": [b"P\xff", b"ct", b"Image_CT_1.dcm"],
+        "input folder": [b"P1", b"c\xff", b"Image_CT_1.dcm"],
+    }[kind]
+    path = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), *parts)))  # noqa: PTH118
+    path.parent.mkdir(parents=True)
+    path.write_bytes(data)
+    with running_node(Silent, root_data_directory=tmp_path) as node:
+        send(address_of(node), make_series(2))
+        wait_for_cases(node, State.DONE)
+    assert [one.read_bytes() for one in tmp_path.rglob("Image*")] == [data]
+
+
+def test_a_huge_file_does_not_keep_the_node_from_starting(tmp_path: Path) -> None:
+    (tmp_path / "P1" / "ct").mkdir(parents=True)
+    with (tmp_path / "P1" / "ct" / "big.dcm").open("wb") as file:
+        file.truncate(10 << 40)
+    with running_node(Silent, root_data_directory=tmp_path) as node:
+        assert node.cases() == []
+    assert (tmp_path / ".dicomnode" / "damaged" / "P1" / "ct" / "big.dcm").exists()
+
+
+def test_a_validate_that_hangs_holds_up_its_own_patient_only() -> None:
+    stuck, looking = threading.Event(), threading.Event()
+
+    class Hanging(Two):
+        image_grinder = list_grinder
+
+        def validate(self) -> bool:
+            if next(iter(self.data.values())).PatientID == "A":
+                looking.set()
+                stuck.wait(60)
+            return super().validate()
+
+    with running_node(Silent, input={"ct": Hanging}) as node:
+        send(address_of(node), make_series(2, patient_id="A"))
+        assert looking.wait(10)
+        for k in range(100):
+            send(address_of(node), make_series(1, 8, 8, patient_id=f"B{k}"))
+        # Its own patient is not held up either: more of it is stored while validate() thinks.
+        assert send(address_of(node), make_series(1, patient_id="A"))[0].status == 0
+        send(address_of(node), make_series(2, patient_id="C"))
+        assert node.wait(lambda: any(one.state is State.DONE for one in node.cases()), 20)
+        stuck.set()
+        wait_for_cases(node, State.DONE, 2)
+
+
+def test_connections_that_end_at_once_leave_nothing_behind() -> None:
+    with running_node(Silent) as node:
+        sent: list[bytes] = []
+        peer = AE()
+        peer.add_requested_context("1.2.840.10008.1.1")
+        handlers = [(evt.EVT_DATA_SENT, lambda event: sent.append(bytes(event.data)))]
+        peer.associate("127.0.0.1", node.port, ae_title="NODE", evt_handlers=handlers).release()
+        for _ in range(50):
+            with socket.create_connection(("127.0.0.1", node.port)) as client:
+                client.sendall(sent[0])
+        server = node._server
+        assert server is not None
+        assert node.wait(lambda: not server._visits, 20)
+
+
+@pytest.mark.parametrize("left", [b"", None, b"junk that is no ledger" * 1000])
+def test_results_that_were_on_their_way_when_the_ledger_was_lost_do_not_go_out_twice(
+    left: bytes | None, tmp_path: Path
+) -> None:
+    class Half(StoringNode):
+        def filter(self, dataset: Dataset) -> bool:
+            super().filter(dataset)
+            if len(self.received) == 3:
+                raise RuntimeError("this one is not stored")
+            return True
+
+    with running_node(Half) as store:
+        options = {"root_data_directory": tmp_path, "endpoints": [address_of(store)]}
+        with running_node(Echoing, **options) as node:
+            send(address_of(node), make_series(6))
+            wait_for_cases(node, State.FAILED)
+        sent = len(store.received)
+        ledger = tmp_path / ".dicomnode" / "ledger.sqlite"
+        for one in ledger.parent.glob("ledger.sqlite*"):
+            one.unlink()
+        if left is not None:
+            ledger.write_bytes(left)
+        with running_node(Echoing, **options) as node:
+            (case,) = node.cases()
+            assert case.state is State.FAILED and "may have been delivered" in case.error
+            assert len(store.received) == sent
+            kept = tmp_path.glob(".dicomnode/ledger-lost-*/outbox/*/*.dcm")
+            assert len(list(kept)) == 6
+            node.retry(case.id)
+            wait_for_cases(node, State.DONE)
+
+
+def test_a_case_that_cannot_be_made_ready_now_becomes_so_when_there_is_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    faults = iter(range(2))
+    real = Ledger.move
+
+    def failing(self: Ledger, *args: Any, **options: Any) -> bool:
+        if next(faults, None) is not None:
+            raise OutOfResources("the ledger cannot be written: disk full")
+        return real(self, *args, **options)
+
+    with running_node(Silent) as node:
+        monkeypatch.setattr(Ledger, "move", failing)
+        send(address_of(node), make_series(2))
+        wait_for_cases(node, State.DONE)
+
+
+def test_an_image_without_end_is_cut_off_and_its_memory_is_free_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dimse, "_ANSWER_SECONDS", 2.0)
+    with running_node(Silent, memory_limit=4_000_000) as node:
+        huge = make_series(1, 2000, 2000)[0]
+        with pytest.raises(CouldNotCompleteDIMSEMessage, match=r"NODE@127\.0\.0\.1"):
+            send(address_of(node), [huge])
+        server = node._server
+        assert server is not None
+        assert node.wait(lambda: not server._visits and not server._arriving, 20)
+        send(address_of(node), make_series(2))
+        wait_for_cases(node, State.DONE)
+
+
+def test_a_node_that_closes_in_post_init_does_not_open() -> None:
+    class Closing(Silent):
+        def post_init(self) -> None:
+            self.close()
+
+    threads = threading.active_count()
+    with pytest.raises(IncorrectlyConfigured, match="post_init"), running_node(Closing):
+        pass
+    assert threading.active_count() == threads
