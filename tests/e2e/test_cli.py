@@ -676,3 +676,38 @@ def test_demo_fails_where_no_series_came_back(tmp_path: Path) -> None:
     result = invoke("demo", tmp_path / "data", "--output", tmp_path / "out")
     assert result.exit_code == 1
     assert result.stderr == "dicomnode: no series came back\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "FILE", "--root", ""],
+        ["cases", "--root", ""],
+        ["retry", "1", "--root", ""],
+        ["demo", "--output", ""],
+        ["demo", ""],
+        ["show", ""],
+        ["send", "", "127.0.0.1", "104", "X"],
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and "the path is empty" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_does_not_replace_what_is_no_picture(tmp_path: Path) -> None:
+    (path,) = write_series(make_series(1), tmp_path)
+    before = path.read_bytes()
+    assert "is no PNG" in failure("show", path, "--png", path)
+    assert path.read_bytes() == before
+
+
+def test_a_case_number_beyond_the_ledger_is_told(tmp_path: Path) -> None:
+    ledger_of(tmp_path).close()
+    assert "there is no case" in failure("retry", 10**30, "--root", tmp_path)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pynetdicom.association import Association
 
-from dicomnode.errors import CouldNotCompleteDIMSEMessage
+from dicomnode.errors import CouldNotCompleteDIMSEMessage, IncorrectlyConfigured, InvalidDataset
 from dicomnode.lib import dimse
 from dicomnode.lib.dimse import Address, echo, send
 from dicomnode.testing import StoringNode, address_of, make_series, running_node
@@ -129,3 +129,25 @@ def test_a_peer_without_the_sop_class_is_reported_for_that_instance() -> None:
 def test_an_empty_address_is_reported() -> None:
     with pytest.raises(CouldNotCompleteDIMSEMessage):
         echo(Address(ip="", port=104, ae_title=""))
+
+
+@pytest.mark.parametrize("title", ["x" * 20, None, ""])
+def test_what_is_no_ae_title_is_told(title: str) -> None:
+    with pytest.raises(IncorrectlyConfigured, match="AE title"):
+        echo(Address("127.0.0.1", 104, "X"), title)
+
+
+@pytest.mark.parametrize("keyword", ["SOPClassUID", "SOPInstanceUID"])
+def test_a_dataset_that_cannot_be_sent_is_named_before_anything_is_sent(keyword: str) -> None:
+    series = make_series(2)
+    delattr(series[1], keyword)
+    with running_node(StoringNode) as store:
+        with pytest.raises(InvalidDataset, match=keyword):
+            send(address_of(store), series)
+        assert store.received == []
+
+
+@pytest.mark.parametrize("given", ["folder", ["a.dcm"]])
+def test_paths_in_place_of_datasets_are_told_with_the_remedy(given: Any) -> None:
+    with pytest.raises(TypeError, match="load"):
+        send(Address("127.0.0.1", 104, "X"), given)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import os
 import pickle
 import subprocess
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from dicomnode.lib import dicom
 from dicomnode.lib.dicom import (
     LazyDataset,
     encode,
+    header_element,
     identifier_of,
     is_uid,
     load,
@@ -260,7 +262,7 @@ def test_load_leaves_out_a_dicomdir_and_what_is_no_dicom(tmp_path: Path) -> None
     directory = Path(get_testdata_file("DICOMDIR"))
     (tmp_path / "DICOMDIR").write_bytes(directory.read_bytes())
     (tmp_path / "readme.txt").write_text("no DICOM " * 100)
-    (tmp_path / "empty").touch()
+    (tmp_path / "empty.txt").touch()
     (tmp_path / "image.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(200))
     assert [Path(one.source).name for one in load(tmp_path)] == ["0001.dcm"]
 
@@ -532,3 +534,38 @@ def test_pixels_of_the_other_byte_order_are_refused() -> None:
     dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1"
     with pytest.raises(InvalidDataset, match="byte order"):
         encode(dataset)
+
+
+@pytest.mark.parametrize("damage", ["cut in the pixels", "cut in the header", "empty", "gone"])
+def test_a_damaged_image_in_a_folder_is_an_error_and_not_left_out(
+    damage: str, tmp_path: Path
+) -> None:
+    path = write_series(make_series(4), tmp_path)[-1]
+    data = path.read_bytes()
+    length = {"cut in the pixels": len(data) - 100, "cut in the header": 300}.get(damage, 0)
+    path.write_bytes(data[:length])
+    if damage == "gone":
+        path.unlink()
+        path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises((InvalidDicom, OSError), match=path.name):
+        load(tmp_path)
+
+
+def test_what_is_no_dicom_in_a_folder_is_left_out(tmp_path: Path) -> None:
+    write_series(make_series(4), tmp_path)
+    (tmp_path / "README.txt").write_text("Four slices of a phantom.")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / ".hidden").touch()
+    (tmp_path / "notes").write_text("taken on a Monday")
+    os.mkfifo(tmp_path / "pipe")
+    assert len(load(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("signed", [0, 1])
+def test_us_or_ss_follows_the_pixel_representation_in_implicit_vr(signed: int) -> None:
+    (one,) = make_series(1)
+    one.PixelRepresentation = signed
+    one.add_new(0x00280120, "SS" if signed else "US", -2000 if signed else 63536)
+    one.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+    element = header_element(scan(encode(one)[0]), 0x00280120)
+    assert element is not None and element.value == (-2000 if signed else 63536)

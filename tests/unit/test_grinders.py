@@ -5,6 +5,7 @@ import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -98,7 +99,7 @@ def test_a_missing_tag_is_an_error_or_none(series: list[Dataset]) -> None:
 
 
 def test_a_wrong_tag_is_told_when_the_grinder_is_made() -> None:
-    with pytest.raises(ValueError, match="PatientsWeigth"):
+    with pytest.raises(IncorrectlyConfigured, match="PatientsWeigth"):
         tag_meta_grinder(["PatientsWeigth"])
 
 
@@ -294,3 +295,21 @@ def test_a_grind_of_files_needs_its_output_and_little_more(tmp_path: Path) -> No
     grown, output = map(int, run.stdout.split())
     assert output == 64 * 512 * 512 * 4
     assert grown < output + 16 * 2**20
+
+
+@pytest.mark.parametrize("given", ["folder", ["a.dcm"], None, numpy.int16, 5])
+@pytest.mark.parametrize("grinder", [numpy_grinder, volume_grinder])
+def test_what_is_no_datasets_is_told_with_the_remedy(grinder: Any, given: object) -> None:
+    with pytest.raises(InvalidDataset, match=r"dicomnode\.lib\.dicom\.load"):
+        grinder(given)
+
+
+@pytest.mark.parametrize("tags", ["Modality", ["Foo"], [None]])
+def test_tags_that_are_none_are_told_when_the_grinder_is_made(tags: Any) -> None:
+    with pytest.raises(IncorrectlyConfigured, match="tag"):
+        tag_meta_grinder(tags)
+
+
+def test_a_dtype_that_is_none_is_told_at_once() -> None:
+    with pytest.raises(IncorrectlyConfigured, match="foo"):
+        numpy_grinder(dtype="foo")

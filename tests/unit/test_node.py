@@ -371,3 +371,51 @@ def test_the_names_of_the_tutorial_can_be_imported() -> None:
     from dicomnode.lib.grinders import GrindType
 
     assert GrindType is not None
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [
+        ("required_tags", None),
+        ("required_tags", 5),
+        ("required_tags", "PatientID"),
+        ("required_values", None),
+        ("required_values", []),
+        ("required_values", "x"),
+        ("image_grinder", None),
+        ("image_grinder", 5),
+    ],
+)
+def test_an_input_that_cannot_work_is_told_with_its_name_and_attribute(
+    attribute: str, value: object
+) -> None:
+    kind = type("Wrong", (AbstractInput,), {"validate": lambda self: True, attribute: value})
+
+    class Node(AbstractPipeline):
+        input = {"thorax": kind}
+
+    with pytest.raises(IncorrectlyConfigured, match=rf"'thorax'.*{attribute}"):
+        Node(start=False)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [
+        ("ip", 5),
+        ("ip", None),
+        ("require_calling_aet", None),
+        ("require_calling_aet", 5),
+        ("root_data_directory", 5),
+        ("log_path", 5),
+        ("log_path", ""),
+        ("log_format", "{x}"),
+        ("log_format", "%"),
+        ("log_format", "%(foo)s"),
+        ("endpoints", [Address("a", "104", "b")]),
+        ("endpoints", [Address("a", 104, "b" * 20)]),
+    ],
+)
+def test_a_setting_that_cannot_work_is_told_by_its_name(attribute: str, value: object) -> None:
+    kind = type("Wrong", (AbstractPipeline,), {attribute: value, "port": 0})
+    with pytest.raises(IncorrectlyConfigured, match=attribute), kind(start=False):
+        pass

@@ -5,6 +5,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pydicom
@@ -440,3 +441,25 @@ def test_whole_numbers_come_back_exactly_whatever_the_source(
     results = list(derive_series(array, images))
     back = numpy_grinder(dtype=numpy.float64)(results)
     assert numpy.array_equal(back, array.astype(numpy.float64))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"series_description": None},
+        {"series_description": "a\\b"},
+        {"derivation_description": 5},
+        {"series_number": "x"},
+        {"series_number": 1 << 40},
+    ],
+)
+def test_a_text_or_number_that_dicom_does_not_take_is_told(options: dict[str, Any]) -> None:
+    images = make_series(2)
+    with pytest.raises(InvalidDataset, match=r"Description|SeriesNumber"):
+        list(derive_series(numpy_grinder(images), images, **options))
+
+
+def test_a_volume_in_place_of_its_array_is_told() -> None:
+    images = make_series(2)
+    with pytest.raises(InvalidDataset, match="its array"):
+        list(derive_series(volume_grinder(images), images))  # type: ignore[arg-type]

@@ -26,13 +26,26 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
+
+def _path(text: str) -> Path:
+    """A path that a user gave; an empty one is a variable that was not set, not this folder."""
+    if not text:
+        raise typer.BadParameter("the path is empty")
+    return Path(text)
+
+
 Host = Annotated[str, typer.Argument(help="IP address or host name of the peer.")]
 Port = Annotated[int, typer.Argument(help="Port on which the peer listens.", min=1, max=65535)]
 Title = Annotated[str, typer.Argument(metavar="AET", help="AE title of the peer.")]
 Calling = Annotated[str, typer.Option(metavar="AET", help="Our own AE title.")]
 Root = Annotated[
     Path,
-    typer.Option(metavar="DIR", help="The root_data_directory of the node.", show_default=False),
+    typer.Option(
+        parser=_path,
+        metavar="DIR",
+        help="The root_data_directory of the node.",
+        show_default=False,
+    ),
 ]
 
 
@@ -92,7 +105,8 @@ def run(
     ] = None,
     ae_title: Annotated[str | None, typer.Option(help="AE title of the node.")] = None,
     root: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where images rest: root_data_directory.")
+        Path | None,
+        typer.Option(parser=_path, metavar="DIR", help="Where images rest: root_data_directory."),
     ] = None,
 ) -> None:
     """Open the pipeline of a file, and stay until Ctrl-C or SIGTERM.
@@ -111,11 +125,16 @@ def run(
 def demo(
     data: Annotated[
         Path | None,
-        typer.Argument(metavar="[DATA_FOLDER]", help="Your own DICOM files.", show_default=False),
+        typer.Argument(
+            parser=_path,
+            metavar="[DATA_FOLDER]",
+            help="Your own DICOM files.",
+            show_default=False,
+        ),
     ] = None,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Where results go.")] = Path(
-        "demo-output"
-    ),
+    output: Annotated[
+        Path, typer.Option(parser=_path, metavar="DIR", help="Where results go.")
+    ] = Path("demo-output"),
     slices: Annotated[int, typer.Option(hidden=True, min=1)] = 120,
 ) -> None:
     """Send series to an example node, and show what comes back.
@@ -133,7 +152,8 @@ def demo(
 @app.command(epilog="Example: dicomnode send scans/ localhost 11112 PLUSONE")
 def send(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH...", help="DICOM files, or folders of them.")
+        list[Path],
+        typer.Argument(parser=_path, metavar="PATH...", help="DICOM files, or folders of them."),
     ],
     host: Host,
     port: Port,
@@ -161,9 +181,13 @@ def echo(host: Host, port: Port, aet: Title, calling: Calling = "DICOMNODE") -> 
 
 @app.command(epilog="Example: dicomnode show scans/0001.dcm --png slice.png")
 def show(
-    path: Annotated[Path, typer.Argument(help="A DICOM file, or a folder of them.")],
+    path: Annotated[
+        Path,
+        typer.Argument(parser=_path, metavar="PATH", help="A DICOM file, or a folder of them."),
+    ],
     png: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the picture there instead.")
+        Path | None,
+        typer.Option(parser=_path, metavar="FILE", help="Write the picture there instead."),
     ] = None,
     identifiable: Annotated[
         bool, typer.Option("--identifiable", help="Show names and birth dates as well.")

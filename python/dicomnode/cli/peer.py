@@ -19,6 +19,7 @@ _MEANINGS = {
     0x0111: "other content under this UID, or there already",
     0x0122: "SOP class or transfer syntax not accepted",
     0xA700: "out of resources",
+    0xC000: "cannot be understood, or cannot be encoded",
     0xB000: "stored, with coerced elements",
     0xB006: "refused by filter and inputs, or stored with elements left out",
     0xB007: "no patient identifier, or stored though it does not match its SOP class",

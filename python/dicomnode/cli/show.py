@@ -112,6 +112,8 @@ def _show_picture(dataset: Dataset, png: Path | None) -> None:
                 "picture of it"
             )
         return
+    if png is not None and png.exists() and not _is_png(png):
+        raise CommandFailed(f"{png} is there and is no PNG: it is not overwritten")
     picture, aspect = _picture(dataset)
     if png is not None:
         write_png(picture, png, aspect)
@@ -124,8 +126,8 @@ def _show_picture(dataset: Dataset, png: Path | None) -> None:
 
 def _picture(dataset: Dataset) -> tuple[NDArray[numpy.uint8], float]:
     """The (middle) frame for display, and the height of its pixels over their width."""
-    frames = int(dataset.get("NumberOfFrames") or 1)
     try:
+        frames = int(dataset.get("NumberOfFrames") or 1)
         pixels = pixel_array(dataset, index=frames // 2)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise CommandFailed(
@@ -144,6 +146,11 @@ def _picture(dataset: Dataset) -> tuple[NDArray[numpy.uint8], float]:
         return colours.astype(numpy.uint8), aspect
     values = apply_modality_lut(pixels, dataset)
     return grey(values, _window(dataset), inverted=kind == "MONOCHROME1"), aspect
+
+
+def _is_png(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
 def _window(dataset: Dataset) -> tuple[float, float] | None:

@@ -29,6 +29,7 @@ from pydicom.tag import BaseTag, Tag, TagType
 from pydicom.uid import PYDICOM_IMPLEMENTATION_UID, UID
 
 from dicomnode._core import Header as Header
+from dicomnode._core import is_dicom as is_dicom
 from dicomnode._core import scan as scan
 from dicomnode.errors import InvalidDataset, InvalidDicom
 
@@ -55,6 +56,8 @@ _IMAGE_TAGS: Final = (
     0x00280103, 0x00281052, 0x00281053,
 )  # fmt: skip
 _IMAGE_SEQUENCES: Final = (0x00283000, 0x52009229, 0x52009230)
+# What images are called, which may have no suffix at all.
+_IMAGE_SUFFIXES: Final = ("", ".dcm", ".dicom", ".ima")
 # Values longer than this stay in the file until they are asked for.
 _DEFER_BYTES: Final = 16 * 1024
 
@@ -139,10 +142,13 @@ def load(
 ) -> list[Dataset]:
     """Lazy datasets of files, for using grinders without a server.
 
-    A folder is walked with everything below it, in the order of the names; what is no DICOM object
-    in it, and a DICOMDIR, is left out. A file that is named itself has to be DICOM.
+    A folder is walked with everything below it, in the order of the names. A file in it that does
+    not start as a DICOM object does, and a DICOMDIR, is left out. One that does and is damaged is
+    an error, and so is an empty one that is called like an image: a series without it would be
+    another examination. A file that is named itself has to be DICOM.
 
-    Raises FileNotFoundError, and InvalidDicom for a named file that is no DICOM object.
+    Raises FileNotFoundError and other OSErrors for what cannot be read, InvalidDicom for a damaged
+    file and for a named one that is no DICOM object.
     """
     if isinstance(paths_or_folder, str | os.PathLike):
         paths_or_folder = [paths_or_folder]
@@ -160,13 +166,29 @@ def load(
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for directory, names, files in os.walk(folder):
+    def fail(error: OSError) -> None:
+        raise error
+
+    for directory, names, files in os.walk(folder, onerror=fail):
         names.sort()
         for name in sorted(files):
             path = Path(directory, name)
+            if not path.is_symlink() and not path.is_file():
+                # A pipe, a socket, a device.
+                continue
             try:
                 header = scan(str(path))
-            except (InvalidDicom, OSError):
+            except InvalidDicom as error:
+                is_image = is_dicom(str(path)) or (
+                    path.suffix.lower() in _IMAGE_SUFFIXES
+                    and not name.startswith(".")
+                    and not path.stat().st_size
+                )
+                if is_image:
+                    raise InvalidDicom(
+                        f"{path} is damaged: {error}; a series is not read without it: send or copy "
+                        "it again, or take it out of the folder"
+                    ) from error
                 logger.debug("%s is no DICOM object, left out", path)
                 continue
             sop_class = header_text(header, 0x00080016)
@@ -206,9 +228,13 @@ def header_element(header: Header, tag: int) -> DataElement | None:
             vr = dictionary_VR(tag)
         except KeyError:
             vr = "UN"
-        vr = {"US or SS": "US", "OB or OW": "OW", "US or SS or OW": "OW", "US or OW": "OW"}.get(
-            vr, vr
-        )
+        is_signed = header_number(header, 0x00280103) == 1
+        vr = {
+            "US or SS": "SS" if is_signed else "US",
+            "OB or OW": "OW",
+            "US or SS or OW": "OW",
+            "US or OW": "OW",
+        }.get(vr, vr)
     raw = RawDataElement(
         BaseTag(tag), vr, len(value), value, 0, header.transfer_syntax == "1.2.840.10008.1.2",
         not header.big_endian, True,
@@ -225,6 +251,14 @@ def header_element(header: Header, tag: int) -> DataElement | None:
         raise InvalidDicom(
             f"{tag_name(tag)} cannot be understood: {type(error).__name__}"
         ) from error
+
+
+def header_number(header: Header, tag: int) -> int | None:
+    """The first number of a US element (such as PixelRepresentation); None where absent."""
+    found = header.get(tag)
+    if found is None or len(found[1]) < 2:
+        return None
+    return int.from_bytes(found[1][:2], "big" if header.big_endian else "little")
 
 
 def header_text(header: Header, tag: int) -> str:

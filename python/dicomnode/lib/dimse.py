@@ -6,6 +6,7 @@ every instance, deadlines that hold, and never an exception half way that hides 
 
 import contextlib
 import copy
+import os
 import socket
 import threading
 import time
@@ -19,7 +20,12 @@ from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.presentation import PresentationContext, build_context
 
-from dicomnode.errors import CouldNotCompleteDIMSEMessage, PeerUnreachable
+from dicomnode.errors import (
+    CouldNotCompleteDIMSEMessage,
+    IncorrectlyConfigured,
+    InvalidDataset,
+    PeerUnreachable,
+)
 from dicomnode.lib.dicom import printable
 
 # Tells a peer that it speaks with this package.
@@ -29,6 +35,8 @@ _STORED = frozenset({0x0000, 0xB000, 0xB006, 0xB007, 0x0111})
 # A node of ours answers a warning for what it does not keep.
 _STORED_BY_US = frozenset({0x0000})
 _NOT_SUPPORTED = 0x0122
+# Cannot understand: our own answer for an instance that cannot be encoded, and was not sent.
+_NOT_ENCODED = 0xC000
 _VERIFICATION = "1.2.840.10008.1.1"
 _MOST_CONTEXTS = 128
 _CONNECT_SECONDS = 10.0
@@ -69,7 +77,8 @@ class Response:
 def echo(address: Address, ae_title: str = "DICOMNODE") -> None:
     """C-ECHO: ask whether a peer answers.
 
-    Raises CouldNotCompleteDIMSEMessage with the reason.
+    Raises CouldNotCompleteDIMSEMessage with the reason, and IncorrectlyConfigured for an AE title
+    that is none.
     """
     association = _associate(address, ae_title, [build_context(_VERIFICATION)])
     try:
@@ -96,11 +105,23 @@ def send(
 
     `on_response` is called after each answer, also before an error that ends the association.
 
-    Raises PeerUnreachable where the peer cannot be reached or rejects the association, and
+    Raises InvalidDataset for a dataset without SOPClassUID or SOPInstanceUID, before anything is
+    sent, IncorrectlyConfigured for an AE title that is none, PeerUnreachable where the peer cannot be reached or rejects the association, and
     CouldNotCompleteDIMSEMessage where it accepts no presentation context at all, or stops answering. A status that refuses one instance is no exception: look at
-    `Response.is_stored`. An instance for which no context was accepted has status 0x0122.
+    `Response.is_stored`. An instance for which no context was accepted has status 0x0122, and one
+    that cannot be encoded 0xC000; neither was sent.
     """
+    if isinstance(datasets, str | os.PathLike):
+        raise TypeError(
+            f"expected datasets, found {datasets!r}; read them: send(address, load(path))"
+        )
     batch = list(datasets)
+    for item in batch:
+        if not isinstance(item, Dataset) and not callable(item):
+            raise TypeError(
+                f"expected a Dataset, found {type(item).__name__}; read files with "
+                "dicomnode.lib.dicom.load"
+            )
     if not batch:
         return []
     if contexts is None:
@@ -126,6 +147,12 @@ def send(
 
 
 def _context_of(dataset: Dataset) -> tuple[str, str]:
+    for keyword in ("SOPClassUID", "SOPInstanceUID"):
+        if not dataset.get(keyword):
+            raise InvalidDataset(
+                f"a dataset (SOPInstanceUID {dataset.get('SOPInstanceUID', '')!r}) has no {keyword}, "
+                "so it cannot be sent"
+            )
     meta = getattr(dataset, "file_meta", None)
     syntax = meta.get("TransferSyntaxUID") if meta is not None else None
     return str(dataset.SOPClassUID), str(syntax or ExplicitVRLittleEndian)
@@ -183,7 +210,10 @@ def _ask_for_association(
     address: Address, ae_title: str, contexts: list[PresentationContext]
 ) -> tuple[Association, bool]:
     """One request for an association, whatever comes of it; and whether there was a connection."""
-    ae = AE(ae_title=ae_title)
+    try:
+        ae = AE(ae_title=ae_title)
+    except (ValueError, TypeError) as error:
+        raise IncorrectlyConfigured(f"{ae_title!r} is no AE title: {error}") from error
     ae.connection_timeout = _CONNECT_SECONDS
     ae.acse_timeout = _ANSWER_SECONDS
     ae.dimse_timeout = _ANSWER_SECONDS
@@ -250,7 +280,8 @@ def _store(association: Association, address: Address, dataset: Dataset) -> Resp
         status = association.send_c_store(dataset)
     except ValueError as error:
         # No accepted context, or not encodable: this instance cannot go, the others can.
-        return Response(uid, _NOT_SUPPORTED, str(error))
+        no_context = "presentation context" in str(error)
+        return Response(uid, _NOT_SUPPORTED if no_context else _NOT_ENCODED, str(error))
     except (AttributeError, RuntimeError) as error:
         raise CouldNotCompleteDIMSEMessage(f"{uid} cannot be sent to {address}: {error}") from error
     if "Status" not in status:

@@ -23,6 +23,8 @@ GrindType: TypeAlias = Any
 Grinder: TypeAlias = Callable[[Iterable[Dataset]], GrindType]
 _ARRAY_TYPES = ("f4", "f8", "i1", "i2", "i4", "u1", "u2", "u4")
 Order: TypeAlias = Literal["position", "InstanceNumber", "given"]
+# Stands for "no datasets given": None is what a forgotten value looks like.
+_LATER: Iterable[Dataset] = iter(())
 
 
 def identity_grinder(datasets: Iterable[Dataset]) -> Iterable[Dataset]:
@@ -52,9 +54,17 @@ def tag_meta_grinder(tags: Iterable[TagType], optional: bool = False) -> Grinder
     """A grinder that returns `{tag: value}` of the first dataset, keyed as `tags` are given.
 
     Use it for what is equal in all images: PatientWeight, RadiopharmaceuticalInformationSequence.
-    A missing tag raises InvalidDataset, or with `optional` has the value None.
+    A missing tag raises InvalidDataset, or with `optional` has the value None. Raises
+    IncorrectlyConfigured at once for what is no tag.
     """
-    wanted = [(tag, tag_of(tag)) for tag in tags]
+    if isinstance(tags, str):
+        raise IncorrectlyConfigured(f"tags has to be a list, such as [{tags!r}]")
+    try:
+        wanted = [(tag, tag_of(tag)) for tag in tags]
+    except (ValueError, TypeError, OverflowError) as error:
+        raise IncorrectlyConfigured(
+            f"{list(tags)!r} holds what is no DICOM tag: {error}"
+        ) from error
 
     def tag_grinder(datasets: Iterable[Dataset]) -> dict[TagType, Any]:
         first = next(iter(datasets), None)
@@ -109,7 +119,7 @@ def numpy_grinder(
     *, dtype: DTypeLike = ..., order: Order = ..., rescale: bool = ...
 ) -> Callable[[Iterable[Dataset]], NDArray[Any]]: ...
 def numpy_grinder(
-    datasets: Iterable[Dataset] | None = None,
+    datasets: Iterable[Dataset] = _LATER,
     /,
     *,
     dtype: DTypeLike = numpy.float32,
@@ -135,14 +145,17 @@ def numpy_grinder(
         raise IncorrectlyConfigured(
             f"order is 'position', 'InstanceNumber' or 'given', not {order!r}"
         )
-    if datasets is None:
+    if datasets is _LATER:
         return lambda images: _grind_array(images, dtype, order, rescale)
     return _grind_array(datasets, dtype, order, rescale)
 
 
 def _array_type(dtype: DTypeLike) -> numpy.dtype[Any]:
     """A dtype that the compiled core can write."""
-    wanted = numpy.dtype(dtype)
+    try:
+        wanted = numpy.dtype(dtype)
+    except TypeError as error:
+        raise IncorrectlyConfigured(f"dtype {dtype!r} is none of numpy's: {error}") from error
     if not wanted.isnative or wanted.str[1:] not in _ARRAY_TYPES:
         raise IncorrectlyConfigured(
             f"dtype is float32, float64 or an 8, 16 or 32 bit integer in native byte order, not "
@@ -186,7 +199,7 @@ def volume_grinder(
     *, dtype: DTypeLike = ..., rescale: bool = ...
 ) -> Callable[[Iterable[Dataset]], Volume]: ...
 def volume_grinder(
-    datasets: Iterable[Dataset] | None = None,
+    datasets: Iterable[Dataset] = _LATER,
     /,
     *,
     dtype: DTypeLike = numpy.float32,
@@ -201,7 +214,7 @@ def volume_grinder(
     Raises InconsistentSeries, UnsupportedImage, InvalidDataset, IncorrectlyConfigured.
     """
     dtype = _array_type(dtype)
-    if datasets is None:
+    if datasets is _LATER:
         return lambda images: _grind_volume(images, dtype, rescale)
     return _grind_volume(datasets, dtype, rescale)
 

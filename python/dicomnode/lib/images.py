@@ -154,7 +154,18 @@ def read_slices(datasets: Iterable[Dataset]) -> tuple[list[Slice], list[str]]:
 
     Raises InvalidDicom and InvalidDataset for an image whose attributes cannot be understood.
     """
+    if isinstance(datasets, str | os.PathLike) or not isinstance(datasets, Iterable):
+        raise InvalidDataset(
+            f"expected datasets, found {datasets!r}; read files with dicomnode.lib.dicom.load, and "
+            "give options of a grinder by name"
+        )
     given = list(datasets)
+    for one in given:
+        if not isinstance(one, Dataset):
+            raise InvalidDataset(
+                f"expected a Dataset, found {type(one).__name__}; read files with "
+                "dicomnode.lib.dicom.load"
+            )
     sources = [untouched_source(dataset) for dataset in given]
     scanned = iter(_core.scan_images([source for source in sources if source is not None]))
     slices: list[Slice] = []
@@ -247,6 +258,8 @@ def _direct_image(item: Slice) -> _core.Image | None:
     header, dataset = item.header, item.dataset
     big_endian = header.transfer_syntax == "1.2.840.10008.1.2.2"
     pixels = dataset.PixelData
+    if pixels is None:
+        raise InvalidDataset(f"image {header.sop_instance_uid} has an empty PixelData")
     if big_endian and header.bits_allocated == 8 and dataset["PixelData"].VR == "OW":
         pixels = numpy.frombuffer(pixels, ">u2").astype("<u2").tobytes()
     return _core.Image(

@@ -85,8 +85,19 @@ def derive_series(
         (series_description, _LO_CHARACTERS, "SeriesDescription"),
         (derivation_description, _ST_CHARACTERS, "DerivationDescription"),
     ):
+        if not isinstance(text, str) or "\\" in text:
+            raise InvalidDataset(f"{name} has to be a text without backslash, not {text!r}")
         if len(text) > most:
             raise InvalidDataset(f"{name} has {len(text)} characters, DICOM allows {most}")
+    if not isinstance(array, numpy.ndarray):
+        raise InvalidDataset(
+            f"expected an array, found {type(array).__name__}; of a Volume give its array"
+        )
+    is_whole = isinstance(series_number, int | numpy.integer)
+    if series_number is not None and not (is_whole and abs(int(series_number)) < 1 << 31):
+        raise InvalidDataset(
+            f"SeriesNumber has to be a whole number below 2^31, not {series_number!r}"
+        )
     slices, _ = read_slices(images)
     if not slices:
         raise InconsistentSeries("there is no image to derive a series from")

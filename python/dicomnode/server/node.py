@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import inspect
 import logging
 import os
 import re
@@ -120,8 +121,22 @@ class AbstractPipeline:
                 f"patient_identifier_tag {self.patient_identifier_tag!r} is no DICOM tag"
             ) from error
         _addresses(self.endpoints)
-        if isinstance(self.require_calling_aet, str):
-            raise IncorrectlyConfigured("require_calling_aet has to be a list of AE titles")
+        if isinstance(self.require_calling_aet, str) or not isinstance(
+            self.require_calling_aet, Sequence
+        ):
+            raise IncorrectlyConfigured(
+                f"require_calling_aet has to be a list of AE titles, not {self.require_calling_aet!r}"
+            )
+        if not isinstance(self.ip, str):
+            raise IncorrectlyConfigured(f"ip has to be a text such as '0.0.0.0', not {self.ip!r}")
+        for name, folder in (
+            ("root_data_directory", self.root_data_directory),
+            ("log_path", self.log_path),
+        ):
+            if folder is not None and not isinstance(folder, str | os.PathLike):
+                raise IncorrectlyConfigured(f"{name} has to be a path or None, not {folder!r}")
+            if folder is not None and not str(folder):
+                raise IncorrectlyConfigured(f"{name} is empty; None means that there is none")
         for name, value, least in (
             ("port", self.port, 0),
             ("workers", self.workers, 0),
@@ -141,8 +156,6 @@ class AbstractPipeline:
                     raise IncorrectlyConfigured(
                         f"{name} has to have 1 to 16 ASCII characters without backslash, not {title!r}"
                     )
-        if self.root_data_directory is not None and not str(self.root_data_directory):
-            raise IncorrectlyConfigured("root_data_directory is empty; None keeps images in memory")
 
     # What a user overrides
 
@@ -363,7 +376,15 @@ class AbstractPipeline:
                 raise IncorrectlyConfigured(
                     f"log_path {path} cannot be written: {error.strerror}"
                 ) from error
-        handler.setFormatter(_Formatter(self.log_format, _DATE_FORMAT))
+        try:
+            formatter = _Formatter(self.log_format, _DATE_FORMAT)
+            formatter.format(logging.LogRecord("", 0, "", 0, "", None, None))
+        except (ValueError, TypeError, KeyError) as error:
+            handler.close()
+            raise IncorrectlyConfigured(
+                f"log_format {self.log_format!r} cannot be used: {error}"
+            ) from error
+        handler.setFormatter(formatter)
         self._set_level()
         self.logger.addHandler(handler)
         self._handler = handler
@@ -396,6 +417,12 @@ def _checked(inputs: Mapping[str, Any]) -> Mapping[str, type[AbstractInput]]:
             raise IncorrectlyConfigured(
                 f"input {name!r}: {kind.__name__} has to define {', '.join(missing)}()"
             )
+        grinder = inspect.getattr_static(kind, "image_grinder")
+        if not callable(grinder) and not isinstance(grinder, classmethod):
+            raise IncorrectlyConfigured(
+                f"input {name!r}: image_grinder of {kind.__name__} has to be a function, not "
+                f"{grinder!r}"
+            )
     return inputs
 
 
@@ -405,6 +432,12 @@ def _addresses(endpoints: object) -> Sequence[Address]:
     for one in endpoints:
         if not isinstance(one, Address):
             raise IncorrectlyConfigured(f"endpoints holds {one!r}; it has to hold Address objects")
+        is_address = isinstance(one.ip, str) and isinstance(one.ae_title, str)
+        if not is_address or not isinstance(one.port, int) or len(one.ae_title) > 16:
+            raise IncorrectlyConfigured(
+                f"endpoints holds {one!r}; ip and ae_title (at most 16 characters) have to be texts, "
+                "port a number"
+            )
     return endpoints
 
 

@@ -5,7 +5,7 @@ that a wrong tag or value is an error before the first image comes.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,12 +69,22 @@ def _compile(name: str, kind: type[AbstractInput]) -> Rule:
                 "int such as 0x00080060, or a keyword such as 'Modality'"
             ) from error
 
+    tags, values = kind.required_tags, kind.required_values
+    if isinstance(tags, str) or not isinstance(tags, Iterable):
+        raise IncorrectlyConfigured(
+            f"input {name!r}: required_tags of {kind.__name__} has to be a list of tags, such as "
+            f"['PatientID'], not {tags!r}"
+        )
+    if not isinstance(values, Mapping):
+        raise IncorrectlyConfigured(
+            f"input {name!r}: required_values of {kind.__name__} has to map tags to values, such as "
+            f"{{'Modality': 'CT'}}, not {values!r}"
+        )
     return Rule(
         name,
-        tuple(number(tag, "required_tags") for tag in kind.required_tags),
+        tuple(number(tag, "required_tags") for tag in tags),
         tuple(
-            (number(tag, "required_values"), *_acceptance(wanted))
-            for tag, wanted in kind.required_values.items()
+            (number(tag, "required_values"), *_acceptance(wanted)) for tag, wanted in values.items()
         ),
     )
 

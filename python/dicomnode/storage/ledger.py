@@ -76,6 +76,8 @@ class ResultRow:
 
 # Of the tables in ledger.sql; a ledger of another version is left alone.
 _VERSION = 1
+# SQLite counts no further.
+_MOST = 1 << 63
 # A sender tries again within hours; the same images after that are a wish to process them again.
 _REPEAT_SECONDS = 24 * 3600.0
 _CASE = "id, identifier, folder, state, sealed, attempts, error, created, changed"
@@ -215,6 +217,8 @@ class Ledger:
 
     def case(self, case_id: int) -> Case:
         """One case. Raises UnknownCase."""
+        if not 0 < case_id < _MOST:
+            raise UnknownCase(f"there is no case {case_id}")
         with self._lock:
             row = self._db.execute(f"SELECT {_CASE} FROM cases WHERE id = ?", (case_id,)).fetchone()
         if row is None:
@@ -290,10 +294,7 @@ class Ledger:
         Raises UnknownCase for a case that does not exist or has not failed.
         """
         with self._transaction() as db:
-            row = db.execute(f"SELECT {_CASE} FROM cases WHERE id = ?", (case_id,)).fetchone()
-            if row is None:
-                raise UnknownCase(f"there is no case {case_id}")
-            case = _case(row)
+            case = self.case(case_id)
             if case.state is not State.FAILED:
                 raise UnknownCase(
                     f"case {case_id} is {case.state.value}; only a FAILED case can be retried"
