@@ -3,7 +3,9 @@
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from dicomnode.lib.dicom import encode
 from dicomnode.lib.dimse import Address, send
 from dicomnode.lib.grinders import list_grinder, many_meta_grinder, numpy_grinder
 from dicomnode.lib.series import derive_series
+from dicomnode.server import association
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.node import AbstractPipeline
 from dicomnode.storage.ledger import Ledger
@@ -306,3 +309,184 @@ def test_a_node_that_closes_in_post_init_does_not_open() -> None:
     with pytest.raises(IncorrectlyConfigured, match="post_init"), running_node(Closing):
         pass
     assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("where", ["process", "validate"])
+def test_an_error_of_the_user_that_speaks_of_a_shutdown_fails_its_case(where: str) -> None:
+    class Sick(Two):
+        def validate(self) -> bool:
+            if where == "validate" and self.images >= 2:
+                raise RuntimeError("scanner shutdown in progress")
+            return super().validate()
+
+    class Failing(Silent):
+        input = {"ct": Sick}
+
+        def process(self, input_data: dict[str, Any]) -> None:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+
+    with running_node(Failing) as node:
+        send(address_of(node), make_series(2))
+        wait_for_cases(node, State.FAILED)
+        assert "shutdown" in node.cases()[0].error
+
+
+def break_before_the_last_answer(node: AbstractPipeline, series: list[Dataset]) -> None:
+    """Send all, and lose the connection when the last image is stored and not yet answered."""
+    assert node._server is not None
+    count, real = iter(range(1, len(series) + 1)), association._answer
+
+    def breaking(status: int, comment: str) -> Dataset:
+        if next(count, 0) == len(series):
+            for thread in threading.enumerate():
+                if isinstance(thread, pynetdicom.association.Association) and thread.is_acceptor:
+                    thread.dul.socket.socket.shutdown(socket.SHUT_RDWR)
+        return real(status, comment)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(association, "_answer", breaking)
+        with pytest.raises(CouldNotCompleteDIMSEMessage):
+            send(address_of(node), series)
+
+
+@pytest.mark.parametrize("parts", [1, 5])
+def test_what_is_sent_again_after_a_broken_connection_is_not_delivered_twice(parts: int) -> None:
+    class Five(Two):
+        def validate(self) -> bool:
+            return self.images >= 5
+
+    series = make_series(5)
+    with (
+        running_node(StoringNode) as store,
+        running_node(Echoing, input={"ct": Five}, endpoints=[address_of(store)]) as node,
+    ):
+        break_before_the_last_answer(node, series)
+        wait_for_cases(node, State.DONE)
+        for k in range(0, 5, 5 // parts):
+            send(address_of(node), series[k : k + 5 // parts])
+        wait_for_cases(node, State.FAILED, parts)
+        assert len(store.received) == 5
+        # The next examination of the patient is its own.
+        send(address_of(node), make_series(5))
+        wait_for_cases(node, State.DONE, 2)
+        assert len(store.received) == 10
+
+
+def test_what_is_sent_again_after_validate_raised_is_not_delivered_twice() -> None:
+    class Sick(Two):
+        def validate(self) -> bool:
+            if self.images < 5:
+                raise ValueError("not enough to look at")
+            return True
+
+    series = make_series(5)
+    with (
+        running_node(StoringNode) as store,
+        running_node(Echoing, input={"ct": Sick}, endpoints=[address_of(store)]) as node,
+    ):
+        break_before_the_last_answer(node, series)
+        wait_for_cases(node, State.DONE)
+        for one in series:
+            send(address_of(node), [one])
+        assert not any(case.state is State.RECEIVING for case in node.cases())
+        assert len(store.received) == 5
+
+
+def test_two_that_close_a_node_do_not_wait_for_each_other() -> None:
+    inside = threading.Event()
+
+    class Closing(Silent):
+        def filter(self, dataset: Dataset) -> bool:
+            inside.set()
+            self.close()
+            return True
+
+    with running_node(Closing) as node:
+
+        def try_to_send() -> None:
+            with suppress(CouldNotCompleteDIMSEMessage):
+                send(address_of(node), make_series(1))
+
+        sender = threading.Thread(target=try_to_send, daemon=True)
+        sender.start()
+        assert inside.wait(10)
+        start = time.monotonic()
+        node.close()
+        assert time.monotonic() - start < 10
+
+
+def test_a_full_disk_does_not_keep_a_node_from_closing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(self: Ledger) -> None:
+        raise OutOfResources("the ledger cannot be written: disk full")
+
+    threads = threading.active_count()
+    with running_node(Silent, root_data_directory=tmp_path):
+        monkeypatch.setattr(Ledger, "excuse", full)
+    assert threading.active_count() == threads
+    with running_node(Silent, root_data_directory=tmp_path):
+        pass
+
+
+def test_the_connection_that_holds_the_memory_is_cut_off_and_not_the_others() -> None:
+    with running_node(Silent, memory_limit=4_000_000) as node:
+        sent: list[bytes] = []
+        peer = AE()
+        peer.add_requested_context("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.1")
+        handlers = [(evt.EVT_DATA_SENT, lambda event: sent.append(bytes(event.data)))]
+        hog = peer.associate("127.0.0.1", node.port, ae_title="NODE", evt_handlers=handlers)
+        assert hog.is_established
+        # One P-DATA-TF after the other of a message without end (PS3.8 9.3.5).
+        value = bytes([hog.accepted_contexts[0].context_id, 1]) + b"\0" * 65_000
+        item = len(value).to_bytes(4, "big") + value
+        pdu = b"\x04\0" + len(item).to_bytes(4, "big") + item
+        for _ in range(59):
+            hog.dul.socket.socket.sendall(pdu)
+        for _ in range(3):
+            send(address_of(node), make_series(1, 400, 400))
+        server = node._server
+        assert server is not None
+        assert node.wait(lambda: not server._visits, 20)
+
+
+def test_a_claim_that_cannot_be_written_does_not_keep_the_workers_busy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried, real = [], Ledger.move
+
+    def failing(self: Ledger, case_id: int, expected: State, state: State, **options: Any) -> bool:
+        if state is State.PROCESSING and len(tried) < 4:
+            tried.append(time.monotonic())
+            raise OutOfResources("the ledger cannot be written: disk full")
+        return real(self, case_id, expected, state, **options)
+
+    monkeypatch.setattr(Ledger, "move", failing)
+    with running_node(Silent, workers=2) as node:
+        send(address_of(node), make_series(2))
+        wait_for_cases(node, State.DONE)
+    # Each of two workers tries about once in a second.
+    assert tried[-1] - tried[0] > 0.5
+
+
+def test_a_validate_that_closes_while_the_node_opens_is_told(tmp_path: Path) -> None:
+    with running_node(Silent, root_data_directory=tmp_path, input={"ct": Two}) as node:
+        send(address_of(node), make_series(1))
+
+    class Closing(Silent):
+        def __init__(self, start: bool = True) -> None:
+            here = self
+
+            class Asking(Two):
+                def validate(self) -> bool:
+                    here.close()
+                    return False
+
+            self.input = {"ct": Asking}
+            super().__init__(start)
+
+    with (
+        pytest.raises(IncorrectlyConfigured, match="closed"),
+        running_node(Closing, root_data_directory=tmp_path),
+    ):
+        pass

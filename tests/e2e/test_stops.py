@@ -309,3 +309,48 @@ def test_what_is_sent_again_because_the_last_answer_was_lost_is_not_delivered_tw
         last.until("case 2 is done")
         assert len({one.SOPInstanceUID for one in store.received}) == 10
         assert address_of(store).port == store.port
+
+
+def test_a_fork_of_the_program_ends_and_leaves_the_node_alone(
+    start: Callable[..., Program], tmp_path: Path
+) -> None:
+    code = """
+    class Node(Base):
+        def process(self, input_data):
+            return None
+    node = Node(start=False)
+    node.open(blocking=False)
+    child = os.fork()
+    if not child:
+        sys.exit(0)
+    print("CHILD", os.waitpid(child, 0)[1])
+    send(Address("127.0.0.1", node.port, "NODE"), make_series(2, patient_id="A"))
+    node.wait(lambda: node.cases()[0].state.value == "DONE", 20)
+    print("STATE", node.cases()[0].state.value)
+    node.close()
+    """
+    program = start(code)
+    assert program.until(r"CHILD (\d+)") == "0"
+    assert program.until(r"STATE (\w+)") == "DONE"
+    assert program.process.wait(20) == 0
+
+
+def test_a_second_signal_does_not_lose_what_is_in_memory(start: Callable[..., Program]) -> None:
+    code = """
+    class Node(Base):
+        root_data_directory = None
+        def process(self, input_data):
+            print("BEGUN", input_data["ct"][0][0].PatientID)
+            time.sleep(1)
+            print("ENDED", input_data["ct"][0][0].PatientID)
+    Node()
+    """
+    program = start(code)
+    send(program.address, make_series(2, patient_id="A") + make_series(2, patient_id="B"))
+    program.until("BEGUN")
+    program.process.terminate()
+    program.until("ENDED")
+    program.process.terminate()
+    assert program.process.wait(20) == 0
+    program.until("ENDED B")
+    program.until("closed")

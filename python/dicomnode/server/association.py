@@ -92,14 +92,16 @@ class _SharedContexts(list[PresentationContext]):
 
 @dataclass(eq=False)
 class _Visit:
-    """One connection: which identifiers it touched, and whether it is over."""
+    """One connection: which cases it touched, and whether it is over."""
 
     is_accepted: bool = False
+    #: It ended by a release, so that the sender has got all answers.
+    is_released: bool = False
     #: Bytes that came since the last whole image.
     arriving: int = 0
     is_cut_off: bool = False
 
-    touched: dict[str, None] = field(default_factory=dict)
+    touched: dict[str, set[int]] = field(default_factory=dict)
     stored: int = 0
     refused: int = 0
     over: bool = False
@@ -159,6 +161,7 @@ class AssociationServer:
                     (evt.EVT_DATA_RECV, self._on_data),
                     (evt.EVT_ACCEPTED, self._on_accepted),
                     (evt.EVT_REJECTED, self._on_rejected),
+                    (evt.EVT_RELEASED, self._on_released),
                     (evt.EVT_ABORTED, self._on_aborted),
                     (evt.EVT_CONN_CLOSE, self._on_close),
                 ],
@@ -191,6 +194,11 @@ class AssociationServer:
         own = threading.get_ident()
         with self._idle:
             self._idle.wait_for(lambda: not any(k != own for k in self._busy), seconds)
+
+    def is_busy(self, thread: threading.Thread) -> bool:
+        """Whether a thread is storing an image or ending an association, where user code runs."""
+        with self._lock:
+            return thread.ident in self._busy
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:
@@ -232,25 +240,23 @@ class AssociationServer:
             if visit is not None:
                 visit.arriving += size
                 self._arriving += size
-            too_much = (
-                visit is not None
-                and not visit.is_cut_off
-                and self._arriving > self._reception.most_bytes
-            )
-            if visit is not None and too_much:
-                visit.is_cut_off = True
+            greatest: Any = None
+            if self._arriving > self._reception.most_bytes:
+                greatest, its_visit = max(self._visits.items(), key=lambda one: one[1].arriving)
+                greatest = None if its_visit.is_cut_off else greatest
+                its_visit.is_cut_off = True
         with contextlib.suppress(OSError, AttributeError):
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-        if too_much:
+        if greatest is not None:
             self._logger.error(
-                "association with %s is cut off: %d bytes of images are arriving at once, "
-                "memory_limit is %d",
-                _peer(event.assoc),
+                "association with %s is cut off: %d bytes of images are arriving at once, most of "
+                "them there, and memory_limit is %d",
+                _peer(greatest),
                 self._arriving,
                 self._reception.most_bytes,
             )
             with contextlib.suppress(OSError, AttributeError):
-                client.shutdown(socket.SHUT_RDWR)
+                greatest.dul.socket.socket.shutdown(socket.SHUT_RDWR)
 
     def _arrived(self, visit: _Visit) -> None:
         """An image is whole, or its connection is over."""
@@ -271,6 +277,12 @@ class AssociationServer:
             _peer(event.assoc),
             str(event.assoc.requestor.primitive.called_ae_title).strip(),
         )
+
+    def _on_released(self, event: Any) -> None:
+        with self._lock:
+            visit = self._visits.get(event.assoc)
+            if visit is not None:
+                visit.is_released = True
 
     def _on_aborted(self, event: Any) -> None:
         self._logger.warning("association with %s aborted", _peer(event.assoc))
@@ -293,12 +305,18 @@ class AssociationServer:
         with visit.lock:
             visit.over = True
             touched = list(visit.touched)
+            cases = sorted(set().union(*visit.touched.values()))
         self._logger.info(
             "association with %s closed: %d stored, %d refused",
             _peer(association),
             visit.stored,
             visit.refused,
         )
+        try:
+            if not visit.is_released:
+                self._storage.interrupt(cases)
+        except OutOfResources as error:
+            self._logger.error("what may be sent again is not remembered: %s", error)
         self._reception.on_end(touched)
 
     def _on_store(self, event: Any) -> Dataset:
@@ -311,28 +329,30 @@ class AssociationServer:
 
     def _answered(self, event: Any, visit: _Visit) -> Dataset:
         try:
-            status, comment, identifier = self._store(event)
+            status, comment, identifier, case_id = self._store(event)
         except OutOfResources as error:
             self._logger.error("not stored: %s", error)
-            status, comment, identifier = _OUT_OF_RESOURCES, "out of resources", ""
+            status, comment, identifier, case_id = _OUT_OF_RESOURCES, "out of resources", "", 0
         except Exception:
             # filter() and functions in required_values are the user's: anything can come here.
             self._logger.exception("%s not stored", event.request.AffectedSOPInstanceUID)
             status, comment, identifier = _NOT_UNDERSTOOD, "the node failed, see its log", ""
+            case_id = 0
         with visit.lock:
             if identifier:
                 visit.stored += 1
-                visit.touched[identifier] = None
+                visit.touched.setdefault(identifier, set()).add(case_id)
             else:
                 visit.refused += 1
             late = visit.over
         if late and identifier:
             # The connection closed while this image was being stored.
+            self._storage.interrupt([case_id])
             self._reception.on_end([identifier])
         return _answer(status, comment)
 
-    def _store(self, event: Any) -> tuple[int, str, str]:
-        """Status, comment, and the identifier of the case where the image was stored."""
+    def _store(self, event: Any) -> tuple[int, str, str, int]:
+        """Status, comment, and identifier and number of the case where the image was stored."""
         request = event.request
         uid = str(request.AffectedSOPInstanceUID or "")
         sop_class = str(request.AffectedSOPClassUID or "")
@@ -361,7 +381,7 @@ class AssociationServer:
 
     def _keep(
         self, uid: str, header: Header, prefix: bytes, dataset: bytes
-    ) -> tuple[int, str, str]:
+    ) -> tuple[int, str, str, int]:
         reception = self._reception
         try:
             target = route(header, reception.rules, reception.identifier_tag)
@@ -390,11 +410,11 @@ class AssociationServer:
             self._logger.error("%s; the first is kept", error)
             return self._refuse(uid, _DUPLICATE, "same SOPInstanceUID, other content")
         self._logger.debug("%s stored in case %d: %s", uid, case_id, ", ".join(target.accepted))
-        return _SUCCESS, "", target.identifier
+        return _SUCCESS, "", target.identifier, case_id
 
-    def _refuse(self, uid: str, status: int, comment: str) -> tuple[int, str, str]:
+    def _refuse(self, uid: str, status: int, comment: str) -> tuple[int, str, str, int]:
         self._logger.warning("%r answered 0x%04X: %s", uid, status, comment)
-        return status, comment, ""
+        return status, comment, "", 0
 
 
 def _file_stem(header: Header, uid: str) -> str:

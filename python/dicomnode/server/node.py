@@ -7,10 +7,12 @@ import logging
 import os
 import re
 import signal
+import sqlite3
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import time
+from datetime import time as time_of_day
 from itertools import count
 from logging.handlers import TimedRotatingFileHandler
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any, ClassVar
 from pydicom.dataset import Dataset
 from pydicom.tag import TagType
 
-from dicomnode.errors import IncorrectlyConfigured, UnknownCase
+from dicomnode.errors import IncorrectlyConfigured, OutOfResources, UnknownCase
 from dicomnode.lib.dicom import printable, tag_of
 from dicomnode.lib.dimse import Address
 from dicomnode.server.association import AssociationServer, Reception, default_contexts
@@ -104,7 +106,8 @@ class AbstractPipeline:
         self._handler: logging.Handler | None = None
         self._state = threading.RLock()
         self._closed = threading.Event()
-        self._is_told_to_stop = False
+        self._is_told_to_stop = self._is_opening = False
+        self._process_id = 0
         self._storage: Storage | None = None
         self._runner: Runner | None = None
         self._server: AssociationServer | None = None
@@ -198,13 +201,17 @@ class AbstractPipeline:
                     raise IncorrectlyConfigured(f"{type(self).__name__} is open already")
                 self._closed.clear()
                 self._is_told_to_stop = False
-                self._check_settings()
-                self._open_log()
+                self._process_id = os.getpid()
+                self._is_opening = True
                 try:
+                    self._check_settings()
+                    self._open_log()
                     self._open()
                 except BaseException:
                     self._close()
                     raise
+                finally:
+                    self._is_opening = False
             if blocking:
                 try:
                     with contextlib.suppress(KeyboardInterrupt):
@@ -222,7 +229,7 @@ class AbstractPipeline:
             return
 
         def stop(*_: object) -> None:
-            if self._server is None:
+            if self._is_opening:
                 raise SystemExit(0)
             self._is_told_to_stop = True
 
@@ -269,7 +276,10 @@ class AbstractPipeline:
         self.port = server.open(self.ip, self.port)
         self._server = server
         self._runner = runner
+        self._is_opening = False
         runner.check(storage.open_identifiers())
+        if self._storage is not storage:
+            raise IncorrectlyConfigured(f"validate() of an input closed {type(self).__name__}")
         runner.start()
         # A program that ends without close() does not leave a step half done.
         atexit.register(self.close)
@@ -282,15 +292,22 @@ class AbstractPipeline:
         memory would be lost. Waits for at most 30 seconds. May be called from any thread, and more
         than once.
         """
-        runner = self._runner
-        if runner is not None and runner.is_worker(threading.current_thread()):
-            # process() cannot wait for its own end.
+        if self._process_id not in (0, os.getpid()):
+            # A fork of the program that opened the node: it is not ours.
+            return
+        thread, runner, server = threading.current_thread(), self._runner, self._server
+        if (runner is not None and runner.is_worker(thread)) or (
+            server is not None and server.is_busy(thread)
+        ):
+            # process(), filter() and validate() cannot wait for their own end.
             threading.Thread(target=self.close, name="close-later").start()
             return
-        with self._state:
-            self._close()
-        atexit.unregister(self.close)
-        self._closed.set()
+        try:
+            with self._state:
+                self._close()
+        finally:
+            atexit.unregister(self.close)
+            self._closed.set()
 
     def cases(self) -> list[Case]:
         """All cases of this node, oldest first; empty while it is closed."""
@@ -315,6 +332,7 @@ class AbstractPipeline:
         return condition() if runner is None else runner.wait(condition, seconds)
 
     def _close(self) -> None:
+        end = time.monotonic() + _STOP_SECONDS
         if self._server is not None:
             self._server.close(_STOP_SECONDS)
             self._server = None
@@ -323,8 +341,11 @@ class AbstractPipeline:
         if storage is not None:
             drain = self.root_data_directory is None and self.workers > 0
             # If it is killed before its step has ended, that is not the case's fault.
-            storage.ledger.excuse()
-            if runner is None or runner.stop(drain, _STOP_SECONDS):
+            try:
+                storage.ledger.excuse()
+            except (OutOfResources, sqlite3.Error) as error:
+                self.logger.error("the attempts under way cannot be taken back: %s", error)
+            if runner is None or runner.stop(drain, max(0.0, end - time.monotonic())):
                 storage.close()
             else:
                 after = "is lost" if drain else "runs again after the next start"
@@ -370,7 +391,11 @@ class AbstractPipeline:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 handler = TimedRotatingFileHandler(
-                    path, when="W0", atTime=time(), backupCount=self.backup_weeks, encoding="utf-8"
+                    path,
+                    when="W0",
+                    atTime=time_of_day(),
+                    backupCount=self.backup_weeks,
+                    encoding="utf-8",
                 )
             except OSError as error:
                 raise IncorrectlyConfigured(

@@ -70,6 +70,7 @@ class Runner:
         # How many cases are being processed, and whether one of them has to be alone.
         self._processing = 0
         self._alone = False
+        self._is_awaited = False
         # One association for each endpoint at a time: many peers take no more.
         self._locks = {endpoint: threading.Lock() for endpoint in work.endpoints}
         self._outages: dict[Address, tuple[float, str]] = {}
@@ -195,7 +196,7 @@ class Runner:
             if looked is None:
                 return
             _, waiting = looked
-            repeated = None if waiting else self._storage.park(identifier, contents)
+            repeated = self._storage.park(identifier, contents)
             if repeated is not None:
                 self._logger.error(
                     "case %d repeats case %d, whose sender had not got all answers, and is not "
@@ -236,13 +237,15 @@ class Runner:
                 continue
             if not self._begin(case):
                 return False
+            worked = False
             try:
                 inputs = self._claim(case)
                 if inputs is not None:
                     self._process(case, inputs)
+                    worked = True
                     return True
             finally:
-                self._end()
+                self._end(worked)
         return False
 
     def _check_again(self) -> None:
@@ -259,16 +262,20 @@ class Runner:
         """
         with self._wake:
             if self._alone or (case.attempts and self._processing):
+                self._is_awaited = True
                 return False
             self._processing += 1
             self._alone = case.attempts > 0
             return True
 
-    def _end(self) -> None:
+    def _end(self, worked: bool) -> None:
         with self._wake:
             self._processing -= 1
             self._alone = False
-            self._notify()
+            # What could not be claimed now wakes nobody, or workers would wake each other for ever.
+            if worked or self._is_awaited:
+                self._is_awaited = False
+                self._notify()
 
     def _claim(self, case: Case) -> dict[str, AbstractInput] | None:
         """The inputs of a case that is now ours; None where it is not to be processed now.
@@ -438,7 +445,8 @@ class Runner:
             if in_main_thread and isinstance(error, KeyboardInterrupt | SystemExit):
                 # Ctrl-C or SIGTERM while the node opens: not the case's fault.
                 raise
-            if isinstance(error, RuntimeError) and "shutdown" in str(error):
+            if isinstance(error, RuntimeError) and not threading.main_thread().is_alive():
+                # At its end an interpreter starts no more threads, which sending needs.
                 self._logger.warning("case %d: the program ends, it goes on after a start", case_id)
                 return
             self._logger.error(

@@ -170,17 +170,28 @@ class Ledger:
             row = db.execute(f"SELECT {_CASE} FROM cases WHERE id = last_insert_rowid()").fetchone()
         return _case(row)
 
-    def park(self, case_id: int, error: str) -> None:
-        """RECEIVING -> FAILED, and sealed: it takes no more images and waits for a retry."""
+    def park(self, case_id: int, error: str) -> bool:
+        """RECEIVING, or FAILED before it was claimed, -> FAILED and sealed; whether it was.
+
+        It takes no more images and waits for a retry.
+        """
         with self._transaction() as db:
-            db.execute(
+            cursor = db.execute(
                 "UPDATE cases SET state = ?, sealed = 1, error = ?, changed = ? "
-                "WHERE id = ? AND state = ?",
-                (State.FAILED.value, error, time.time(), case_id, State.RECEIVING.value),
+                "WHERE id = ? AND state IN (?, ?) AND NOT sealed",
+                (
+                    State.FAILED.value,
+                    error,
+                    time.time(),
+                    case_id,
+                    State.RECEIVING.value,
+                    State.FAILED.value,
+                ),
             )
+            return cursor.rowcount == 1
 
     def interrupt(self, case_id: int) -> None:
-        """Remember what an open case holds, since its sender may send that again."""
+        """Remember what a case holds, since its sender may send that again."""
         with self._transaction() as db:
             db.execute(
                 "INSERT OR REPLACE INTO interrupted (case_id, input, uid, digest) "

@@ -24,6 +24,8 @@ from dicomnode.storage.layout import (
 from dicomnode.storage.ledger import Case, InstanceRow, Ledger, State
 
 _ATTEMPTS = 3
+# In these states a case may have senders that never got their last answers.
+_INTERRUPTED = (State.RECEIVING, State.READY, State.PROCESSING, State.EXPORTING)
 
 
 @dataclass
@@ -87,8 +89,8 @@ class Recovery:
             self._check_files(case)
         self._drop_stale_outbox()
         self._adopt_orphans()
-        for open_case in self.open_cases.values():
-            self._ledger.interrupt(open_case.id)
+        for case in self._ledger.cases(*_INTERRUPTED):
+            self._ledger.interrupt(case.id)
 
     def _recover_processing(self, case: Case) -> None:
         if case.attempts >= _ATTEMPTS:

@@ -400,25 +400,32 @@ class Storage:
                     break
             return True
 
+    def interrupt(self, case_ids: Iterable[int]) -> None:
+        """Remember what these cases hold: their sender has not got all answers, or may not have."""
+        for case_id in case_ids:
+            self.ledger.interrupt(case_id)
+
     def park(self, identifier: str, contents: Contents) -> int | None:
-        """Set aside a case whose images an earlier one held when the node ended; that one's number.
+        """Set aside a case whose images an interrupted one held before; that one's number.
 
         The sender may not have got the last answers, and sent everything again: processing it would
-        deliver the same results twice. None, and nothing is done, for any other case.
+        deliver the same results twice. Also a part of it is set aside, before it joins what comes
+        next. None, and nothing is done, for any other case.
         """
         with self.holding(identifier):
             known = self._open_cases.get(identifier)
-            if known is None or known.id != contents.case_id:
+            if known is None or (known.id, known.generation) != (
+                contents.case_id,
+                contents.generation,
+            ):
                 return None
             repeated = self.ledger.repeated(known.id)
-            if repeated is None or self.ledger.case(known.id).state is not State.RECEIVING:
-                return None
-            self.ledger.park(
+            if repeated is None or not self.ledger.park(
                 known.id,
-                f"it holds what case {repeated} held when the node ended, and nothing else: its "
-                "sender had not got all answers, and sent it again; retry it to have it processed "
-                "a second time",
-            )
+                f"it holds what case {repeated} held before, whose sender had not got all answers, "
+                "and nothing else: it was sent again; retry it to have it processed a second time",
+            ):
+                return None
             del self._open_cases[identifier]
             return repeated
 
