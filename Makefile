@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 SOURCE := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
 DATA   ?=
 
-.PHONY: help demo test lint bench docs examples format clean
+.PHONY: help demo test lint bench fuzz docs examples format clean
 
 help: ## Show the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -14,7 +14,7 @@ demo: $(VENV)/built ## Send a series through a node to a second one; DATA=<folde
 	$(BIN)/dicomnode demo $(if $(DATA),"$(DATA)")
 
 test: $(VENV)/developed ## Run all tests, Rust and Python
-	cargo test --workspace --quiet
+	. $(BIN)/activate && cargo test --workspace --quiet
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/developed docs ## Check format, types, imports, the stub and the docs
@@ -24,10 +24,13 @@ lint: $(VENV)/developed docs ## Check format, types, imports, the stub and the d
 	$(BIN)/python -m mypy.stubtest dicomnode._core
 	$(BIN)/lint-imports
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets --quiet -- -D warnings
+	. $(BIN)/activate && cargo clippy --workspace --all-targets --quiet -- -D warnings
 
 bench: $(VENV)/benched ## Measure speed beside the peers and print a table
 	$(BIN)/python -m benchmarks
+
+fuzz: $(VENV)/developed ## Decode mutated codestreams for SECONDS (600)
+	$(BIN)/python -m tests.fuzz.codecs --seconds $(or $(SECONDS),600)
 
 docs: $(VENV)/developed ## Build the documentation into docs/_build
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
@@ -45,7 +48,8 @@ clean: ## Delete what was built
 
 $(VENV)/bin/maturin:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip maturin
+	# The C++ codecs are built with cmake and ninja, which come as wheels.
+	$(BIN)/python -m pip install --quiet --upgrade pip maturin cmake ninja
 
 $(VENV)/built: $(VENV)/bin/maturin pyproject.toml $(SOURCE)
 	. $(BIN)/activate && maturin develop --release --quiet

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-from benchmarks import grind_files, grind_memory, header_scan, real_ct, receive, series
+from benchmarks import compressed, grind_files, grind_memory, header_scan, real_ct, receive, series
 from benchmarks.timing import Question, Table
 from benchmarks.timing import answer as answer_question
 
@@ -41,6 +41,7 @@ class Bench:
             "grind_files": lambda: [self._ask(grind_files, self._ct())],
             "grind_memory": lambda: [self._ask(grind_memory, self._ct())],
             "real_ct": self._real,
+            "compressed": self._compressed,
             "receive": self._receive,
             "receive_small": self._receive_small,
         }
@@ -65,6 +66,16 @@ class Bench:
     def _real(self) -> list[Table]:
         folder = self._real_folder()
         return [] if folder is None or self._sizes.quick else [self._ask(real_ct, folder)]
+
+    def _compressed(self) -> list[Table]:
+        sizes = self._sizes
+        native = (None if sizes.quick else self._real_folder()) or self._ct()
+        tables = []
+        for name, syntax in compressed.SYNTAXES.items():
+            folder = compressed.write(native, self._folder / f"compressed-{name}", syntax)
+            question = compressed.Compressed(name, native)
+            tables.append(answer_question(question, folder, sizes.repeats, None))
+        return tables
 
     def _receive(self) -> list[Table]:
         sizes = self._sizes

@@ -1,6 +1,7 @@
 """The input of all questions: series in a folder, and the obvious way to read one."""
 
 import random
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy
@@ -42,10 +43,12 @@ def along_normal(orientation: list[float], position: list[float]) -> float:
     return x * (b * f - c * e) + y * (c * d - a * f) + z * (a * e - b * d)
 
 
-def reference_volume(folder: Path) -> Array:
-    """Slice by slice, in float64, rounded once."""
+def reference_volume(folder: Path, names: Collection[str] = ()) -> Array:
+    """Slice by slice, in float64, rounded once; with `names` of these files only."""
     slices = []
     for path in in_slice_order(folder):
+        if names and path.name not in names:
+            continue
         dataset = pydicom.dcmread(path)
         stored = dataset.pixel_array.astype(numpy.float64)
         slices.append(stored * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept))

@@ -15,8 +15,10 @@ __all__ = [
     "Image",
     "Source",
     "__version__",
+    "codecs",
     "debug_build",
     "is_dicom",
+    "jpeg_has_simd",
     "scan",
     "scan_images",
     "stack",
@@ -80,8 +82,26 @@ class Image:
         intercept: float = 0.0,
         big_endian: bool = False,
         sop_instance_uid: str = "",
+        transfer_syntax: str = "",
     ) -> Self:
-        """An image from native pixel bytes in memory (borrowed, C-contiguous, one frame, one sample)."""
+        """An image from pixel bytes in memory (borrowed, C-contiguous, one frame, one sample).
+
+        Native pixels, or with the UID of an encapsulated `transfer_syntax` the items of PixelData.
+        """
+
+    def frames(self) -> list[Image]:
+        """One Image for each frame, in the order of the file, with what functional groups say of it.
+
+        Raises InvalidDicom for functional groups that cannot be understood, OSError.
+        """
+
+    @property
+    def frame(self) -> int:
+        """Which frame of its object this is, from 0."""
+
+    @property
+    def stack_id(self) -> str:
+        """Stack ID of the frame, empty where absent."""
 
     @property
     def sop_class_uid(self) -> str: ...
@@ -173,7 +193,16 @@ class Image:
 
     @property
     def is_native(self) -> bool:
-        """The pixel data is uncompressed, so that `stack` can read it."""
+        """The pixel data is uncompressed."""
+
+def codecs() -> list[tuple[str, str, str, str, str]]:
+    """Every encapsulated transfer syntax: UID, name, decoder, its crate and version, its licence.
+
+    The last three are empty for a syntax that is not decoded.
+    """
+
+def jpeg_has_simd() -> bool:
+    """Whether the JPEG decoder was built with its SIMD code."""
 
 def scan_images(sources: list[Source]) -> list[Image]:
     """Scan many objects in parallel with the GIL released; order and length as given.
@@ -185,7 +214,7 @@ def scan_images(sources: list[Source]) -> list[Image]:
 def is_dicom(path: str) -> bool:
     """Whether a file starts like a DICOM object (a Part 10 prefix, or a plausible bare dataset)."""
 
-def stack(images: list[Image], out: NDArray[numpy.generic], rescale: bool = True) -> None:
+def stack(images: list[Image], out: NDArray[numpy.generic], rescale: bool = True) -> list[str]:
     """Write the pixels of `images[k]` to `out[k]`, in parallel over images, the GIL released.
 
     `out` has shape (len(images), rows, columns), is C-contiguous and writeable; dtype float32,
@@ -193,8 +222,12 @@ def stack(images: list[Image], out: NDArray[numpy.generic], rescale: bool = True
     BitsStored and sign-extended, then, with `rescale`, stored * slope + intercept is computed in
     float64 and rounded once to `out`'s dtype (PS3.3 C.11.1).
 
-    Raises UnsupportedImage where an image is not native, has several samples or frames, or
-    BitsAllocated is not 8, 16 or 32; InvalidDicom where pixel data is shorter than Rows x Columns
-    ask, or Rows/Columns differ from `out`, or bits are contradictory; InvalidDataset where an
-    integer dtype cannot hold a rescaled value exactly; OSError. On an error `out` is undefined.
+    Compressed frames are decoded first. Returns a text for each image whose codestream contradicts
+    its header.
+
+    Raises UnsupportedImage where an image has several samples, BitsAllocated is not 8, 16 or 32, or
+    its transfer syntax is not decoded; InvalidDicom where pixel data is damaged or shorter than
+    Rows x Columns ask, or Rows/Columns differ from `out`, or bits are contradictory; InvalidDataset
+    where an integer dtype cannot hold a rescaled value exactly, or a codestream has another size
+    than its header; OSError. On an error `out` is undefined.
     """

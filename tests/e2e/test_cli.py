@@ -711,3 +711,18 @@ def test_a_picture_does_not_replace_what_is_no_picture(tmp_path: Path) -> None:
 def test_a_case_number_beyond_the_ledger_is_told(tmp_path: Path) -> None:
     ledger_of(tmp_path).close()
     assert "there is no case" in failure("retry", 10**30, "--root", tmp_path)
+
+
+def test_doctor_tells_what_decodes_each_transfer_syntax() -> None:
+    said = invoke("doctor").stdout
+    for syntax, decoder in (
+        ("1.2.840.10008.1.2.5 ", "dicomnode"),
+        ("1.2.840.10008.1.2.4.70 ", "libjpeg-turbo"),
+        ("1.2.840.10008.1.2.4.80 ", "CharLS"),
+        ("1.2.840.10008.1.2.4.201", "OpenJPEG"),
+        ("1.2.840.10008.1.2.4.110", "jxl-rs"),
+        ("1.2.840.10008.1.2.4.102 ", "not decoded"),
+    ):
+        (line,) = (one for one in said.splitlines() if one.startswith(syntax))
+        assert decoder in line
+        assert decoder == "not decoded" or re.search(r"\d+\.\d+\.\d+", line)

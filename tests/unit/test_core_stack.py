@@ -214,10 +214,11 @@ def test_file_that_shrank_since_the_scan_is_refused(tmp_path):
         ({"allocated": 12, "stored": 12, "high": 11}, UnsupportedImage, "BitsAllocated"),
         ({"allocated": 64, "stored": 64, "high": 63}, UnsupportedImage, "BitsAllocated"),
         ({"extra": {0x00280002: 3}}, UnsupportedImage, "SamplesPerPixel"),
-        ({"extra": {0x00280008: "2"}}, UnsupportedImage, "NumberOfFrames"),
+        ({"extra": {0x00280008: "2"}}, InvalidDicom, "at least 24 bytes, found 12"),
         ({"extra": {0x00280010: 3}}, InvalidDicom, "Rows"),
         ({"extra": {0x00280011: 65535}}, InvalidDicom, "Columns"),
-        ({"syntax": "1.2.840.10008.1.2.4.70"}, UnsupportedImage, "compressed"),
+        ({"syntax": "1.2.840.10008.1.2.4.70"}, InvalidDicom, "expected fragments"),
+        ({"syntax": "1.2.840.10008.1.2.4.102"}, UnsupportedImage, r"H\.264"),
     ],
 )
 def test_unusable_image_is_refused_by_name(changes, error, match):

@@ -313,3 +313,31 @@ def test_tags_that_are_none_are_told_when_the_grinder_is_made(tags: Any) -> None
 def test_a_dtype_that_is_none_is_told_at_once() -> None:
     with pytest.raises(IncorrectlyConfigured, match="foo"):
         numpy_grinder(dtype="foo")
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8", "i2"])
+def test_an_array_that_is_given_is_filled(series: list[Dataset], dtype: str) -> None:
+    expected = numpy_grinder(dtype=dtype)(lazy(series))
+    out = numpy.empty_like(expected)
+    assert numpy_grinder(lazy(series), out=out) is out
+    numpy.testing.assert_array_equal(out, expected)
+    out[:] = 0
+    assert volume_grinder(out=out)(lazy(series)).array is out
+    numpy.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("order", ["position", "InstanceNumber", "given"])
+def test_an_array_that_does_not_fit_is_told(series: list[Dataset], order: Any) -> None:
+    shape = numpy_grinder(series).shape
+    read_only = numpy.empty(shape, "f4")
+    read_only.flags.writeable = False
+    for out in (
+        numpy.empty((1, 2, 3), "f4"),
+        numpy.empty(shape, "f4").transpose(0, 2, 1),
+        numpy.empty(shape, "f2"),
+        numpy.empty((*shape, 2), "f4")[..., 0],
+        read_only,
+        [[1.0]],
+    ):
+        with pytest.raises(IncorrectlyConfigured):
+            numpy_grinder(series, order=order, out=out)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy
 import pydicom
 import pydicom.data
@@ -699,14 +700,6 @@ def colour(one: Dataset) -> None:
     one.HighBit, one.PixelData = 7, bytes(7 * 9 * 3 + 1)
 
 
-def frames(one: Dataset) -> None:
-    one.NumberOfFrames, one.PixelData = 2, one.PixelData * 2
-
-
-def functional_groups(one: Dataset) -> None:
-    one.SharedFunctionalGroupsSequence = [Dataset()]
-
-
 def palette(one: Dataset) -> None:
     one.PhotometricInterpretation = "PALETTE COLOR"
 
@@ -737,7 +730,7 @@ def modality_lut(one: Dataset) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [colour, frames, functional_groups, palette, floats, doubles, one_bit, twelve_bits,
+    [colour, palette, floats, doubles, one_bit, twelve_bits,
      modality_lut],
 )  # fmt: skip
 def test_p4_p5_p9_p15_images_of_another_kind_are_a_clear_error(
@@ -847,7 +840,7 @@ def test_p22_a_damaged_codestream_is_an_error_that_names_its_image() -> None:
     for one in made:
         one.compress(CODECS["JPEG 2000"], generate_instance_uid=False)
     made[1].PixelData = encapsulate([b"\xff\x4f\xff\x51" + bytes(40)])
-    with pytest.raises(UnsupportedImage, match="cannot be decoded") as told:
+    with pytest.raises(DicomnodeError, match="PixelData") as told:
         volume_grinder(made)
     assert_told(told.value, made[1])
 
@@ -859,7 +852,7 @@ def test_p22_a_codestream_that_was_cut_off_is_an_error(codec: str) -> None:
         one.compress(CODECS[codec], generate_instance_uid=False)
     whole = get_frame(made[1].PixelData, 0, number_of_frames=1)
     made[1].PixelData = encapsulate([whole[: len(whole) // 4 * 2]])
-    with pytest.raises(UnsupportedImage, match="cannot be decoded") as told:
+    with pytest.raises(InvalidDicom, match="PixelData") as told:
         volume_grinder(made)
     assert_told(told.value, made[1])
 
@@ -876,7 +869,7 @@ def test_p22_a_lossless_jpeg_with_a_damaged_header_is_an_error(
         codestream = bytearray(get_frame(damaged.PixelData, 0, number_of_frames=1))
         codestream[place_of_byte] = value
         damaged.PixelData = encapsulate([bytes(codestream)])
-        with pytest.raises(UnsupportedImage, match="cannot be decoded") as told:
+        with pytest.raises(InvalidDicom, match="PixelData") as told:
             volume_grinder([damaged])
         assert_told(told.value, made[0])
 
@@ -960,8 +953,9 @@ def test_p24_what_dcmtk_compresses_is_what_it_decompresses(
 # Every single-sample, single-frame image that comes with pydicom, and why some of them raise.
 REFUSED = {
     "examples_palette.dcm": "PALETTE COLOR",
-    "liver_1frame.dcm": "functional groups",
-    "liver_expb_1frame.dcm": "functional groups",
+    # One frame, and functional groups for three.
+    "liver_1frame.dcm": "5200,9230",
+    "liver_expb_1frame.dcm": "5200,9230",
 }
 
 
@@ -982,12 +976,18 @@ def pydicom_images() -> list[Any]:
 
 def reference(dataset: Dataset) -> numpy.ndarray:
     """The values by pydicom's own decoding, and mask, sign and rescale written out."""
-    stored = dataset.pixel_array.astype(numpy.int64) >> (dataset.HighBit + 1 - dataset.BitsStored)
+    if dataset.file_meta.TransferSyntaxUID == "1.2.840.10008.1.2.4.51":
+        # No plugin of pydicom with a permissive licence decodes 12 bits.
+        pixels = imagecodecs.jpeg_decode(get_frame(dataset.PixelData, 0, number_of_frames=1))
+    else:
+        pixels = dataset.pixel_array
+    stored = pixels.astype(numpy.int64) >> (dataset.HighBit + 1 - dataset.BitsStored)
     stored &= (1 << dataset.BitsStored) - 1
     if dataset.PixelRepresentation:
         half = 1 << (dataset.BitsStored - 1)
         stored = (stored ^ half) - half
-    slope, intercept = dataset.get("RescaleSlope") or 1, dataset.get("RescaleIntercept") or 0
+    slope = dataset.get("RescaleSlope") or dataset.get("DoseGridScaling") or 1
+    intercept = dataset.get("RescaleIntercept") or 0
     return (stored * float(slope) + float(intercept)).astype("f4")
 
 

@@ -121,6 +121,15 @@ def run(
         )
 
 
+@app.command(epilog="Example: dicomnode doctor")
+def doctor() -> None:
+    """Show what this installation is made of: versions, and what decodes each transfer syntax."""
+    with one_line_errors():
+        from dicomnode.cli.doctor import show_installation
+
+        show_installation()
+
+
 @app.command(epilog="Example: dicomnode demo ~/scans/ct-thorax --output demo-output")
 def demo(
     data: Annotated[

@@ -19,8 +19,8 @@ from pydicom.pixels.utils import pixel_array
 from dicomnode.cli.edge import CommandFailed, counted, printable
 from dicomnode.cli.picture import grey, terminal_lines, write_png
 from dicomnode.cli.series import Series, find_series, load_paths
-from dicomnode.errors import DicomnodeError
-from dicomnode.lib.grinders import volume_grinder
+from dicomnode.errors import DicomnodeError, UnsupportedImage
+from dicomnode.lib.grinders import numpy_grinder, volume_grinder
 
 # Besides every value of VR PN.
 _HIDDEN = frozenset(
@@ -128,7 +128,9 @@ def _picture(dataset: Dataset) -> tuple[NDArray[numpy.uint8], float]:
     """The (middle) frame for display, and the height of its pixels over their width."""
     try:
         frames = int(dataset.get("NumberOfFrames") or 1)
-        pixels = pixel_array(dataset, index=frames // 2)
+        pixels = _stored(dataset) if frames == 1 else None
+        if pixels is None:
+            pixels = pixel_array(dataset, index=frames // 2)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise CommandFailed(
             f"the pixels of {dataset.get('SOPInstanceUID', 'the object')} cannot be decoded: "
@@ -146,6 +148,15 @@ def _picture(dataset: Dataset) -> tuple[NDArray[numpy.uint8], float]:
         return colours.astype(numpy.uint8), aspect
     values = apply_modality_lut(pixels, dataset)
     return grey(values, _window(dataset), inverted=kind == "MONOCHROME1"), aspect
+
+
+def _stored(dataset: Dataset) -> NDArray[Any] | None:
+    """The stored values of an image that the grinders take; None for any other one."""
+    try:
+        stored = numpy_grinder(order="given", dtype=numpy.float64, rescale=False)([dataset])
+    except UnsupportedImage:
+        return None
+    return stored[0]  # type: ignore[no-any-return]
 
 
 def _is_png(path: Path) -> bool:

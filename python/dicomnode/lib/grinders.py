@@ -5,6 +5,7 @@ A *grinder* is any function that takes an iterable of pydicom Datasets and retur
 `dicomnode.lib.dicom.load(folder)` without any server.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias, overload
 
@@ -17,6 +18,8 @@ from dicomnode.errors import InconsistentSeries, IncorrectlyConfigured, InvalidD
 from dicomnode.lib.dicom import tag_name, tag_of
 from dicomnode.lib.images import Slice, read_array, read_slices
 from dicomnode.lib.volume import Volume, read_volume
+
+logger = logging.getLogger("dicomnode.grinders")
 
 #: What a grinder returns: anything.
 GrindType: TypeAlias = Any
@@ -113,10 +116,22 @@ def dicom_tree_grinder(datasets: Iterable[Dataset]) -> DicomTree:
 
 
 @overload
-def numpy_grinder(datasets: Iterable[Dataset], /) -> NDArray[Any]: ...
+def numpy_grinder(
+    datasets: Iterable[Dataset],
+    /,
+    *,
+    dtype: DTypeLike = ...,
+    order: Order = ...,
+    rescale: bool = ...,
+    out: NDArray[Any] | None = ...,
+) -> NDArray[Any]: ...
 @overload
 def numpy_grinder(
-    *, dtype: DTypeLike = ..., order: Order = ..., rescale: bool = ...
+    *,
+    dtype: DTypeLike = ...,
+    order: Order = ...,
+    rescale: bool = ...,
+    out: NDArray[Any] | None = ...,
 ) -> Callable[[Iterable[Dataset]], NDArray[Any]]: ...
 def numpy_grinder(
     datasets: Iterable[Dataset] = _LATER,
@@ -125,6 +140,7 @@ def numpy_grinder(
     dtype: DTypeLike = numpy.float32,
     order: Order = "position",
     rescale: bool = True,
+    out: NDArray[Any] | None = None,
 ) -> NDArray[Any] | Callable[[Iterable[Dataset]], NDArray[Any]]:
     """All images as one array (slice, row, column); ready to use, and configurable.
 
@@ -136,22 +152,33 @@ def numpy_grinder(
     normal, and have to form one regular stack; `order="InstanceNumber"` and `order="given"` are for
     images that have no place in the patient. A single image needs none.
 
-    Raises InconsistentSeries (gap, duplicate, mixed series), UnsupportedImage (colour, multi-frame),
+    `out` is an array of the result's shape, C-contiguous, that is filled and returned; its dtype
+    counts. Memory that is used again costs about half as much as new memory. It is for your own
+    calls: in a node the next case would be written over what `process` still has. What it holds
+    after an error is not defined.
+
+    Raises InconsistentSeries (gap, duplicate, mixed series), UnsupportedImage (colour),
     InvalidDataset (an integer dtype cannot hold the values exactly), and IncorrectlyConfigured at
     once for another dtype or order.
     """
-    dtype = _array_type(dtype)
+    dtype = _array_type(dtype, out)
     if order not in ("position", "InstanceNumber", "given"):
         raise IncorrectlyConfigured(
             f"order is 'position', 'InstanceNumber' or 'given', not {order!r}"
         )
     if datasets is _LATER:
-        return lambda images: _grind_array(images, dtype, order, rescale)
-    return _grind_array(datasets, dtype, order, rescale)
+        return lambda images: _grind_array(images, dtype, order, rescale, out)
+    return _grind_array(datasets, dtype, order, rescale, out)
 
 
-def _array_type(dtype: DTypeLike) -> numpy.dtype[Any]:
+def _array_type(dtype: DTypeLike, out: NDArray[Any] | None) -> numpy.dtype[Any]:
     """A dtype that the compiled core can write."""
+    if out is not None:
+        if not isinstance(out, numpy.ndarray):
+            raise IncorrectlyConfigured(f"out is an array, not {type(out).__name__}")
+        if not (out.flags.c_contiguous and out.flags.writeable and out.flags.aligned):
+            raise IncorrectlyConfigured("out has to be C-contiguous, aligned and writeable")
+        dtype = out.dtype
     try:
         wanted = numpy.dtype(dtype)
     except TypeError as error:
@@ -165,38 +192,66 @@ def _array_type(dtype: DTypeLike) -> numpy.dtype[Any]:
 
 
 def _grind_array(
-    datasets: Iterable[Dataset], dtype: DTypeLike, order: Order, rescale: bool
+    datasets: Iterable[Dataset],
+    dtype: DTypeLike,
+    order: Order,
+    rescale: bool,
+    out: NDArray[Any] | None,
 ) -> NDArray[Any]:
     slices, notes = read_slices(datasets)
     if order == "position":
         if len(slices) == 1:
-            return read_array(slices, dtype, rescale=rescale)
-        return read_volume(slices, dtype, rescale=rescale, notes=notes).array
+            return _array(slices, dtype, rescale, out)
+        volume = read_volume(slices, dtype, rescale=rescale, notes=notes, out=out)
+        _log(volume.warnings)
+        return volume.array
     if order == "InstanceNumber":
         slices = _by_instance_number(slices)
-    return read_array(slices, dtype, rescale=rescale)
+    return _array(slices, dtype, rescale, out)
+
+
+def _array(
+    slices: Sequence[Slice], dtype: DTypeLike, rescale: bool, out: NDArray[Any] | None
+) -> NDArray[Any]:
+    array, notes = read_array(slices, dtype, rescale=rescale, out=out)
+    _log(notes)
+    return array
+
+
+def _log(notes: Iterable[str]) -> None:
+    """An array has no place for warnings, as a Volume has."""
+    for note in notes:
+        logger.warning("%s", note)
 
 
 def _by_instance_number(slices: Sequence[Slice]) -> list[Slice]:
-    seen: dict[int, str] = {}
+    seen: dict[tuple[int, int], str] = {}
     for item in slices:
         number, uid = item.header.instance_number, item.header.sop_instance_uid
         if number is None:
             raise InconsistentSeries(f"image {uid} has no InstanceNumber to order it by")
-        if number in seen:
+        key = (number, item.header.frame)
+        if key in seen:
             raise InconsistentSeries(
-                f"images {seen[number]} and {uid} have the same InstanceNumber {number}, which "
+                f"images {seen[key]} and {uid} have the same InstanceNumber {number}, which "
                 "therefore gives no order"
             )
-        seen[number] = uid
-    return sorted(slices, key=lambda item: item.header.instance_number or 0)
+        seen[key] = uid
+    return sorted(slices, key=lambda item: (item.header.instance_number or 0, item.header.frame))
 
 
-@overload
-def volume_grinder(datasets: Iterable[Dataset], /) -> Volume: ...
 @overload
 def volume_grinder(
-    *, dtype: DTypeLike = ..., rescale: bool = ...
+    datasets: Iterable[Dataset],
+    /,
+    *,
+    dtype: DTypeLike = ...,
+    rescale: bool = ...,
+    out: NDArray[Any] | None = ...,
+) -> Volume: ...
+@overload
+def volume_grinder(
+    *, dtype: DTypeLike = ..., rescale: bool = ..., out: NDArray[Any] | None = ...
 ) -> Callable[[Iterable[Dataset]], Volume]: ...
 def volume_grinder(
     datasets: Iterable[Dataset] = _LATER,
@@ -204,21 +259,24 @@ def volume_grinder(
     *,
     dtype: DTypeLike = numpy.float32,
     rescale: bool = True,
+    out: NDArray[Any] | None = None,
 ) -> Volume | Callable[[Iterable[Dataset]], Volume]:
     """All images as one `Volume`: the array, its affine (LPS, mm), spacing and the slices' UIDs.
 
     `volume_grinder(datasets)` grinds. `volume_grinder(dtype=numpy.int16)` returns a grinder. The
-    rules for values and order are those of `numpy_grinder`; every image needs
+    rules for values, order and `out` are those of `numpy_grinder`; every image needs
     ImagePositionPatient, ImageOrientationPatient and PixelSpacing.
 
     Raises InconsistentSeries, UnsupportedImage, InvalidDataset, IncorrectlyConfigured.
     """
-    dtype = _array_type(dtype)
+    dtype = _array_type(dtype, out)
     if datasets is _LATER:
-        return lambda images: _grind_volume(images, dtype, rescale)
-    return _grind_volume(datasets, dtype, rescale)
+        return lambda images: _grind_volume(images, dtype, rescale, out)
+    return _grind_volume(datasets, dtype, rescale, out)
 
 
-def _grind_volume(datasets: Iterable[Dataset], dtype: DTypeLike, rescale: bool) -> Volume:
+def _grind_volume(
+    datasets: Iterable[Dataset], dtype: DTypeLike, rescale: bool, out: NDArray[Any] | None
+) -> Volume:
     slices, notes = read_slices(datasets)
-    return read_volume(slices, dtype, rescale=rescale, notes=notes)
+    return read_volume(slices, dtype, rescale=rescale, notes=notes, out=out)

@@ -1,43 +1,37 @@
 """Images: what a header says, and the pixels of many as one array.
 
-Solves that the pixels of any single-frame image come out right, wherever it is: a file, received
-bytes, or a dataset that a user made or changed. Uncompressed pixels go straight from their source
-into the array, in the compiled core; compressed ones through pydicom's decoders.
+Solves that the pixels of any image come out right, wherever it is: a file, received
+bytes, or a dataset that a user made or changed. They go straight from their source into the array,
+in the compiled core, which decodes compressed ones on the way.
 """
 
 import os
 import re
-import struct
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy
 from numpy.typing import DTypeLike, NDArray
 from pydicom.dataset import Dataset
-from pydicom.encaps import get_frame
-from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID
 
 from dicomnode import _core
-from dicomnode.errors import InconsistentSeries, InvalidDataset, UnsupportedImage
-from dicomnode.lib.dicom import MEDIA_STORAGE_DIRECTORY, PIXEL_TAGS, READ_ERRORS, untouched_source
-
-_RLE_LOSSLESS = "1.2.840.10008.1.2.5"
-# Which of pydicom's decoders reads what. GDCM ends the whole process with an assertion where a
-# codestream contradicts its header, so it gets only what no other one reads, after a check.
-_DECODER_PLUGINS = {
-    _RLE_LOSSLESS: "pydicom",
-    "1.2.840.10008.1.2.4.80": "pyjpegls",
-    "1.2.840.10008.1.2.4.81": "pyjpegls",
-    "1.2.840.10008.1.2.4.90": "pylibjpeg",
-    "1.2.840.10008.1.2.4.91": "pylibjpeg",
-}
-_CHECKED_JPEG = (
-    "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.57",
-    "1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81",
-)  # fmt: skip
+from dicomnode._core import codecs as codecs
+from dicomnode._core import jpeg_has_simd as jpeg_has_simd
+from dicomnode.errors import (
+    InconsistentSeries,
+    IncorrectlyConfigured,
+    InvalidDataset,
+    UnsupportedImage,
+)
+from dicomnode.lib.dicom import (
+    MEDIA_STORAGE_DIRECTORY,
+    PIXEL_TAGS,
+    READ_ERRORS,
+    encode,
+    untouched_source,
+)
 
 
 class ImageHeader(Protocol):
@@ -101,6 +95,10 @@ class ImageHeader(Protocol):
     def pixel_tag(self) -> int: ...
     @property
     def is_native(self) -> bool: ...
+    @property
+    def frame(self) -> int: ...
+    @property
+    def stack_id(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -136,11 +134,13 @@ class _PlainHeader:
     has_functional_groups: bool
     pixel_tag: int
     is_native: bool
+    frame: int = 0
+    stack_id: str = ""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One image on its way into an array: its header, and the dataset it came from."""
+    """One frame on its way into an array: its header, and the dataset it came from."""
 
     header: ImageHeader
     dataset: Dataset
@@ -148,6 +148,8 @@ class Slice:
 
 def read_slices(datasets: Iterable[Dataset]) -> tuple[list[Slice], list[str]]:
     """The images among datasets, in their order, and a note for each object that is none.
+
+    Each frame of a multi-frame object is an image of its own, in the order of the file.
 
     Lazy datasets of a node or of `dicomnode.lib.dicom.load` are scanned by the compiled core, in
     parallel; of any other dataset the attributes are read here.
@@ -172,7 +174,9 @@ def read_slices(datasets: Iterable[Dataset]) -> tuple[list[Slice], list[str]]:
     notes: list[str] = []
     for dataset, source in zip(given, sources, strict=True):
         header: ImageHeader = _plain_header(dataset) if source is None else next(scanned)
-        if header.pixel_tag or header.rows:
+        if header.pixel_tag and (header.number_of_frames > 1 or header.has_functional_groups):
+            slices += [Slice(frame, dataset) for frame in _frames(header, dataset)]
+        elif header.pixel_tag or header.rows:
             slices.append(Slice(header, dataset))
         elif header.sop_class_uid != MEDIA_STORAGE_DIRECTORY:
             notes.append(
@@ -181,13 +185,34 @@ def read_slices(datasets: Iterable[Dataset]) -> tuple[list[Slice], list[str]]:
     return slices, notes
 
 
-def read_array(slices: Sequence[Slice], dtype: DTypeLike, *, rescale: bool = True) -> NDArray[Any]:
-    """The pixels of single-frame images, in the order given, as (slice, row, column).
+def _frames(header: ImageHeader, dataset: Dataset) -> list[_core.Image]:
+    """The images of all frames; a dataset that a user made or changed is read from its encoding."""
+    if not isinstance(header, _core.Image):
+        (header,) = _core.scan_images([encode(dataset)[0]])
+    return header.frames()
 
-    Uncompressed pixels go from the file or the received bytes straight into the array, in the
-    compiled core; compressed ones through pydicom's decoders, slice by slice.
 
-    Raises UnsupportedImage, InvalidDataset, InvalidDicom.
+def called(header: ImageHeader) -> str:
+    """What a message calls an image: its UID, and which frame it is where there are several."""
+    frame = f" (frame {header.frame + 1})" if header.number_of_frames > 1 else ""
+    return f"{header.sop_instance_uid}{frame}"
+
+
+def read_array(
+    slices: Sequence[Slice],
+    dtype: DTypeLike,
+    *,
+    rescale: bool = True,
+    out: NDArray[Any] | None = None,
+) -> tuple[NDArray[Any], list[str]]:
+    """The pixels of images, each one frame, in the order given, as (slice, row, column); and notes.
+
+    The compiled core reads and decodes all images in parallel, each straight into its place. A note
+    tells where a codestream contradicts its header. With `out`, which has `dtype`, that array is
+    filled.
+
+    Raises UnsupportedImage, InvalidDataset, InvalidDicom, IncorrectlyConfigured for an `out` of
+    another shape.
     """
     if not slices:
         raise InconsistentSeries("there is no image to make an array of")
@@ -201,22 +226,25 @@ def read_array(slices: Sequence[Slice], dtype: DTypeLike, *, rescale: bool = Tru
                 f"{item.header.columns} Rows x Columns, image {first.sop_instance_uid} has "
                 f"{first.rows} x {first.columns}; images of one array need the same matrix"
             )
-    out = numpy.empty((len(slices), first.rows, first.columns), dtype)
-    direct = [_direct_image(item) for item in slices]
-    if all(image is not None for image in direct):
-        _core.stack([image for image in direct if image is not None], out, rescale)
-        return out
+    shape = (len(slices), first.rows, first.columns)
+    if out is None:
+        out = numpy.empty(shape, dtype)
+    elif out.shape != shape:
+        raise IncorrectlyConfigured(f"out has the shape {out.shape}, the images are {shape}")
+    notes = _core.stack([_core_image(item) for item in slices], out, rescale)
+    return out, _merged(notes)
 
-    def decode(k: int) -> None:
-        image = direct[k]
-        _core.stack(
-            [_decoded_image(slices[k]) if image is None else image], out[k : k + 1], rescale
-        )
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        for _ in pool.map(decode, range(len(slices))):
-            pass
-    return out
+def _merged(notes: Iterable[str]) -> list[str]:
+    """Notes that say the same of several images, as one."""
+    told: dict[str, list[str]] = {}
+    for note in notes:
+        uid, text = note.split(": ", 1)
+        told.setdefault(text, []).append(uid)
+    return [
+        f"{uids[0]}{f' and {len(uids) - 1} more' if len(uids) > 1 else ''}: {text}"
+        for text, uids in told.items()
+    ]
 
 
 def check_image(header: ImageHeader) -> None:
@@ -230,10 +258,6 @@ def check_image(header: ImageHeader) -> None:
     problem = ""
     if header.pixel_tag != PIXEL_TAGS[0]:
         problem = "Float or Double Float Pixel Data"
-    elif header.number_of_frames != 1:
-        problem = f"{header.number_of_frames} frames (multi-frame)"
-    elif header.has_functional_groups:
-        problem = "functional groups (an enhanced multi-frame object)"
     elif header.samples_per_pixel != 1:
         problem = f"SamplesPerPixel {header.samples_per_pixel} (colour)"
     elif header.photometric_interpretation == "PALETTE COLOR":
@@ -249,16 +273,14 @@ def check_image(header: ImageHeader) -> None:
         )
 
 
-def _direct_image(item: Slice) -> _core.Image | None:
-    """The image as the core can read it without help; None for compressed pixels."""
-    if not item.header.is_native:
-        return None
+def _core_image(item: Slice) -> _core.Image:
+    """The image as the core reads it."""
     if isinstance(item.header, _core.Image):
         return item.header
     header, dataset = item.header, item.dataset
     big_endian = header.transfer_syntax == "1.2.840.10008.1.2.2"
     pixels = dataset.PixelData
-    if pixels is None:
+    if not isinstance(pixels, bytes | bytearray | memoryview):
         raise InvalidDataset(f"image {header.sop_instance_uid} has an empty PixelData")
     if big_endian and header.bits_allocated == 8 and dataset["PixelData"].VR == "OW":
         pixels = numpy.frombuffer(pixels, ">u2").astype("<u2").tobytes()
@@ -274,81 +296,8 @@ def _direct_image(item: Slice) -> _core.Image | None:
         intercept=header.intercept,
         big_endian=big_endian,
         sop_instance_uid=header.sop_instance_uid,
+        transfer_syntax="" if header.is_native else header.transfer_syntax,
     )
-
-
-def _decoded_image(item: Slice) -> _core.Image:
-    """A compressed image, decoded by pydicom, as native pixels."""
-    header = item.header
-    syntax = UID(header.transfer_syntax)
-    try:
-        if syntax in _CHECKED_JPEG:
-            _check_jpeg(get_frame(item.dataset.PixelData, 0, number_of_frames=1), header)
-        stored, _ = get_decoder(syntax).as_array(
-            item.dataset, raw=True, index=0, decoding_plugin=_DECODER_PLUGINS.get(syntax, "")
-        )
-    except InvalidDataset:
-        raise
-    except (*READ_ERRORS, RuntimeError, AttributeError) as error:
-        raise UnsupportedImage(
-            f"image {header.sop_instance_uid} in {syntax.name} cannot be decoded: {error}"
-        ) from error
-    if stored.shape != (header.rows, header.columns):
-        raise InvalidDataset(
-            f"image {header.sop_instance_uid} decodes to {stored.shape}, its header says "
-            f"{header.rows} x {header.columns} Rows x Columns"
-        )
-    bits = stored.dtype.itemsize * 8
-    # RLE carries the allocated words as they are; the other codecs give clean values.
-    as_allocated = header.transfer_syntax == _RLE_LOSSLESS
-    return _core.Image(
-        numpy.ascontiguousarray(stored),
-        rows=header.rows,
-        columns=header.columns,
-        bits_allocated=bits,
-        bits_stored=header.bits_stored if as_allocated else bits,
-        high_bit=header.high_bit if as_allocated else bits - 1,
-        pixel_representation=1 if stored.dtype.kind == "i" else 0,
-        slope=header.slope,
-        intercept=header.intercept,
-        sop_instance_uid=header.sop_instance_uid,
-    )
-
-
-def _check_jpeg(codestream: bytes, header: ImageHeader) -> None:
-    """The markers (ISO 10918-1 annex B, also of JPEG-LS) are whole and say what the dataset says.
-
-    The decoders hang, or end the process, on some codestreams that are not.
-    """
-    if b"\xff\xd9" not in codestream[-4:]:
-        raise ValueError("its JPEG has no end")
-    at, has_frame = 2, False
-    while at + 10 <= len(codestream):
-        if codestream[at] != 0xFF:
-            break
-        marker = codestream[at + 1]
-        if marker == 0xFF:
-            at += 1
-            continue
-        if marker == 0xDA:
-            if has_frame:
-                return
-            break
-        if codestream[at + 4 : at + 9] == b"JFIF\0" and codestream[at + 9] != 1:
-            raise ValueError("its JPEG has a damaged JFIF header")
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            precision, rows, columns, samples = struct.unpack_from(">BHHB", codestream, at + 4)
-            if (rows, columns, samples) != (header.rows, header.columns, 1) or (
-                precision > header.bits_allocated
-            ):
-                raise InvalidDataset(
-                    f"image {header.sop_instance_uid} is a JPEG of {rows} x {columns} x {samples} "
-                    f"with {precision} bits, its header says {header.rows} x {header.columns} Rows "
-                    f"x Columns, 1 sample, {header.bits_allocated} bits allocated"
-                )
-            has_frame = True
-        at += 2 + int.from_bytes(codestream[at + 2 : at + 4], "big")
-    raise ValueError("its JPEG has no whole header")
 
 
 def _plain_header(dataset: Dataset) -> _PlainHeader:
@@ -383,6 +332,9 @@ def _plain_header(dataset: Dataset) -> _PlainHeader:
         bits_allocated = number("BitsAllocated")
         bits_stored = number("BitsStored", bits_allocated)
         slope, intercept = real("RescaleSlope"), real("RescaleIntercept")
+        if slope is None:
+            # The slope of an RT Dose (PS3.3 C.8.8.3).
+            slope = real("DoseGridScaling")
         # As in the core: nothing depends on it unless a user asks for it.
         instance_number = str(dataset.get("InstanceNumber", "")).strip()
         return _PlainHeader(

@@ -27,7 +27,7 @@ from pydicom.tag import BaseTag
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from pydicom.valuerep import format_number_as_ds
 
-from dicomnode.errors import InconsistentSeries, InvalidDataset
+from dicomnode.errors import InconsistentSeries, InvalidDataset, UnsupportedImage
 from dicomnode.lib.images import ImageHeader, read_slices
 from dicomnode.lib.volume import plan
 
@@ -101,6 +101,12 @@ def derive_series(
     slices, _ = read_slices(images)
     if not slices:
         raise InconsistentSeries("there is no image to derive a series from")
+    for item in slices:
+        if item.header.number_of_frames > 1 or item.header.has_functional_groups:
+            raise UnsupportedImage(
+                f"image {item.header.sop_instance_uid} is a multi-frame object, from which a series is "
+                "not derived yet; make the results from its datasets by hand"
+            )
     if len(slices) > 1:
         order = plan([item.header for item in slices])[0]
         slices = [slices[k] for k in order]

@@ -14,7 +14,7 @@ import numpy
 from numpy.typing import DTypeLike, NDArray
 
 from dicomnode.errors import InconsistentSeries
-from dicomnode.lib.images import ImageHeader, Slice, check_image, read_array
+from dicomnode.lib.images import ImageHeader, Slice, called, check_image, read_array
 
 # Tolerances in millimetres, and for direction cosines and relative spacing without unit.
 _POSITION_MM = 1e-3
@@ -30,8 +30,8 @@ class Volume:
     4x4 float64 and maps (column, row, slice, 1) to patient coordinates in millimetres, LPS, at the
     voxel's centre (PS3.3 C.7.6.2.1.1). `spacing_mm` is (slice, row, column): the distance between
     neighbours along each axis of the array; NaN for the slice axis where a lone slice does not
-    tell. `sop_instance_uids[k]` is the image that `array[k]` came from. `warnings` tells what was
-    tolerated or left out.
+    tell. `sop_instance_uids[k]` is the image that `array[k]` came from, and
+    `frame_numbers[k]` the frame in it, from 1. `warnings` tells what was tolerated or left out.
     """
 
     array: NDArray[Any]
@@ -39,6 +39,7 @@ class Volume:
     spacing_mm: tuple[float, float, float]
     sop_instance_uids: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    frame_numbers: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,6 +53,7 @@ def read_volume(
     *,
     rescale: bool = True,
     notes: Sequence[str] = (),
+    out: NDArray[Any] | None = None,
 ) -> Volume:
     """One volume of all images, in the order of their position along the slice normal.
 
@@ -65,12 +67,14 @@ def read_volume(
         check_image(item.header)
     order, affine, spacing_mm, tolerated = plan([item.header for item in slices])
     ordered = [slices[k] for k in order]
+    array, told = read_array(ordered, dtype, rescale=rescale, out=out)
     return Volume(
-        array=read_array(ordered, dtype, rescale=rescale),
+        array=array,
         affine=affine,
         spacing_mm=spacing_mm,
         sop_instance_uids=tuple(item.header.sop_instance_uid for item in ordered),
-        warnings=(*notes, *tolerated),
+        warnings=(*notes, *tolerated, *told),
+        frame_numbers=tuple(item.header.frame + 1 for item in ordered),
     )
 
 
@@ -100,7 +104,7 @@ def plan(
                 if value is None
             ]
             raise InconsistentSeries(
-                f"image {header.sop_instance_uid} has no {' and no '.join(missing)}: it has no "
+                f"image {called(header)} has no {' and no '.join(missing)}: it has no "
                 "place in a volume; take it out with required_tags, or use list_grinder"
             )
         for attribute, name in (
@@ -110,17 +114,18 @@ def plan(
             ("columns", "Columns"),
             ("modality", "Modality"),
             ("has_rescale", "whether they have a RescaleSlope"),
+            ("stack_id", "StackID"),
         ):
             mine, theirs = getattr(header, attribute), getattr(first, attribute)
             if mine != theirs:
                 raise InconsistentSeries(
-                    f"images {first.sop_instance_uid} and {header.sop_instance_uid} differ in "
+                    f"images {called(first)} and {called(header)} differ in "
                     f"{name} ({theirs!r} and {mine!r}); narrow the input with required_values so that "
                     "it holds one series"
                 )
         if _kind(header) != _kind(first):
             raise InconsistentSeries(
-                f"images {first.sop_instance_uid} and {header.sop_instance_uid} differ in ImageType "
+                f"images {called(first)} and {called(header)} differ in ImageType "
                 f"({first.image_type!r} and {header.image_type!r}); narrow the input with "
                 "required_values for ImageType"
             )
@@ -133,7 +138,7 @@ def plan(
     row_mm, column_mm = float(spacings[0][0]), float(spacings[0][1])
     if row_mm <= 0 or column_mm <= 0:
         raise InconsistentSeries(
-            f"image {first.sop_instance_uid} has PixelSpacing {row_mm}\\{column_mm}, which has to be "
+            f"image {called(first)} has PixelSpacing {row_mm}\\{column_mm}, which has to be "
             "greater than zero"
         )
 
@@ -142,7 +147,7 @@ def plan(
     off = max(abs(lengths[0] - 1), abs(lengths[1] - 1), abs(float(along_row @ along_column)))
     if off > 1e-2:
         raise InconsistentSeries(
-            f"image {first.sop_instance_uid} has an ImageOrientationPatient that is not two "
+            f"image {called(first)} has an ImageOrientationPatient that is not two "
             f"perpendicular unit vectors: {orientations[0].tolist()}"
         )
     if off > _DIRECTION:
@@ -190,8 +195,7 @@ def _step(
     duplicates = numpy.flatnonzero(gaps < max(_POSITION_MM, 1e-3 * usual))
     if duplicates.size:
         pairs = [
-            f"{headers[order[k]].sop_instance_uid} and {headers[order[k + 1]].sop_instance_uid}"
-            for k in duplicates
+            f"{called(headers[order[k]])} and {called(headers[order[k + 1]])}" for k in duplicates
         ]
         raise InconsistentSeries(
             f"{len(pairs)} pairs of images lie at the same position: {_some(pairs)}; several time "
@@ -213,7 +217,7 @@ def _step(
     worst = int(numpy.argmax(drift))
     if drift[worst] > max(_POSITION_MM, _SPACING_RELATIVE * usual) * 2:
         raise InconsistentSeries(
-            f"image {headers[order[worst]].sop_instance_uid} lies {drift[worst]:.4g} mm off the "
+            f"image {called(headers[order[worst]])} lies {drift[worst]:.4g} mm off the "
             "straight line through the stack; these images are not one regular volume"
         )
     return step
@@ -223,7 +227,7 @@ def _gap(headers: Sequence[ImageHeader], order: list[int], k: int, gap: float, u
     missing = round(gap / usual) - 1
     told = f" ({missing} missing)" if missing > 0 and abs(gap / usual - missing - 1) < 0.1 else ""
     before, after = headers[order[k]], headers[order[k + 1]]
-    return f"{gap:.4g} mm between {before.sop_instance_uid} and {after.sop_instance_uid}{told}"
+    return f"{gap:.4g} mm between {called(before)} and {called(after)}{told}"
 
 
 def _same_for_all(
@@ -233,7 +237,7 @@ def _same_for_all(
     worst = int(numpy.argmax(off))
     if off[worst] > tolerance:
         raise InconsistentSeries(
-            f"images {headers[0].sop_instance_uid} and {headers[worst].sop_instance_uid} differ in "
+            f"images {called(headers[0])} and {called(headers[worst])} differ in "
             f"{name} ({values[0].tolist()} and {values[worst].tolist()}); a localizer in the series? "
             "Narrow the input with required_values"
         )

@@ -4,9 +4,13 @@
 //! text that anybody may have written. An attribute that is absent has its documented default; one
 //! that is present and cannot be understood is an error that names it. Nothing is guessed.
 
+use std::sync::{Arc, OnceLock};
+
+use crate::encapsulated::{Fragment, Frames};
 use crate::error::{Error, Result};
-use crate::scan::{self, Entry, Kept, Layout, UNDEFINED};
-use crate::source::Source;
+use crate::functional;
+use crate::scan::{self, Encoding, Entry, Kept, Layout, UNDEFINED};
+use crate::source::{Opened, Source};
 use crate::stack::parallel;
 
 /// What stacking needs to know of one image.
@@ -45,10 +49,24 @@ pub struct Image {
     pub instance_number: Option<i64>,
     pub has_modality_lut: bool,
     pub has_functional_groups: bool,
+    /// How the object is encoded, and where its functional groups lie: shared, per frame.
+    pub groups: Option<Groups>,
+    /// Grid Frame Offset Vector (3004,000C), mm; empty where absent.
+    pub grid_offsets: Vec<f64>,
     /// Tag of the pixel data, 0 without.
     pub pixel_tag: u32,
     /// The pixel data is uncompressed.
     pub is_native: bool,
+    /// The pixel data is in fragments.
+    pub is_encapsulated: bool,
+    /// Where the value of the Extended Offset Table (7FE0,0001) lies.
+    pub extended_offsets: Option<Fragment>,
+    /// The frames in the fragments, once somebody looked for them.
+    pub frames: Arc<OnceLock<Frames>>,
+    /// Which frame of the object this is, from 0.
+    pub frame: u32,
+    /// Stack ID (0020,9056) of the frame.
+    pub stack_id: String,
     /// Where the pixel data starts: in the source, or in `inflated`.
     pub pixel_offset: u64,
     pub pixel_length: u64,
@@ -56,7 +74,37 @@ pub struct Image {
     /// 8 bit cells are swapped in pairs: big endian in a 16 bit word (PS3.5 section 8.1.1).
     pub swapped_pairs: bool,
     /// The object, where it was deflated.
-    pub inflated: Option<Vec<u8>>,
+    pub inflated: Option<Arc<Vec<u8>>>,
+}
+
+impl Image {
+    /// Where a frame lies: by the Grid Frame Offset Vector (PS3.3 C.8.8.3.2), and without it a
+    /// single frame only.
+    fn grid_position(&self, frame: u32) -> Option<[f64; 3]> {
+        if self.grid_offsets.is_empty() && self.number_of_frames == 1 {
+            return self.position;
+        }
+        if self.grid_offsets.len() != self.number_of_frames as usize {
+            return None;
+        }
+        let first = *self.grid_offsets.first()?;
+        let offset = *self.grid_offsets.get(frame as usize)? - first;
+        let ([x, y, z], [a, b, c, d, e, f]) = (self.position?, self.orientation?);
+        // Offsets that start with 0 go along the normal; others are coordinates of z.
+        let [i, j, k] = if first == 0.0 {
+            [b * f - c * e, c * d - a * f, a * e - b * d]
+        } else {
+            [0.0, 0.0, 1.0]
+        };
+        Some([x + offset * i, y + offset * j, z + offset * k])
+    }
+}
+
+/// How an enhanced object is encoded, and where its functional groups lie: shared, per frame.
+#[derive(Debug, Clone, Copy)]
+pub struct Groups {
+    encoding: Encoding,
+    groups: [Option<Entry>; 2],
 }
 
 /// Scan many objects in parallel; order and length as given, or the error of the first bad one.
@@ -74,6 +122,8 @@ pub fn scan_images(sources: &[Source<'_>]) -> Result<Vec<Image>> {
 }
 
 /// Scan one object; `buffer` is reused from file to file.
+///
+/// Of an object with several frames, the image tells what they have in common; see [`frames`].
 pub fn scan_image(source: Source<'_>, buffer: &mut Vec<u8>) -> Result<Image> {
     scan::scan_with(source, None, buffer, |layout, kept| {
         let mut image = Attributes {
@@ -81,11 +131,53 @@ pub fn scan_image(source: Source<'_>, buffer: &mut Vec<u8>) -> Result<Image> {
             kept: &kept,
         }
         .image()?;
+        if image.has_functional_groups {
+            let find = |tag| layout.find(tag).copied();
+            let groups = [find(functional::SHARED), find(functional::PER_FRAME)];
+            let encoding = layout.encoding();
+            image.groups = Some(Groups { encoding, groups });
+        }
         if let Kept::Inflated(bytes) = kept {
-            image.inflated = Some(bytes);
+            image.inflated = Some(Arc::new(bytes));
         }
         Ok(image)
     })
+}
+
+/// One image for each frame of an object, in the order of the file.
+///
+/// Without functional groups only a single frame has a place in the patient.
+///
+/// Errors: [`Error::InvalidDicom`] for functional groups that cannot be understood; [`Error::Io`].
+pub fn frames(image: &Image, source: Source<'_>) -> Result<Vec<Image>> {
+    // No frame takes less than a bit, or a fragment.
+    let size = match source {
+        _ if image.is_native => image.pixel_length.saturating_mul(8),
+        source => source.open()?.size() / 8,
+    };
+    if u64::from(image.number_of_frames) > size.max(1) {
+        let count = image.number_of_frames;
+        let message = format!("expected no more frames than the pixel data holds, found {count}");
+        return Err(Error::invalid_at(0x0028_0008, message).of(&image.sop_instance_uid));
+    }
+    let made = match image.groups {
+        Some(Groups { encoding, groups }) => {
+            let opened = match &image.inflated {
+                Some(bytes) => Opened::Bytes(bytes),
+                None => source.open()?,
+            };
+            functional::frames(image, &opened, encoding, groups)
+        }
+        None => {
+            let frames = (0..image.number_of_frames).map(|frame| Image {
+                frame,
+                position: image.grid_position(frame),
+                ..image.clone()
+            });
+            Ok(frames.collect())
+        }
+    };
+    made.map_err(|error| error.of(&image.sop_instance_uid))
 }
 
 /// Typed values of one object.
@@ -113,7 +205,12 @@ impl Attributes<'_> {
                 Error::invalid_at(0x0028_0008, found)
             })?,
         };
-        let (slope, intercept) = (self.decimal(0x0028_1053)?, self.decimal(0x0028_1052)?);
+        // Dose Grid Scaling is the slope of an RT Dose (PS3.3 C.8.8.3).
+        let slope = match self.decimal(0x0028_1053)? {
+            None => self.decimal(0x3004_000E)?,
+            slope => slope,
+        };
+        let intercept = self.decimal(0x0028_1052)?;
         Ok(Image {
             sop_instance_uid,
             sop_class_uid: self.text(0x0008_0016)?,
@@ -147,8 +244,18 @@ impl Attributes<'_> {
             has_modality_lut: self.layout.find(0x0028_3000).is_some(),
             has_functional_groups: self.layout.find(0x5200_9229).is_some()
                 || self.layout.find(0x5200_9230).is_some(),
+            groups: None,
+            grid_offsets: self.offsets(0x3004_000C)?,
             pixel_tag: pixels.map_or(0, |entry| entry.tag),
             is_native: self.layout.is_native(),
+            is_encapsulated: pixels.is_some_and(|entry| entry.length == UNDEFINED),
+            extended_offsets: self.layout.find(0x7FE0_0001).map(|entry| Fragment {
+                offset: entry.offset,
+                length: entry.length,
+            }),
+            frames: Arc::default(),
+            frame: 0,
+            stack_id: String::new(),
             pixel_offset: pixels.map_or(0, |entry| entry.offset),
             pixel_length: pixels
                 .filter(|entry| entry.length != UNDEFINED)
@@ -241,6 +348,17 @@ impl Attributes<'_> {
         Ok(Some(number as i64))
     }
 
+    /// Any number of decimal strings (DS).
+    fn offsets(&self, tag: u32) -> Result<Vec<f64>> {
+        let Some((_, value)) = self.value(tag)? else {
+            return Ok(Vec::new());
+        };
+        let numbers = value.split(|byte| *byte == b'\\').map(decimal);
+        numbers.collect::<Option<_>>().ok_or_else(|| {
+            Error::invalid_at(tag, "expected finite decimal numbers, found something else")
+        })
+    }
+
     /// One decimal string (DS).
     fn decimal(&self, tag: u32) -> Result<Option<f64>> {
         Ok(self.decimals::<1>(tag)?.map(|[number]| number))
@@ -256,7 +374,9 @@ impl Attributes<'_> {
 }
 
 /// Parse `N` decimal strings (PS3.5 section 6.2: DS, IS), tolerant of NUL padding and of the comma.
-fn decimals<const N: usize>(value: &[u8]) -> std::result::Result<Option<[f64; N]>, String> {
+pub(crate) fn decimals<const N: usize>(
+    value: &[u8],
+) -> std::result::Result<Option<[f64; N]>, String> {
     let blank = |byte: &u8| matches!(byte, 0 | b' ');
     if value.iter().all(blank) {
         return Ok(None);

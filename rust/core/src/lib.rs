@@ -11,10 +11,16 @@
 //! | [`image`] | the attributes that stacking needs, out of a scanned header |
 //! | [`pixels`] | stored bytes to values of an output type |
 //! | [`stack`] | many images into one array, in parallel |
+//! | `functional` | what an enhanced object says of each frame |
+//! | [`encapsulated`] | which fragments make up which frame |
+//! | [`codec`] | one compressed frame to its samples |
 //! | [`source`] | a file or bytes in memory |
 //! | [`error`] | the one error type |
 
+pub mod codec;
+pub mod encapsulated;
 pub mod error;
+mod functional;
 pub mod image;
 pub mod pixels;
 pub mod scan;

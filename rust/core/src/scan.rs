@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use flate2::{Decompress, FlushDecompress, Status};
 
 use crate::error::{Error, Result};
-use crate::source::{self, Source};
+use crate::source::{self, Source, ended};
 
 /// Float Pixel Data, Double Float Pixel Data, Pixel Data (PS3.3 C.7.6.3, C.7.6.24).
 pub const FLOAT_PIXEL_DATA: u32 = 0x7FE0_0008;
@@ -63,12 +63,18 @@ const EXPLICIT_BIG: &str = "1.2.840.10008.1.2.2";
 
 /// How a dataset is encoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Encoding {
+pub(crate) struct Encoding {
     implicit: bool,
     big: bool,
 }
 
 impl Encoding {
+    /// Implicit VR Little Endian.
+    pub(crate) const IMPLICIT: Encoding = Encoding {
+        implicit: true,
+        big: false,
+    };
+
     fn u16(self, bytes: &[u8], at: usize) -> u16 {
         if self.big {
             be16(bytes, at)
@@ -189,6 +195,7 @@ pub struct Layout {
     /// Indices of `entries` sorted by tag, later ones later, where the file is not in order.
     order: Option<Vec<u32>>,
     transfer_syntax: String,
+    encoding: Option<Encoding>,
     big_endian: bool,
     big_pixels: bool,
     native: bool,
@@ -203,6 +210,11 @@ impl Layout {
     /// Whether the dataset is encoded big endian.
     pub fn big_endian(&self) -> bool {
         self.big_endian
+    }
+
+    /// How the elements are encoded.
+    pub(crate) fn encoding(&self) -> Encoding {
+        self.encoding.unwrap_or(Encoding::IMPLICIT)
     }
 
     /// Whether native pixel data is big endian.
@@ -465,7 +477,7 @@ pub(crate) fn scan_with<R>(
 }
 
 /// Random access to an object, for a reader that mostly moves forward.
-trait Input {
+pub(crate) trait Input {
     fn size(&self) -> u64;
     /// `length` bytes at `offset`; the caller checked that they lie within `size`.
     fn bytes(&mut self, offset: u64, length: usize) -> Result<&[u8]>;
@@ -473,12 +485,6 @@ trait Input {
     fn eight(&mut self, offset: u64) -> Result<[u8; 8]>;
     /// The value of an element if it is in memory.
     fn value(&self, entry: &Entry) -> Option<&[u8]>;
-}
-
-fn ended(offset: u64) -> Error {
-    Error::invalid(format!(
-        "expected more bytes at offset {offset}, found the end"
-    ))
 }
 
 impl Input for &[u8] {
@@ -649,6 +655,7 @@ fn scan_input<I: Input>(
     if layout.entries.is_empty() {
         return Err(Error::invalid("expected a dataset, found no element"));
     }
+    layout.encoding = Some(syntax.encoding);
     layout.big_endian = syntax.encoding.big;
     layout.big_pixels = syntax.big_pixels;
     layout.native = syntax.native;
@@ -870,7 +877,12 @@ fn keep<I: Input>(input: &mut I, entry: &Entry) -> Result<()> {
 }
 
 /// The header of one element whose first byte is at `offset` and whose value ends by `limit`.
-fn element<I: Input>(input: &mut I, offset: u64, limit: u64, encoding: Encoding) -> Result<Entry> {
+pub(crate) fn element<I: Input>(
+    input: &mut I,
+    offset: u64,
+    limit: u64,
+    encoding: Encoding,
+) -> Result<Entry> {
     let left = limit - offset;
     let header = input.bytes(offset, left.min(12) as usize)?;
     let tag = encoding.tag(header);

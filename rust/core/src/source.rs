@@ -15,6 +15,75 @@ pub enum Source<'a> {
     Bytes(&'a [u8]),
 }
 
+impl<'a> Source<'a> {
+    /// Open it for random access.
+    pub fn open(self) -> Result<Opened<'a>> {
+        match self {
+            Source::Bytes(bytes) => Ok(Opened::Bytes(bytes)),
+            Source::File(path) => {
+                let (file, size) = open(path)?;
+                Ok(Opened::File { file, path, size })
+            }
+        }
+    }
+}
+
+/// A source that can be read at any place.
+#[derive(Debug)]
+pub enum Opened<'a> {
+    File {
+        file: File,
+        path: &'a Path,
+        size: u64,
+    },
+    Bytes(&'a [u8]),
+}
+
+impl<'a> Opened<'a> {
+    /// Bytes in all.
+    pub fn size(&self) -> u64 {
+        match self {
+            Opened::File { size, .. } => *size,
+            Opened::Bytes(bytes) => bytes.len() as u64,
+        }
+    }
+
+    /// Fill `into` from `offset`.
+    ///
+    /// Errors: [`Error::InvalidDicom`] where the source ends before; [`Error::Io`].
+    pub fn read(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+        match self {
+            Opened::Bytes(_) => {
+                let bytes = self.borrow(offset, into.len());
+                into.copy_from_slice(bytes.ok_or_else(|| ended(offset))?);
+            }
+            Opened::File { file, path, .. } => {
+                if read_at(file, path, offset, into)? < into.len() {
+                    return Err(ended(offset));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A part of a source in memory; None for a file, and where the source ends before.
+    pub fn borrow(&self, offset: u64, length: usize) -> Option<&'a [u8]> {
+        match self {
+            Opened::Bytes(bytes) => {
+                let start = usize::try_from(offset).ok()?;
+                bytes.get(start..start.checked_add(length)?)
+            }
+            Opened::File { .. } => None,
+        }
+    }
+}
+
+pub(crate) fn ended(offset: u64) -> Error {
+    Error::invalid(format!(
+        "expected more bytes at offset {offset}, found the end"
+    ))
+}
+
 /// Open a file and tell its size; what is not a regular file is not DICOM.
 pub(crate) fn open(path: &Path) -> Result<(File, u64)> {
     let file = File::open(path).map_err(|error| Error::io(path, error))?;

@@ -13,6 +13,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
 
+use crate::codec::{self, Codec, Decoded, Shape};
+use crate::encapsulated::Frames;
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::pixels::{Conversion, Format, Value};
@@ -24,7 +26,7 @@ const PART: usize = 256 << 10;
 /// Values below which a second thread costs more than it brings.
 const FEW: usize = 1 << 16;
 
-/// One image and where its bytes are.
+/// An image, which is one frame, and where its bytes are.
 #[derive(Debug, Clone, Copy)]
 pub struct Slice<'a> {
     pub image: &'a Image,
@@ -32,21 +34,22 @@ pub struct Slice<'a> {
     pub source: Source<'a>,
 }
 
-/// Write image `k` to the `k`-th `rows * columns` values of `out`.
+/// Write slice `k` to the `k`-th `rows * columns` values of `out`; a note for each slice whose
+/// codestream contradicts its header.
 ///
 /// With `rescale` a value is `stored * slope + intercept`, else it is the stored one.
 ///
-/// Errors: [`Error::UnsupportedImage`] for pixels that are not native, or have several samples or
-/// frames; [`Error::InvalidDicom`] for pixel data that is too short, another size, contradictory
-/// bits or a slope of zero; [`Error::InvalidDataset`] for values that `T` cannot hold;
-/// [`Error::Io`]. What `out` holds after an error is not defined.
+/// Errors: [`Error::UnsupportedImage`] for pixels that are not decoded, or have several samples;
+/// [`Error::InvalidDicom`] for pixel data that is damaged, too short or of another size,
+/// contradictory bits or a slope of zero; [`Error::InvalidDataset`] for values that `T` cannot hold,
+/// and a codestream of another size; [`Error::Io`]. What `out` holds after an error is not defined.
 pub fn stack<T: Value>(
     slices: &[Slice<'_>],
     rows: usize,
     columns: usize,
     out: &mut [T],
     rescale: bool,
-) -> Result<()> {
+) -> Result<Vec<String>> {
     let size = rows.checked_mul(columns);
     let Some(size) = size.filter(|size| size.checked_mul(slices.len()) == Some(out.len())) else {
         return Err(Error::invalid(format!(
@@ -58,55 +61,67 @@ pub fn stack<T: Value>(
     let uid = |slice: &Slice<'_>| slice.image.sop_instance_uid.clone();
     let mut plans = Vec::with_capacity(slices.len());
     for (place, slice) in slices.iter().enumerate() {
-        let plan = Plan::new::<T>(slice, rows, columns, rescale);
+        let plan = Plan::new(slice, rows, columns, rescale);
         plans.push(plan.map_err(|error| error.of(&uid(slice)).in_place(place))?);
     }
     if size == 0 {
-        return Ok(());
+        return Ok(Vec::new());
     }
-    let threads = if out.len() < FEW { 1 } else { slices.len() };
+    // Decoding a frame takes much longer than starting a thread.
+    let is_compressed = slices.iter().any(|slice| !slice.image.is_native);
+    let threads = if out.len() < FEW && !is_compressed {
+        1
+    } else {
+        slices.len()
+    };
     let work = slices
         .iter()
         .zip(plans)
         .zip(out.chunks_exact_mut(size))
         .enumerate();
-    parallel(
+    let notes = parallel(
         work,
         threads,
-        Vec::new,
-        |buffer, (place, ((slice, plan), out))| {
-            plan.fill(slice, out, buffer)
+        Scratch::default,
+        |scratch, (place, ((slice, plan), out))| {
+            plan.fill(slice, out, scratch)
+                .map(|note| note.map(|note| format!("{}: {note}", uid(slice))))
                 .map_err(|error| error.of(&uid(slice)).in_place(place))
         },
     )?;
-    Ok(())
+    Ok(notes.into_iter().flatten().collect())
 }
 
-/// What is to be done for one image, checked.
+/// What a thread reuses from slice to slice.
+#[derive(Default)]
+struct Scratch {
+    buffer: Vec<u8>,
+    decoded: Decoded,
+}
+
+/// What is to be done for one slice, checked.
 struct Plan {
-    format: Format,
-    conversion: Conversion,
-    offset: u64,
-    bytes: u64,
+    slope: f64,
+    intercept: f64,
+    pixels: Pixels,
+}
+
+enum Pixels {
+    /// Uncompressed, in one piece.
+    Native {
+        format: Format,
+        offset: u64,
+        bytes: u64,
+    },
+    /// In fragments.
+    Encapsulated(Codec),
 }
 
 impl Plan {
-    fn new<T: Value>(
-        slice: &Slice<'_>,
-        rows: usize,
-        columns: usize,
-        rescale: bool,
-    ) -> Result<Self> {
+    fn new(slice: &Slice<'_>, rows: usize, columns: usize, rescale: bool) -> Result<Self> {
         let image = slice.image;
-        if !image.is_native {
-            let found = match image.pixel_tag {
-                0 => "no pixel data",
-                _ => "compressed pixel data",
-            };
-            let syntax = &image.transfer_syntax;
-            return Err(Error::unsupported(format!(
-                "expected native pixel data, found {found} (transfer syntax {syntax})"
-            )));
+        if image.pixel_tag == 0 {
+            return Err(Error::unsupported("expected pixel data, found none"));
         }
         if image.pixel_tag != PIXEL_DATA {
             let message = "expected Pixel Data of integers, found floats";
@@ -119,9 +134,10 @@ impl Plan {
             );
             return Err(Error::unsupported(message).at(0x0028_0002));
         }
-        if image.number_of_frames != 1 {
-            let message = format!("expected 1 frame, found {}", image.number_of_frames);
-            return Err(Error::unsupported(message).at(0x0028_0008));
+        if slice.image.frame >= image.number_of_frames {
+            let (frame, frames) = (slice.image.frame, image.number_of_frames);
+            let message = format!("expected more than {frame} frames, found {frames}");
+            return Err(Error::invalid_at(0x0028_0008, message));
         }
         for (tag, expected, found) in [
             (0x0028_0010, rows, image.rows),
@@ -133,24 +149,6 @@ impl Plan {
                     format!("expected {expected}, found {found}"),
                 ));
             }
-        }
-        let format = Format::new(
-            image.bits_allocated,
-            image.bits_stored,
-            image.high_bit,
-            image.pixel_representation,
-            image.big_endian_pixels,
-            image.swapped_pairs,
-        )?;
-        let pixels = u64::from(image.rows).checked_mul(u64::from(image.columns));
-        let bytes = pixels.and_then(|pixels| format.bytes(pixels));
-        let bytes = bytes
-            .filter(|bytes| *bytes < u64::from(UNDEFINED))
-            .ok_or_else(|| {
-                Error::invalid("expected an image of less than 4 GiB, found a larger one")
-            })?;
-        if image.pixel_length < bytes {
-            return Err(short(bytes, image.pixel_length));
         }
         let (slope, intercept) = if rescale {
             (image.slope, image.intercept)
@@ -171,61 +169,256 @@ impl Plan {
                 "expected a slope other than 0, found 0",
             ));
         }
-        let conversion = Conversion::new::<T>(format, slope, intercept);
         Ok(Plan {
-            format,
-            conversion,
-            offset: image.pixel_offset,
-            bytes,
+            slope,
+            intercept,
+            pixels: Pixels::new(slice)?,
         })
     }
 
+    /// Fill one slice; a note where its codestream contradicts its header.
     fn fill<T: Value>(
-        mut self,
+        self,
         slice: &Slice<'_>,
         out: &mut [T],
-        buffer: &mut Vec<u8>,
-    ) -> Result<()> {
-        match (&slice.image.inflated, slice.source) {
-            (Some(bytes), _) => self.fill_from_bytes(bytes, out)?,
-            (None, Source::Bytes(bytes)) => self.fill_from_bytes(bytes, out)?,
-            (None, Source::File(path)) => self.fill_from_file(path, out, buffer)?,
-        }
-        self.conversion.finish::<T>()
-    }
-
-    fn fill_from_bytes<T: Value>(&mut self, bytes: &[u8], out: &mut [T]) -> Result<()> {
-        let start = usize::try_from(self.offset).unwrap_or(usize::MAX);
-        let rest = bytes.get(start..).unwrap_or_default();
-        let length = usize::try_from(self.bytes).unwrap_or(usize::MAX);
-        let Some(pixels) = rest.get(..length) else {
-            return Err(short(self.bytes, rest.len() as u64));
-        };
-        self.conversion.run(pixels, out);
-        Ok(())
-    }
-
-    fn fill_from_file<T: Value>(
-        &mut self,
-        path: &Path,
-        out: &mut [T],
-        buffer: &mut Vec<u8>,
-    ) -> Result<()> {
-        let (file, _) = source::open(path)?;
-        buffer.resize(PART, 0);
-        let mut done = 0_u64;
-        for out in out.chunks_mut(PART / self.format.cell()) {
-            let part = (self.bytes - done).min(PART as u64) as usize;
-            let part = buffer.get_mut(..part).unwrap_or_default();
-            let found = source::read_at(&file, path, self.offset + done, part)?;
-            if found < part.len() {
-                return Err(short(self.bytes, done + found as u64));
+        scratch: &mut Scratch,
+    ) -> Result<Option<String>> {
+        let Plan {
+            slope,
+            intercept,
+            pixels,
+        } = self;
+        match pixels {
+            Pixels::Native {
+                format,
+                offset,
+                bytes,
+            } => {
+                let mut conversion = Conversion::new::<T>(format, slope, intercept);
+                let place = (offset, bytes);
+                match (&slice.image.inflated, slice.source) {
+                    (Some(bytes), _) => fill_from_bytes(&mut conversion, bytes, place, out)?,
+                    (None, Source::Bytes(bytes)) => {
+                        fill_from_bytes(&mut conversion, bytes, place, out)?;
+                    }
+                    (None, Source::File(path)) => {
+                        let step = PART / format.cell();
+                        let buffer = &mut scratch.buffer;
+                        fill_from_file(&mut conversion, path, place, out, step, buffer)?;
+                    }
+                }
+                conversion.finish::<T>()?;
+                Ok(None)
             }
-            self.conversion.run(part, out);
-            done += found as u64;
+            Pixels::Encapsulated(codec) => {
+                let decoded = &mut scratch.decoded;
+                decode_frame(slice, codec, &mut scratch.buffer, decoded)?;
+                let (format, note) = format_of(slice.image, decoded)?;
+                let mut conversion = Conversion::new::<T>(format, slope, intercept);
+                conversion.run(decoded.bytes(), out);
+                conversion.finish::<T>()?;
+                Ok(note)
+            }
         }
-        Ok(())
     }
+}
+
+impl Pixels {
+    fn new(slice: &Slice<'_>) -> Result<Self> {
+        let image = slice.image;
+        let syntax = &image.transfer_syntax;
+        if !image.is_native {
+            let codec = codec::codec_of(syntax)?;
+            if !image.is_encapsulated {
+                return Err(Error::invalid_at(
+                    PIXEL_DATA,
+                    format!("expected fragments (transfer syntax {syntax}), found none"),
+                ));
+            }
+            return Ok(Pixels::Encapsulated(codec));
+        }
+        let format = header_format(image)?;
+        let pixels = u64::from(image.rows).checked_mul(u64::from(image.columns));
+        let bytes = pixels.and_then(|pixels| format.bytes(pixels));
+        let bytes = bytes
+            .filter(|bytes| *bytes < u64::from(UNDEFINED))
+            .ok_or_else(|| {
+                Error::invalid("expected an image of less than 4 GiB, found a larger one")
+            })?;
+        if slice.image.frame > 0
+            && image.swapped_pairs
+            && pixels.is_some_and(|pixels| pixels % 2 == 1)
+        {
+            return Err(Error::unsupported(
+                "expected frames of an even size, found 8 bit cells of 16 bit words that two frames \
+                 share",
+            ));
+        }
+        // All factors are below 2^32.
+        let all = bytes * u64::from(image.number_of_frames);
+        if image.pixel_length < all {
+            return Err(short(all, image.pixel_length));
+        }
+        Ok(Pixels::Native {
+            format,
+            offset: image
+                .pixel_offset
+                .saturating_add(bytes * u64::from(slice.image.frame)),
+            bytes,
+        })
+    }
+}
+
+/// How stored values lie in uncompressed pixels.
+fn header_format(image: &Image) -> Result<Format> {
+    Format::new(
+        image.bits_allocated,
+        image.bits_stored,
+        image.high_bit,
+        image.pixel_representation,
+        image.big_endian_pixels,
+        image.swapped_pairs,
+    )
+}
+
+/// Find one frame in the fragments of an image, and decode it.
+fn decode_frame(
+    slice: &Slice<'_>,
+    codec: Codec,
+    buffer: &mut Vec<u8>,
+    into: &mut Decoded,
+) -> Result<()> {
+    let image = slice.image;
+    let source = slice.source.open()?;
+    let found;
+    let frames = match image.frames.get() {
+        Some(frames) => frames,
+        None => {
+            let mut offsets = Vec::new();
+            if let Some(table) = image.extended_offsets
+                && u64::from(table.length) == 8 * u64::from(image.number_of_frames)
+            {
+                if u64::from(table.length) > source.size() {
+                    return Err(source::ended(table.offset));
+                }
+                offsets.resize(table.length as usize, 0);
+                source.read(table.offset, &mut offsets)?;
+            }
+            let count = image.number_of_frames;
+            found = Frames::find(&source, image.pixel_offset, count, &offsets)?;
+            // Where another thread was faster, both found the same.
+            image.frames.get_or_init(|| found)
+        }
+    };
+    let fragments = frames.frame(slice.image.frame as usize);
+    let borrowed = match fragments {
+        [one] => source.borrow(one.offset, one.length as usize),
+        _ => None,
+    };
+    let frame = match borrowed {
+        Some(frame) => frame,
+        None => {
+            buffer.clear();
+            for fragment in fragments {
+                let start = buffer.len();
+                // Fragments do not overlap, so all of them are not longer than the source.
+                buffer.resize(start + fragment.length as usize, 0);
+                let into = buffer.get_mut(start..).unwrap_or_default();
+                source.read(fragment.offset, into)?;
+            }
+            buffer.as_slice()
+        }
+    };
+    let shape = Shape {
+        rows: image.rows,
+        columns: image.columns,
+        samples: image.samples_per_pixel,
+        bits_allocated: image.bits_allocated,
+    };
+    codec::decode(codec, frame, shape, into)
+}
+
+/// How the samples of a decoded frame are to be read, and a note where header and codestream differ.
+///
+/// A codestream counts more than the header: its bits, and its sign where it has one. Of JPEG and
+/// JPEG-LS only the header knows whether samples are signed; their cells are often coded whole, so
+/// the sign is at BitsStored as long as all cells agree with that.
+fn format_of(image: &Image, decoded: &Decoded) -> Result<(Format, Option<String>)> {
+    let Some(precision) = decoded.precision else {
+        return Ok((header_format(image)?, None));
+    };
+    let stored = image.bits_stored;
+    let is_signed = image.pixel_representation == 1;
+    let mut note = None;
+    let mut bits = precision;
+    if decoded.signed != is_signed && decoded.knows_sign {
+        let name = |signed| if signed { "signed" } else { "unsigned" };
+        note = Some(format!(
+            "PixelRepresentation says {}, the codestream {}; values are taken as signed",
+            name(is_signed),
+            name(decoded.signed)
+        ));
+    } else if !decoded.knows_sign && (1..precision).contains(&stored) {
+        if decoded.fits(stored, is_signed) {
+            bits = stored;
+        } else {
+            note = Some(format!(
+                "BitsStored is {stored}, the codestream has {precision} bits and uses them; the \
+                 codestream counts"
+            ));
+        }
+    }
+    let representation = u32::from(is_signed || decoded.signed);
+    let format = Format::new(
+        decoded.allocated,
+        bits,
+        bits - 1,
+        representation,
+        false,
+        false,
+    )?;
+    Ok((format, note))
+}
+
+fn fill_from_bytes<T: Value>(
+    conversion: &mut Conversion,
+    bytes: &[u8],
+    (offset, length): (u64, u64),
+    out: &mut [T],
+) -> Result<()> {
+    let start = usize::try_from(offset).unwrap_or(usize::MAX);
+    let rest = bytes.get(start..).unwrap_or_default();
+    let size = usize::try_from(length).unwrap_or(usize::MAX);
+    let Some(pixels) = rest.get(..size) else {
+        return Err(short(length, rest.len() as u64));
+    };
+    conversion.run(pixels, out);
+    Ok(())
+}
+
+/// `step` values are read and converted at a time.
+fn fill_from_file<T: Value>(
+    conversion: &mut Conversion,
+    path: &Path,
+    (offset, length): (u64, u64),
+    out: &mut [T],
+    step: usize,
+    buffer: &mut Vec<u8>,
+) -> Result<()> {
+    let (file, _) = source::open(path)?;
+    buffer.resize(PART, 0);
+    let mut done = 0_u64;
+    for out in out.chunks_mut(step) {
+        let part = (length - done).min(PART as u64) as usize;
+        let part = buffer.get_mut(..part).unwrap_or_default();
+        let found = source::read_at(&file, path, offset + done, part)?;
+        if found < part.len() {
+            return Err(short(length, done + found as u64));
+        }
+        conversion.run(part, out);
+        done += found as u64;
+    }
+    Ok(())
 }
 
 fn short(expected: u64, found: u64) -> Error {

@@ -1,5 +1,7 @@
 //! `Image`, `scan_images` and `stack`.
 
+use std::sync::Arc;
+
 use dicomnode_core::pixels::Value;
 use dicomnode_core::source::Source;
 use dicomnode_core::stack::Slice;
@@ -14,18 +16,20 @@ use crate::memory::{Dtype, Out, Owner};
 #[pyclass(frozen, module = "dicomnode._core")]
 pub struct Image {
     image: core::Image,
-    owner: Owner,
+    owner: Arc<Owner>,
 }
 
 #[pymethods]
 impl Image {
-    /// An image from native pixel bytes in memory (borrowed, C-contiguous, one frame, one sample).
+    /// An image from pixel bytes in memory (borrowed, C-contiguous, one frame, one sample).
     ///
+    /// Native pixels, or with the UID of an encapsulated `transfer_syntax` the items of PixelData.
     /// With `big_endian`, 16 and 32 bit cells are big endian; 8 bit cells are in order in any case.
     #[new]
     #[pyo3(signature = (
         pixels, *, rows, columns, bits_allocated, bits_stored, high_bit, pixel_representation,
-        slope = 1.0, intercept = 0.0, big_endian = false, sop_instance_uid = ""
+        slope = 1.0, intercept = 0.0, big_endian = false, sop_instance_uid = "",
+        transfer_syntax = ""
     ))]
     #[expect(
         clippy::too_many_arguments,
@@ -44,13 +48,15 @@ impl Image {
         intercept: f64,
         big_endian: bool,
         sop_instance_uid: &str,
+        transfer_syntax: &str,
     ) -> PyResult<Self> {
-        let owner = Owner::of_pixels(pixels)?;
+        let owner = Arc::new(Owner::of_pixels(pixels)?);
         let found = owner.bytes(py).unwrap_or_default().len() as u64;
         // Below 2^96, and so is the length.
         let bits = u128::from(rows) * u128::from(columns) * u128::from(bits_allocated);
         let expected = bits.div_ceil(8);
-        if u128::from(found) < expected {
+        let is_native = transfer_syntax.is_empty();
+        if is_native && u128::from(found) < expected {
             let message = format!("expected at least {expected} bytes of pixels, found {found}");
             return Err(exception(py, Error::invalid(message).of(sop_instance_uid)));
         }
@@ -67,12 +73,37 @@ impl Image {
             slope,
             intercept,
             pixel_tag: dicomnode_core::scan::PIXEL_DATA,
-            is_native: true,
+            transfer_syntax: transfer_syntax.to_owned(),
+            is_native,
+            is_encapsulated: !is_native,
             pixel_length: found,
             big_endian_pixels: big_endian,
             ..core::Image::default()
         };
         Ok(Image { image, owner })
+    }
+
+    /// One Image for each frame, in the order of the file, with what functional groups say of it.
+    fn frames(&self, py: Python<'_>) -> PyResult<Vec<Image>> {
+        let source = self.owner.source(py);
+        let frames = detached(py, || core::frames(&self.image, source))?;
+        let owned = |image| Image {
+            image,
+            owner: Arc::clone(&self.owner),
+        };
+        Ok(frames.into_iter().map(owned).collect())
+    }
+
+    /// Which frame of its object this is, from 0.
+    #[getter]
+    fn frame(&self) -> u32 {
+        self.image.frame
+    }
+
+    /// Stack ID of the frame, empty where absent.
+    #[getter]
+    fn stack_id(&self) -> &str {
+        &self.image.stack_id
     }
 
     #[getter]
@@ -237,7 +268,7 @@ impl Image {
         self.image.pixel_tag
     }
 
-    /// The pixel data is uncompressed, so that `stack` can read it.
+    /// The pixel data is uncompressed.
     #[getter]
     fn is_native(&self) -> bool {
         self.image.is_native
@@ -259,7 +290,10 @@ pub fn scan_images(py: Python<'_>, sources: Vec<Bound<'_, PyAny>>) -> PyResult<V
     Ok(images
         .into_iter()
         .zip(owners)
-        .map(|(image, owner)| Image { image, owner })
+        .map(|(image, owner)| Image {
+            image,
+            owner: Arc::new(owner),
+        })
         .collect())
 }
 
@@ -270,10 +304,14 @@ pub fn scan_images(py: Python<'_>, sources: Vec<Bound<'_, PyAny>>) -> PyResult<V
 /// BitsStored and sign-extended, then, with `rescale`, stored * slope + intercept is computed in
 /// float64 and rounded once to `out`'s dtype (PS3.3 C.11.1).
 ///
-/// Raises UnsupportedImage where an image is not native, has several samples or frames, or
-/// BitsAllocated is not 8, 16 or 32; InvalidDicom where pixel data is shorter than Rows x Columns
-/// ask, or Rows/Columns differ from `out`, or bits are contradictory; InvalidDataset where an
-/// integer dtype cannot hold a rescaled value exactly; OSError. On an error `out` is undefined.
+/// Compressed frames are decoded first. Returns a text for each image whose codestream contradicts
+/// its header.
+///
+/// Raises UnsupportedImage where an image has several samples or frames, BitsAllocated is not 8, 16
+/// or 32, or its transfer syntax is not decoded; InvalidDicom where pixel data is damaged or shorter
+/// than Rows x Columns ask, or Rows/Columns differ from `out`, or bits are contradictory;
+/// InvalidDataset where an integer dtype cannot hold a rescaled value exactly, or a codestream has
+/// another size than its header; OSError. On an error `out` is undefined.
 #[pyfunction]
 #[pyo3(signature = (images, out, rescale = true))]
 pub fn stack(
@@ -281,7 +319,7 @@ pub fn stack(
     images: Vec<Bound<'_, Image>>,
     out: &Bound<'_, PyAny>,
     rescale: bool,
-) -> PyResult<()> {
+) -> PyResult<Vec<String>> {
     let out = Out::new(out)?;
     if out.slices != images.len() {
         return Err(PyValueError::new_err(format!(
@@ -325,7 +363,7 @@ fn fill<T: Value>(
     slices: &[Slice<'_>],
     mut out: Out,
     rescale: bool,
-) -> PyResult<()> {
+) -> PyResult<Vec<String>> {
     let (rows, columns) = (out.rows, out.columns);
     // SAFETY: `stack`, the only caller, picked `T` by `out.dtype` and refused overlap.
     let values = unsafe { out.as_mut_slice::<T>() };

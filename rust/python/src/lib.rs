@@ -5,6 +5,7 @@
 //! detaches from the interpreter around every loop, and turns errors into the exceptions of
 //! `dicomnode.errors`. Its typed face is `python/dicomnode/_core.pyi`.
 
+mod codecs;
 mod errors;
 mod header;
 mod image;
@@ -15,6 +16,8 @@ mod _core {
     use pyo3::prelude::*;
     use pyo3::types::{PyBytes, PyString};
 
+    #[pymodule_export]
+    use crate::codecs::{codecs, jpeg_has_simd};
     #[pymodule_export]
     use crate::header::{Header, is_dicom, scan};
     #[pymodule_export]

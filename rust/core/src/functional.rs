@@ -1,0 +1,279 @@
+//! Functional groups: where each frame of an enhanced object lies and what its values mean.
+//!
+//! The problem: an enhanced CT, MR or PET tells geometry and rescale not once, but in sequences that
+//! all frames share (5200,9229) and in one item for each frame (5200,9230), which may lie in any
+//! order (PS3.3 C.7.6.16). What the frame's own item says counts more than what is shared, and both
+//! more than the top level.
+
+use crate::error::{Error, Result};
+use crate::image::{Image, decimals};
+use crate::scan::{Encoding, Entry, UNDEFINED, element};
+use crate::source::Opened;
+
+pub(crate) const SHARED: u32 = 0x5200_9229;
+pub(crate) const PER_FRAME: u32 = 0x5200_9230;
+
+const ITEM: u32 = 0xFFFE_E000;
+const ITEM_DELIMITER: u32 = 0xFFFE_E00D;
+const SEQUENCE_DELIMITER: u32 = 0xFFFE_E0DD;
+/// Deepest nesting of sequences inside functional groups.
+const MAX_DEPTH: usize = 16;
+/// Most bytes of the functional groups of one object.
+const MAX_BYTES: u64 = 1 << 28;
+
+/// A part of the bytes: an item, or the value of an element.
+type Span = std::ops::Range<usize>;
+
+/// The images of all frames of an object, in the order of the file.
+///
+/// `groups` are the two sequences, where they are present.
+pub(crate) fn frames(
+    image: &Image,
+    source: &Opened<'_>,
+    encoding: Encoding,
+    groups: [Option<Entry>; 2],
+) -> Result<Vec<Image>> {
+    let [shared, per_frame] = groups;
+    let mut base = image.clone();
+    if let Some(entry) = shared {
+        let bytes = value(image, source, &entry)?;
+        let reader = Reader {
+            bytes: &bytes,
+            encoding,
+        };
+        if let Some(item) = reader.items(entry.length)?.first() {
+            reader.apply(item.clone(), &mut base)?;
+        }
+    }
+    let count = image.number_of_frames;
+    let mut frames = Vec::new();
+    if let Some(entry) = per_frame {
+        let bytes = value(image, source, &entry)?;
+        let reader = Reader {
+            bytes: &bytes,
+            encoding,
+        };
+        let items = reader.items(entry.length)?;
+        if items.len() != count as usize {
+            let found = items.len();
+            return Err(Error::invalid_at(
+                PER_FRAME,
+                format!(
+                    "expected an item for each of {count} frames (NumberOfFrames), found {found}"
+                ),
+            ));
+        }
+        for item in items {
+            let mut frame = base.clone();
+            reader.apply(item, &mut frame)?;
+            frames.push(frame);
+        }
+    } else {
+        frames.resize(count as usize, base);
+    }
+    for (number, frame) in (0..).zip(&mut frames) {
+        frame.frame = number;
+    }
+    Ok(frames)
+}
+
+/// The bytes of a sequence: its own, or where its length is undefined all up to the pixel data.
+fn value(image: &Image, source: &Opened<'_>, entry: &Entry) -> Result<Vec<u8>> {
+    let end = match entry.length {
+        UNDEFINED => image.pixel_offset,
+        length => entry.offset + u64::from(length),
+    };
+    let length = end.saturating_sub(entry.offset);
+    if length > MAX_BYTES || end > source.size() {
+        return Err(Error::invalid_at(
+            entry.tag,
+            format!("expected functional groups of at most {MAX_BYTES} bytes, found {length}"),
+        ));
+    }
+    let mut bytes = vec![0; length as usize];
+    source.read(entry.offset, &mut bytes)?;
+    Ok(bytes)
+}
+
+struct Reader<'a> {
+    bytes: &'a [u8],
+    encoding: Encoding,
+}
+
+impl Reader<'_> {
+    /// The items of the sequence that all the bytes are.
+    fn items(&self, length: u32) -> Result<Vec<Span>> {
+        let mut items = Vec::new();
+        self.sequence(0, length, self.encoding, 0, &mut |item| items.push(item))?;
+        Ok(items)
+    }
+
+    /// Pass over a sequence whose value starts at `at`, and tell each item; where it ends.
+    fn sequence(
+        &self,
+        mut at: usize,
+        length: u32,
+        encoding: Encoding,
+        depth: usize,
+        each: &mut dyn FnMut(Span),
+    ) -> Result<usize> {
+        if depth > MAX_DEPTH {
+            return Err(Error::invalid("functional groups are nested too deep"));
+        }
+        let end = match length {
+            UNDEFINED => self.bytes.len(),
+            length => at.saturating_add(length as usize).min(self.bytes.len()),
+        };
+        while at < end {
+            let entry = self.element(at, encoding)?;
+            let start = at + 8;
+            match entry.tag {
+                SEQUENCE_DELIMITER => return Ok(start),
+                ITEM if entry.length == UNDEFINED => {
+                    let stop =
+                        self.elements(start..self.bytes.len(), encoding, depth, &mut |_| Ok(()))?;
+                    each(start..stop);
+                    at = stop + 8;
+                }
+                ITEM => {
+                    at = start + entry.length as usize;
+                    each(start..at);
+                }
+                tag => {
+                    return Err(Error::invalid_at(
+                        tag,
+                        "expected an item of functional groups, found this",
+                    ));
+                }
+            }
+        }
+        Ok(end)
+    }
+
+    /// Tell each element of an item; where its delimiter is, or its end.
+    fn elements(
+        &self,
+        item: Span,
+        encoding: Encoding,
+        depth: usize,
+        each: &mut dyn FnMut(Entry) -> Result<()>,
+    ) -> Result<usize> {
+        let mut at = item.start;
+        while at + 8 <= item.end {
+            let entry = self.element(at, encoding)?;
+            if entry.tag == ITEM_DELIMITER {
+                return Ok(at);
+            }
+            each(entry)?;
+            let start = entry.offset as usize;
+            at = match entry.length {
+                UNDEFINED => {
+                    // The content of UN is Implicit VR Little Endian (PS3.5 section 6.2.2).
+                    let inner = if entry.vr == *b"UN" {
+                        Encoding::IMPLICIT
+                    } else {
+                        encoding
+                    };
+                    self.sequence(start, UNDEFINED, inner, depth + 1, &mut |_| {})?
+                }
+                length => start + length as usize,
+            };
+        }
+        Ok(at.min(item.end))
+    }
+
+    fn element(&self, at: usize, encoding: Encoding) -> Result<Entry> {
+        let size = self.bytes.len() as u64;
+        if size.saturating_sub(at as u64) < 8 {
+            return Err(Error::invalid("functional groups are cut off"));
+        }
+        element(&mut { self.bytes }, at as u64, size, encoding)
+    }
+
+    /// The first item of a sequence among the elements of an item.
+    fn nested(&self, item: Span, tag: u32) -> Result<Option<Span>> {
+        let mut found = None;
+        self.elements(item, self.encoding, 0, &mut |entry| {
+            if entry.tag == tag {
+                found = Some(entry);
+            }
+            Ok(())
+        })?;
+        let Some(entry) = found else { return Ok(None) };
+        let mut first = None;
+        self.sequence(
+            entry.offset as usize,
+            entry.length,
+            self.encoding,
+            1,
+            &mut |item| {
+                first.get_or_insert(item);
+            },
+        )?;
+        Ok(first)
+    }
+
+    fn value(&self, item: Span, tag: u32) -> Result<&[u8]> {
+        let mut found = None;
+        self.elements(item, self.encoding, 1, &mut |entry| {
+            if entry.tag == tag && entry.length != UNDEFINED {
+                found = Some(entry);
+            }
+            Ok(())
+        })?;
+        let span = found.map(|entry| {
+            let start = entry.offset as usize;
+            start..start + entry.length as usize
+        });
+        Ok(span
+            .and_then(|span| self.bytes.get(span))
+            .unwrap_or_default())
+    }
+
+    fn numbers<const N: usize>(&self, item: &Span, tag: u32) -> Result<Option<[f64; N]>> {
+        let value = self.value(item.clone(), tag)?;
+        decimals(value).map_err(|message| Error::invalid_at(tag, message))
+    }
+
+    /// Take from one item what it says of a frame.
+    fn apply(&self, item: Span, frame: &mut Image) -> Result<()> {
+        if let Some(plane) = self.nested(item.clone(), 0x0020_9113)? {
+            frame.position = self.numbers(&plane, 0x0020_0032)?;
+        }
+        if let Some(plane) = self.nested(item.clone(), 0x0020_9116)? {
+            frame.orientation = self.numbers(&plane, 0x0020_0037)?;
+        }
+        if let Some(measures) = self.nested(item.clone(), 0x0028_9110)? {
+            let single = |found: Option<[f64; 1]>| found.map(|[number]| number);
+            frame.pixel_spacing = self.numbers(&measures, 0x0028_0030)?;
+            frame.slice_thickness = single(self.numbers(&measures, 0x0018_0050)?);
+            frame.spacing_between_slices = single(self.numbers(&measures, 0x0018_0088)?);
+        }
+        if let Some(rescale) = self.nested(item.clone(), 0x0028_9145)? {
+            let slope = self.numbers::<1>(&rescale, 0x0028_1053)?;
+            let intercept = self.numbers::<1>(&rescale, 0x0028_1052)?;
+            frame.has_rescale = slope.is_some() || intercept.is_some();
+            frame.slope = slope.map_or(1.0, |[number]| number);
+            frame.intercept = intercept.map_or(0.0, |[number]| number);
+        }
+        // CT, MR and PET Image Frame Type Sequence.
+        for tag in [0x0018_9329, 0x0018_9226, 0x0018_9751] {
+            if let Some(kind) = self.nested(item.clone(), tag)? {
+                let value = self.value(kind, 0x0008_9007)?;
+                if let Ok(text) = std::str::from_utf8(value)
+                    && !text.trim_matches(['\0', ' ']).is_empty()
+                {
+                    text.trim_matches(['\0', ' '])
+                        .clone_into(&mut frame.image_type);
+                }
+            }
+        }
+        if let Some(content) = self.nested(item, 0x0020_9111)? {
+            let value = self.value(content, 0x0020_9056)?;
+            let text = String::from_utf8_lossy(value);
+            text.trim_matches(['\0', ' '])
+                .clone_into(&mut frame.stack_id);
+        }
+        Ok(())
+    }
+}
