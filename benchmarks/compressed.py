@@ -144,7 +144,9 @@ class Compressed:
             def read(k: int) -> None:
                 one = pydicom.dcmread(ordered[k])
                 frame = get_frame(one.PixelData, 0, number_of_frames=1)
-                stored = self._syntax.decode(imagecodecs, frame).view(kind)
+                # Of RLE the codec gives bytes, of all others an array.
+                decoded = self._syntax.decode(imagecodecs, frame)
+                stored = numpy.frombuffer(decoded, kind).reshape(out[k].shape)
                 numpy.multiply(stored, numpy.float32(one.RescaleSlope), out=out[k])
                 out[k] += numpy.float32(one.RescaleIntercept)
 
