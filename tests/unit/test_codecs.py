@@ -7,6 +7,7 @@ ones what the same package decodes.
 
 import itertools
 import struct
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -373,3 +374,16 @@ def test_an_image_that_says_another_number_of_samples_is_an_error() -> None:
     frame = bytes(imagecodecs.jpeg8_encode(colours))
     with pytest.raises(InvalidDataset, match=r"31 x 29 x 1 .*, found 31 x 29 x 3"):
         decode(items(frame), BASELINE, 31, 29, 8)
+
+
+def test_a_jpeg_ls_without_its_end_marker_is_an_error_within_a_moment() -> None:
+    """CharLS alone reads on after the last byte for seconds. Found by the fuzzer."""
+    frame = bytes.fromhex(
+        "ffd8ffe80020535049464600020000010000001b000000040a0806010000012c0000012cffe8000800000001"
+        "ffd8fff7000b08001b000401011100ffda00080101000000000000017c8000002fa7d8000002fa000002fb41"
+        "90f83c82000002fb4fa3cc384000005f218e8000005f0758611d8e22bcc91f1d8f"
+    )
+    start = time.process_time()
+    with pytest.raises(InvalidDicom, match="JPEG-LS is damaged"):
+        decode(items(frame), JPEG_LS, 27, 4, 8)
+    assert time.process_time() - start < 1
