@@ -13,6 +13,7 @@ import pynetdicom.association
 import pytest
 from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
+from pynetdicom.acse import ACSE
 
 from dicomnode.errors import (
     CouldNotCompleteDIMSEMessage,
@@ -347,6 +348,25 @@ def break_before_the_last_answer(node: AbstractPipeline, series: list[Dataset]) 
         patch.setattr(association, "_answer", breaking)
         with pytest.raises(CouldNotCompleteDIMSEMessage):
             send(address_of(node), series)
+
+
+def test_a_release_counts_from_its_request_also_where_the_peer_hangs_up_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The connection is closed before the association's own thread says that it was released."""
+    real = ACSE.send_release
+
+    def slow(self: ACSE, is_response: bool = False) -> None:
+        real(self, is_response)
+        if is_response:
+            time.sleep(0.3)
+
+    monkeypatch.setattr(ACSE, "send_release", slow)
+    series = make_series(2)
+    with running_node(Silent) as node:
+        for count in (1, 2):
+            send(address_of(node), series)
+            wait_for_cases(node, State.DONE, count)
 
 
 @pytest.mark.parametrize("parts", [1, 5])

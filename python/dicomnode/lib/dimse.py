@@ -106,10 +106,11 @@ def send(
     `on_response` is called after each answer, also before an error that ends the association.
 
     Raises InvalidDataset for a dataset without SOPClassUID or SOPInstanceUID, before anything is
-    sent, IncorrectlyConfigured for an AE title that is none, PeerUnreachable where the peer cannot be reached or rejects the association, and
-    CouldNotCompleteDIMSEMessage where it accepts no presentation context at all, or stops answering. A status that refuses one instance is no exception: look at
-    `Response.is_stored`. An instance for which no context was accepted has status 0x0122, and one
-    that cannot be encoded 0xC000; neither was sent.
+    sent; IncorrectlyConfigured for an AE title that is none; PeerUnreachable where the peer cannot
+    be reached or rejects the association; CouldNotCompleteDIMSEMessage where it accepts no
+    presentation context at all, or stops answering. A status that refuses one instance is no
+    exception: look at `Response.is_stored`. An instance for which no context was accepted has
+    status 0x0122, and one that cannot be encoded 0xC000; neither was sent.
     """
     if isinstance(datasets, str | os.PathLike):
         raise TypeError(

@@ -44,6 +44,8 @@ _DOES_NOT_MATCH = 0xA900
 _REFUSED = 0xB006
 _NO_IDENTIFIER = 0xB007
 _NOT_UNDERSTOOD = 0xC000
+# The type of an A-RELEASE-RQ PDU (PS3.8 section 9.3.6).
+_RELEASE_REQUEST = b"\x05"
 
 # What a sender may choose from: everything that can be kept as it is sent. Explicit Little Endian
 # first, because it is the cheapest to read. Deflated is left out: a small object may inflate
@@ -95,7 +97,7 @@ class _Visit:
     """One connection: which cases it touched, and whether it is over."""
 
     is_accepted: bool = False
-    #: It ended by a release, so that the sender has got all answers.
+    #: The sender asked for its release, so that it has got all answers.
     is_released: bool = False
     #: Bytes that came since the last whole image.
     arriving: int = 0
@@ -161,7 +163,6 @@ class AssociationServer:
                     (evt.EVT_DATA_RECV, self._on_data),
                     (evt.EVT_ACCEPTED, self._on_accepted),
                     (evt.EVT_REJECTED, self._on_rejected),
-                    (evt.EVT_RELEASED, self._on_released),
                     (evt.EVT_ABORTED, self._on_aborted),
                     (evt.EVT_CONN_CLOSE, self._on_close),
                 ],
@@ -240,6 +241,8 @@ class AssociationServer:
             if visit is not None:
                 visit.arriving += size
                 self._arriving += size
+                # pynetdicom's own event may come after that of the closed connection.
+                visit.is_released |= event.data[:1] == _RELEASE_REQUEST
             greatest: Any = None
             if self._arriving > self._reception.most_bytes:
                 greatest, its_visit = max(self._visits.items(), key=lambda one: one[1].arriving)
@@ -277,12 +280,6 @@ class AssociationServer:
             _peer(event.assoc),
             str(event.assoc.requestor.primitive.called_ae_title).strip(),
         )
-
-    def _on_released(self, event: Any) -> None:
-        with self._lock:
-            visit = self._visits.get(event.assoc)
-            if visit is not None:
-                visit.is_released = True
 
     def _on_aborted(self, event: Any) -> None:
         self._logger.warning("association with %s aborted", _peer(event.assoc))
