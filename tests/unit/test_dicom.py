@@ -556,6 +556,8 @@ def test_what_is_no_dicom_in_a_folder_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "README.txt").write_text("Four slices of a phantom.")
     (tmp_path / "empty.txt").touch()
     (tmp_path / ".hidden").touch()
+    (tmp_path / ".dicomnode").mkdir()
+    (tmp_path / ".dicomnode" / "lock").touch()
     (tmp_path / "notes").write_text("taken on a Monday")
     os.mkfifo(tmp_path / "pipe")
     assert len(load(tmp_path)) == 4

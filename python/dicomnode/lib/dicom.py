@@ -181,7 +181,7 @@ def _walk(folder: Path) -> Iterator[Path]:
             except InvalidDicom as error:
                 is_image = is_dicom(str(path)) or (
                     path.suffix.lower() in _IMAGE_SUFFIXES
-                    and not name.startswith(".")
+                    and not any(part.startswith(".") for part in path.relative_to(folder).parts)
                     and not path.stat().st_size
                 )
                 if is_image:
