@@ -175,9 +175,9 @@ def test_an_integer_dtype_that_cannot_hold_the_values_is_an_error(series: list[D
 @pytest.mark.parametrize("kind", ["plain", "lazy"])
 def test_without_rescale_the_stored_values_come(series: list[Dataset], kind: str) -> None:
     given = series if kind == "plain" else lazy(series)
-    array = numpy_grinder(rescale=False, dtype=numpy.uint16)(given)
+    array = numpy_grinder(values="stored", dtype=numpy.uint16)(given)
     numpy.testing.assert_array_equal(array, (slow(series) + 1024).astype("u2"))
-    numpy.testing.assert_array_equal(volume_grinder(rescale=False)(given).array, array)
+    numpy.testing.assert_array_equal(volume_grinder(values="stored")(given).array, array)
 
 
 def test_orders_other_than_the_position_need_no_geometry(series: list[Dataset]) -> None:

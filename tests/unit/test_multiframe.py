@@ -112,7 +112,7 @@ def test_g51_g52_g54_frames_in_any_order_are_the_volume_of_their_slices(
     assert found.frame_numbers == (2, 4, 6, 1, 7, 5, 3)
     assert set(found.sop_instance_uids) == {one.SOPInstanceUID}
     # As they lie in the file.
-    array = numpy_grinder(order="given", rescale=False, dtype="u2")(given)
+    array = numpy_grinder(order="given", values="stored", dtype="u2")(given)
     assert array.tobytes() == one.PixelData
 
 
@@ -186,7 +186,7 @@ def test_g61_frames_without_a_place_are_an_array_in_their_order_and_no_volume() 
     pixels = numpy.random.default_rng(1).integers(0, 4096, (5, 9, 11)).astype("<u2")
     one.NumberOfFrames, one.PixelData = 5, pixels.tobytes()
     for given in ([one], [LazyDataset(encode(one)[0])]):
-        found = numpy_grinder(order="given", rescale=False, dtype="u2")(given)
+        found = numpy_grinder(order="given", values="stored", dtype="u2")(given)
         numpy.testing.assert_array_equal(found, pixels)
         with pytest.raises(InconsistentSeries, match="no ImagePositionPatient"):
             volume_grinder(given)
@@ -203,7 +203,7 @@ def test_g60_the_frames_of_a_dose_lie_where_its_offsets_say(relative: bool) -> N
     one.GridFrameOffsetVector = [height - (heights[0] if relative else 0) for height in heights]
     one.DoseGridScaling = "0.25"
     found = volume_grinder([LazyDataset(encode(one)[0])])
-    expected = volume_grinder(rescale=False)(series)
+    expected = volume_grinder(values="stored")(series)
     numpy.testing.assert_array_equal(found.array, expected.array * 0.25)
     numpy.testing.assert_allclose(found.affine, expected.affine)
 
@@ -242,7 +242,7 @@ def test_frames_of_pydicoms_own_files_are_what_pydicom_decodes() -> None:
                 expected = dataset.pixel_array
             except (AttributeError, RuntimeError, ValueError, NotImplementedError):
                 continue
-            found = numpy_grinder(order="given", rescale=False, dtype="f8")([*load(path)])
+            found = numpy_grinder(order="given", values="stored", dtype="f8")([*load(path)])
             numpy.testing.assert_array_equal(found, expected, path.name)
             checked += 1
     assert checked >= 3

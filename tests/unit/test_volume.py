@@ -815,7 +815,7 @@ def test_p16_p17_p18_compressed_values_are_those_that_were_compressed(
             sent[-1].RescaleIntercept = "7"
             one.RescaleIntercept = "7"
     assert_right(volume_grinder(sent), made)
-    stored_values = numpy_grinder(rescale=False, dtype=numpy.int32)(sent)
+    stored_values = numpy_grinder(values="stored", dtype=numpy.int32)(sent)
     numpy.testing.assert_array_equal(stored_values[1], slow_values(made[1]) * 2 - (
         14 if touched else -2048))  # fmt: skip
 

@@ -153,7 +153,7 @@ def _picture(dataset: Dataset) -> tuple[NDArray[numpy.uint8], float]:
 def _stored(dataset: Dataset) -> NDArray[Any] | None:
     """The stored values of an image that the grinders take; None for any other one."""
     try:
-        stored = numpy_grinder(order="given", dtype=numpy.float64, rescale=False)([dataset])
+        stored = numpy_grinder(order="given", dtype=numpy.float64, values="stored")([dataset])
     except UnsupportedImage:
         return None
     return stored[0]  # type: ignore[no-any-return]

@@ -7,7 +7,8 @@ A *grinder* is any function that takes an iterable of pydicom Datasets and retur
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypeAlias, overload
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, get_args, overload
 
 import numpy
 from numpy.typing import DTypeLike, NDArray
@@ -16,7 +17,7 @@ from pydicom.tag import TagType
 
 from dicomnode.errors import InconsistentSeries, IncorrectlyConfigured, InvalidDataset
 from dicomnode.lib.dicom import tag_name, tag_of
-from dicomnode.lib.images import Slice, read_array, read_slices
+from dicomnode.lib.images import Reading, Slice, Values, read_array, read_slices
 from dicomnode.lib.volume import Volume, read_volume
 
 logger = logging.getLogger("dicomnode.grinders")
@@ -115,40 +116,75 @@ def dicom_tree_grinder(datasets: Iterable[Dataset]) -> DicomTree:
     return tree
 
 
+class ReadOptions(TypedDict, total=False):
+    """The options that all array grinders share."""
+
+    dtype: DTypeLike | None
+    values: Values
+    out: NDArray[Any] | None
+
+
+class ArrayOptions(ReadOptions, total=False):
+    """The options of `numpy_grinder`."""
+
+    order: Order
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayGrinder:
+    """What `numpy_grinder(...)` returns: called on datasets, it gives an array."""
+
+    reading: Reading = field(default_factory=Reading)
+    order: Order = "position"
+    out: NDArray[Any] | None = None
+
+    def __call__(self, datasets: Iterable[Dataset], /) -> NDArray[Any]:
+        slices, notes = read_slices(datasets)
+        if self.order == "position" and len(slices) != 1:
+            volume = read_volume(slices, self.reading, notes=notes, out=self.out)
+            _log(volume.warnings)
+            return volume.array
+        if self.order == "InstanceNumber":
+            slices = _by_instance_number(slices)
+        array, notes = read_array(slices, self.reading, out=self.out)
+        _log(notes)
+        return array
+
+
+@dataclass(frozen=True, eq=False)
+class VolumeGrinder:
+    """What `volume_grinder(...)` returns: called on datasets, it gives a `Volume`."""
+
+    reading: Reading = field(default_factory=Reading)
+    out: NDArray[Any] | None = None
+
+    def __call__(self, datasets: Iterable[Dataset], /) -> Volume:
+        slices, notes = read_slices(datasets)
+        return read_volume(slices, self.reading, notes=notes, out=self.out)
+
+
 @overload
 def numpy_grinder(
-    datasets: Iterable[Dataset],
-    /,
-    *,
-    dtype: DTypeLike = ...,
-    order: Order = ...,
-    rescale: bool = ...,
-    out: NDArray[Any] | None = ...,
+    datasets: Iterable[Dataset], /, **options: Unpack[ArrayOptions]
 ) -> NDArray[Any]: ...
 @overload
-def numpy_grinder(
-    *,
-    dtype: DTypeLike = ...,
-    order: Order = ...,
-    rescale: bool = ...,
-    out: NDArray[Any] | None = ...,
-) -> Callable[[Iterable[Dataset]], NDArray[Any]]: ...
+def numpy_grinder(**options: Unpack[ArrayOptions]) -> ArrayGrinder: ...
 def numpy_grinder(
     datasets: Iterable[Dataset] = _LATER,
     /,
     *,
-    dtype: DTypeLike = numpy.float32,
+    dtype: DTypeLike | None = None,
     order: Order = "position",
-    rescale: bool = True,
+    values: Values = "rescaled",
     out: NDArray[Any] | None = None,
-) -> NDArray[Any] | Callable[[Iterable[Dataset]], NDArray[Any]]:
+) -> NDArray[Any] | ArrayGrinder:
     """All images as one array (slice, row, column); ready to use, and configurable.
 
     `numpy_grinder(datasets)` grinds. `numpy_grinder(dtype=numpy.int16)` returns a grinder.
 
     The array is float32 unless `dtype` says otherwise, C-contiguous and yours to write to. Values
     are RescaleSlope * stored + RescaleIntercept of each image (PS3.3 C.11.1), or with
-    `rescale=False` the stored ones. Slices are in the order of their position along the slice
+    `values="stored"` the stored ones. Slices are in the order of their position along the slice
     normal, and have to form one regular stack; `order="InstanceNumber"` and `order="given"` are for
     images that have no place in the patient. A single image needs none.
 
@@ -161,24 +197,57 @@ def numpy_grinder(
     InvalidDataset (an integer dtype cannot hold the values exactly), and IncorrectlyConfigured at
     once for another dtype or order.
     """
-    dtype = _array_type(dtype, out)
-    if order not in ("position", "InstanceNumber", "given"):
-        raise IncorrectlyConfigured(
-            f"order is 'position', 'InstanceNumber' or 'given', not {order!r}"
-        )
-    if datasets is _LATER:
-        return lambda images: _grind_array(images, dtype, order, rescale, out)
-    return _grind_array(datasets, dtype, order, rescale, out)
+    _one_of("order", order, Order)
+    grinder = ArrayGrinder(_reading(dtype, values, out), order, out)
+    return grinder if datasets is _LATER else grinder(datasets)
 
 
-def _array_type(dtype: DTypeLike, out: NDArray[Any] | None) -> numpy.dtype[Any]:
-    """A dtype that the compiled core can write."""
+@overload
+def volume_grinder(datasets: Iterable[Dataset], /, **options: Unpack[ReadOptions]) -> Volume: ...
+@overload
+def volume_grinder(**options: Unpack[ReadOptions]) -> VolumeGrinder: ...
+def volume_grinder(
+    datasets: Iterable[Dataset] = _LATER,
+    /,
+    *,
+    dtype: DTypeLike | None = None,
+    values: Values = "rescaled",
+    out: NDArray[Any] | None = None,
+) -> Volume | VolumeGrinder:
+    """All images as one `Volume`: the array, its affine (LPS, mm), spacing and the slices' UIDs.
+
+    `volume_grinder(datasets)` grinds. `volume_grinder(dtype=numpy.int16)` returns a grinder. The
+    rules for values, order and `out` are those of `numpy_grinder`; every image needs
+    ImagePositionPatient, ImageOrientationPatient and PixelSpacing.
+
+    Raises InconsistentSeries, UnsupportedImage, InvalidDataset, IncorrectlyConfigured.
+    """
+    grinder = VolumeGrinder(_reading(dtype, values, out), out)
+    return grinder if datasets is _LATER else grinder(datasets)
+
+
+def _one_of(name: str, value: object, literal: Any) -> None:
+    allowed = get_args(literal)
+    if value not in allowed:
+        told = ", ".join(repr(one) for one in allowed)
+        raise IncorrectlyConfigured(f"{name} is one of {told}, not {value!r}")
+
+
+def _reading(dtype: DTypeLike | None, values: Values, out: NDArray[Any] | None) -> Reading:
+    _one_of("values", values, Values)
+    return Reading(_array_type(dtype, out), values)
+
+
+def _array_type(dtype: DTypeLike | None, out: NDArray[Any] | None) -> numpy.dtype[Any] | None:
+    """A dtype that the compiled core can write; None where it is left to the images."""
     if out is not None:
         if not isinstance(out, numpy.ndarray):
             raise IncorrectlyConfigured(f"out is an array, not {type(out).__name__}")
         if not (out.flags.c_contiguous and out.flags.writeable and out.flags.aligned):
             raise IncorrectlyConfigured("out has to be C-contiguous, aligned and writeable")
         dtype = out.dtype
+    if dtype is None:
+        return None
     try:
         wanted = numpy.dtype(dtype)
     except TypeError as error:
@@ -189,33 +258,6 @@ def _array_type(dtype: DTypeLike, out: NDArray[Any] | None) -> numpy.dtype[Any]:
             f"{wanted.str}"
         )
     return wanted
-
-
-def _grind_array(
-    datasets: Iterable[Dataset],
-    dtype: DTypeLike,
-    order: Order,
-    rescale: bool,
-    out: NDArray[Any] | None,
-) -> NDArray[Any]:
-    slices, notes = read_slices(datasets)
-    if order == "position":
-        if len(slices) == 1:
-            return _array(slices, dtype, rescale, out)
-        volume = read_volume(slices, dtype, rescale=rescale, notes=notes, out=out)
-        _log(volume.warnings)
-        return volume.array
-    if order == "InstanceNumber":
-        slices = _by_instance_number(slices)
-    return _array(slices, dtype, rescale, out)
-
-
-def _array(
-    slices: Sequence[Slice], dtype: DTypeLike, rescale: bool, out: NDArray[Any] | None
-) -> NDArray[Any]:
-    array, notes = read_array(slices, dtype, rescale=rescale, out=out)
-    _log(notes)
-    return array
 
 
 def _log(notes: Iterable[str]) -> None:
@@ -238,45 +280,3 @@ def _by_instance_number(slices: Sequence[Slice]) -> list[Slice]:
             )
         seen[key] = uid
     return sorted(slices, key=lambda item: (item.header.instance_number or 0, item.header.frame))
-
-
-@overload
-def volume_grinder(
-    datasets: Iterable[Dataset],
-    /,
-    *,
-    dtype: DTypeLike = ...,
-    rescale: bool = ...,
-    out: NDArray[Any] | None = ...,
-) -> Volume: ...
-@overload
-def volume_grinder(
-    *, dtype: DTypeLike = ..., rescale: bool = ..., out: NDArray[Any] | None = ...
-) -> Callable[[Iterable[Dataset]], Volume]: ...
-def volume_grinder(
-    datasets: Iterable[Dataset] = _LATER,
-    /,
-    *,
-    dtype: DTypeLike = numpy.float32,
-    rescale: bool = True,
-    out: NDArray[Any] | None = None,
-) -> Volume | Callable[[Iterable[Dataset]], Volume]:
-    """All images as one `Volume`: the array, its affine (LPS, mm), spacing and the slices' UIDs.
-
-    `volume_grinder(datasets)` grinds. `volume_grinder(dtype=numpy.int16)` returns a grinder. The
-    rules for values, order and `out` are those of `numpy_grinder`; every image needs
-    ImagePositionPatient, ImageOrientationPatient and PixelSpacing.
-
-    Raises InconsistentSeries, UnsupportedImage, InvalidDataset, IncorrectlyConfigured.
-    """
-    dtype = _array_type(dtype, out)
-    if datasets is _LATER:
-        return lambda images: _grind_volume(images, dtype, rescale, out)
-    return _grind_volume(datasets, dtype, rescale, out)
-
-
-def _grind_volume(
-    datasets: Iterable[Dataset], dtype: DTypeLike, rescale: bool, out: NDArray[Any] | None
-) -> Volume:
-    slices, notes = read_slices(datasets)
-    return read_volume(slices, dtype, rescale=rescale, notes=notes, out=out)

@@ -9,10 +9,10 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
@@ -138,6 +138,19 @@ class _PlainHeader:
     stack_id: str = ""
 
 
+#: What the numbers of an array are: rescaled (PS3.3 C.11.1), or as they are stored.
+Values: TypeAlias = Literal["rescaled", "stored"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How pixels become values: the options that all array grinders share."""
+
+    #: None: float32.
+    dtype: numpy.dtype[Any] | None = None
+    values: Values = "rescaled"
+
+
 @dataclass(frozen=True)
 class Slice:
     """One frame on its way into an array: its header, and the dataset it came from."""
@@ -199,17 +212,13 @@ def called(header: ImageHeader) -> str:
 
 
 def read_array(
-    slices: Sequence[Slice],
-    dtype: DTypeLike,
-    *,
-    rescale: bool = True,
-    out: NDArray[Any] | None = None,
+    slices: Sequence[Slice], reading: Reading, *, out: NDArray[Any] | None = None
 ) -> tuple[NDArray[Any], list[str]]:
     """The pixels of images, each one frame, in the order given, as (slice, row, column); and notes.
 
     The compiled core reads and decodes all images in parallel, each straight into its place. A note
-    tells where a codestream contradicts its header. With `out`, which has `dtype`, that array is
-    filled.
+    tells where a codestream contradicts its header. With `out`, that array is filled; its dtype
+    counts.
 
     Raises UnsupportedImage, InvalidDataset, InvalidDicom, IncorrectlyConfigured for an `out` of
     another shape.
@@ -228,9 +237,10 @@ def read_array(
             )
     shape = (len(slices), first.rows, first.columns)
     if out is None:
-        out = numpy.empty(shape, dtype)
+        out = numpy.empty(shape, reading.dtype or numpy.float32)
     elif out.shape != shape:
         raise IncorrectlyConfigured(f"out has the shape {out.shape}, the images are {shape}")
+    rescale = reading.values == "rescaled"
     notes = _core.stack([_core_image(item) for item in slices], out, rescale)
     return out, _merged(notes)
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from dicomnode.errors import InconsistentSeries
-from dicomnode.lib.images import ImageHeader, Slice, called, check_image, read_array
+from dicomnode.lib.images import ImageHeader, Reading, Slice, called, check_image, read_array
 
 # Tolerances in millimetres, and for direction cosines and relative spacing without unit.
 _POSITION_MM = 1e-3
@@ -49,9 +49,8 @@ class Volume:
 
 def read_volume(
     slices: Sequence[Slice],
-    dtype: DTypeLike = numpy.float32,
+    reading: Reading,
     *,
-    rescale: bool = True,
     notes: Sequence[str] = (),
     out: NDArray[Any] | None = None,
 ) -> Volume:
@@ -67,7 +66,7 @@ def read_volume(
         check_image(item.header)
     order, affine, spacing_mm, tolerated = plan([item.header for item in slices])
     ordered = [slices[k] for k in order]
-    array, told = read_array(ordered, dtype, rescale=rescale, out=out)
+    array, told = read_array(ordered, reading, out=out)
     return Volume(
         array=array,
         affine=affine,
