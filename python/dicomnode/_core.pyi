@@ -89,6 +89,20 @@ class Image:
         Native pixels, or with the UID of an encapsulated `transfer_syntax` the items of PixelData.
         """
 
+    def with_values(
+        self,
+        slope: float,
+        intercept: float,
+        *,
+        first: int = 0,
+        values: list[float] | None = None,
+    ) -> Image:
+        """The same image with other values: `stored * slope + intercept`, or those of a table.
+
+        `values[k]` is what the stored value `first + k` means; those below and above mean what the
+        first and the last do.
+        """
+
     def frames(self) -> list[Image]:
         """One Image for each frame, in the order of the file, with what functional groups say of it.
 
@@ -132,6 +146,10 @@ class Image:
     @property
     def samples_per_pixel(self) -> int:
         """1 where absent."""
+
+    @property
+    def planar_configuration(self) -> int:
+        """0 where absent."""
 
     @property
     def bits_allocated(self) -> int: ...
@@ -214,20 +232,24 @@ def scan_images(sources: list[Source]) -> list[Image]:
 def is_dicom(path: str) -> bool:
     """Whether a file starts like a DICOM object (a Part 10 prefix, or a plausible bare dataset)."""
 
-def stack(images: list[Image], out: NDArray[numpy.generic], rescale: bool = True) -> list[str]:
+def stack(
+    images: list[Image], out: NDArray[numpy.generic], rescale: bool = True, rgb: bool = True
+) -> list[str]:
     """Write the pixels of `images[k]` to `out[k]`, in parallel over images, the GIL released.
 
-    `out` has shape (len(images), rows, columns), is C-contiguous and writeable; dtype float32,
-    float64, or an 8, 16 or 32 bit integer. Stored values are shifted by HighBit, masked to
-    BitsStored and sign-extended, then, with `rescale`, stored * slope + intercept is computed in
-    float64 and rounded once to `out`'s dtype (PS3.3 C.11.1).
+    `out` has shape (len(images), rows, columns), or with a fourth axis of as many samples as the
+    images have; it is C-contiguous and writeable; dtype float32, float64, or an 8, 16 or 32 bit
+    integer. Stored values are shifted by HighBit, masked to BitsStored and sign-extended, then, with
+    `rescale`, looked up in the Modality LUT where there is one, or stored * slope + intercept is
+    computed in float64 and rounded once to `out`'s dtype (PS3.3 C.11.1).
 
-    Compressed frames are decoded first. Returns a text for each image whose codestream contradicts
-    its header.
+    Samples lie one pixel after the other, whatever PlanarConfiguration says; with `rgb`, YBR_FULL
+    becomes RGB. Compressed frames are decoded first. Returns a text for each image whose codestream
+    contradicts its header, or whose pixel data goes on after the last pixel.
 
-    Raises UnsupportedImage where an image has several samples, BitsAllocated is not 8, 16 or 32, or
-    its transfer syntax is not decoded; InvalidDicom where pixel data is damaged or shorter than
-    Rows x Columns ask, or Rows/Columns differ from `out`, or bits are contradictory; InvalidDataset
-    where an integer dtype cannot hold a rescaled value exactly, or a codestream has another size
-    than its header; OSError. On an error `out` is undefined.
+    Raises UnsupportedImage where BitsAllocated is not 1, 8, 16 or 32, or a transfer syntax is not
+    decoded; InvalidDicom where pixel data is damaged or shorter than Rows x Columns ask, or
+    Rows/Columns/SamplesPerPixel differ from `out`, or bits are contradictory; InvalidDataset where an
+    integer dtype cannot hold a rescaled value exactly, or a codestream has another size than its
+    header; OSError. On an error `out` is undefined.
     """

@@ -213,7 +213,7 @@ def test_file_that_shrank_since_the_scan_is_refused(tmp_path):
         ({"signed": 2}, InvalidDicom, "PixelRepresentation"),
         ({"allocated": 12, "stored": 12, "high": 11}, UnsupportedImage, "BitsAllocated"),
         ({"allocated": 64, "stored": 64, "high": 63}, UnsupportedImage, "BitsAllocated"),
-        ({"extra": {0x00280002: 3}}, UnsupportedImage, "SamplesPerPixel"),
+        ({"extra": {0x00280002: 3}}, InvalidDicom, "SamplesPerPixel"),
         ({"extra": {0x00280008: "2"}}, InvalidDicom, "at least 24 bytes, found 12"),
         ({"extra": {0x00280010: 3}}, InvalidDicom, "Rows"),
         ({"extra": {0x00280011: 65535}}, InvalidDicom, "Columns"),

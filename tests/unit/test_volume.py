@@ -694,52 +694,20 @@ def test_p21_big_endian_words_are_turned_round(dtype: str, stored: int, read: bo
 # Images that no array is made of
 
 
-def colour(one: Dataset) -> None:
-    one.SamplesPerPixel, one.PhotometricInterpretation, one.PlanarConfiguration = 3, "RGB", 0
-    one.BitsAllocated = one.BitsStored = 8
-    one.HighBit, one.PixelData = 7, bytes(7 * 9 * 3 + 1)
-
-
-def palette(one: Dataset) -> None:
-    one.PhotometricInterpretation = "PALETTE COLOR"
-
-
-def floats(one: Dataset) -> None:
-    del one.PixelData
-    one.BitsAllocated, one.FloatPixelData = 32, bytes(4 * 63)
-
-
-def doubles(one: Dataset) -> None:
-    del one.PixelData
-    one.BitsAllocated, one.DoubleFloatPixelData = 64, bytes(8 * 63)
-
-
-def one_bit(one: Dataset) -> None:
-    one.BitsAllocated, one.BitsStored, one.HighBit, one.PixelData = 1, 1, 0, bytes(8)
-
-
 def twelve_bits(one: Dataset) -> None:
     one.BitsAllocated, one.PixelData = 12, bytes(96)
 
 
-def modality_lut(one: Dataset) -> None:
-    item = Dataset()
-    item.ModalityLUTType = "HU"
-    one.ModalityLUTSequence = [item]
+def sixty_four_bits(one: Dataset) -> None:
+    one.BitsAllocated, one.PixelData = 64, bytes(8 * 63)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [colour, palette, floats, doubles, one_bit, twelve_bits,
-     modality_lut],
-)  # fmt: skip
-def test_p4_p5_p9_p15_images_of_another_kind_are_a_clear_error(
-    kind: Callable, change: Callable
-) -> None:
+@pytest.mark.parametrize("change", [twelve_bits, sixty_four_bits])
+def test_p4_cells_of_another_size_are_a_clear_error(kind: Callable, change: Callable) -> None:
     made = make_series(3, 7, 9)
     change(made[1])
     for grinder in (volume_grinder, numpy_grinder, numpy_grinder(order="given")):
-        with pytest.raises(UnsupportedImage, match="list_grinder") as told:
+        with pytest.raises(UnsupportedImage, match="BitsAllocated") as told:
             grinder(kind(made))
         assert_told(told.value, made[1])
 
@@ -952,7 +920,6 @@ def test_p24_what_dcmtk_compresses_is_what_it_decompresses(
 
 # Every single-sample, single-frame image that comes with pydicom, and why some of them raise.
 REFUSED = {
-    "examples_palette.dcm": "PALETTE COLOR",
     # One frame, and functional groups for three.
     "liver_1frame.dcm": "5200,9230",
     "liver_expb_1frame.dcm": "5200,9230",

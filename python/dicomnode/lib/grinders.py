@@ -17,7 +17,7 @@ from pydicom.tag import TagType
 
 from dicomnode.errors import InconsistentSeries, IncorrectlyConfigured, InvalidDataset
 from dicomnode.lib.dicom import tag_name, tag_of
-from dicomnode.lib.images import Reading, Slice, Values, read_array, read_slices
+from dicomnode.lib.images import Color, Reading, Slice, Values, read_array, read_slices
 from dicomnode.lib.volume import Volume, read_volume
 
 logger = logging.getLogger("dicomnode.grinders")
@@ -121,6 +121,7 @@ class ReadOptions(TypedDict, total=False):
 
     dtype: DTypeLike | None
     values: Values
+    color: Color
     out: NDArray[Any] | None
 
 
@@ -176,6 +177,7 @@ def numpy_grinder(
     dtype: DTypeLike | None = None,
     order: Order = "position",
     values: Values = "rescaled",
+    color: Color = "rgb",
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any] | ArrayGrinder:
     """All images as one array (slice, row, column); ready to use, and configurable.
@@ -188,17 +190,22 @@ def numpy_grinder(
     normal, and have to form one regular stack; `order="InstanceNumber"` and `order="given"` are for
     images that have no place in the patient. A single image needs none.
 
+    Of colour images the array is (slice, row, column, sample), in the integer type that they are
+    stored in. YBR becomes RGB (PS3.3 C.7.6.3.1.2) unless `color="raw"`. Values of PALETTE COLOR images
+    are indices, with a warning, and RGB with `color="palette"`. Of Double Float Pixel Data the array is
+    float64.
+
     `out` is an array of the result's shape, C-contiguous, that is filled and returned; its dtype
     counts. Memory that is used again costs about half as much as new memory. It is for your own
     calls: in a node the next case would be written over what `process` still has. What it holds
     after an error is not defined.
 
-    Raises InconsistentSeries (gap, duplicate, mixed series), UnsupportedImage (colour),
+    Raises InconsistentSeries (gap, duplicate, mixed series), UnsupportedImage (a video),
     InvalidDataset (an integer dtype cannot hold the values exactly), and IncorrectlyConfigured at
     once for another dtype or order.
     """
     _one_of("order", order, Order)
-    grinder = ArrayGrinder(_reading(dtype, values, out), order, out)
+    grinder = ArrayGrinder(_reading(dtype, values, color, out), order, out)
     return grinder if datasets is _LATER else grinder(datasets)
 
 
@@ -212,6 +219,7 @@ def volume_grinder(
     *,
     dtype: DTypeLike | None = None,
     values: Values = "rescaled",
+    color: Color = "rgb",
     out: NDArray[Any] | None = None,
 ) -> Volume | VolumeGrinder:
     """All images as one `Volume`: the array, its affine (LPS, mm), spacing and the slices' UIDs.
@@ -222,7 +230,7 @@ def volume_grinder(
 
     Raises InconsistentSeries, UnsupportedImage, InvalidDataset, IncorrectlyConfigured.
     """
-    grinder = VolumeGrinder(_reading(dtype, values, out), out)
+    grinder = VolumeGrinder(_reading(dtype, values, color, out), out)
     return grinder if datasets is _LATER else grinder(datasets)
 
 
@@ -233,9 +241,12 @@ def _one_of(name: str, value: object, literal: Any) -> None:
         raise IncorrectlyConfigured(f"{name} is one of {told}, not {value!r}")
 
 
-def _reading(dtype: DTypeLike | None, values: Values, out: NDArray[Any] | None) -> Reading:
+def _reading(
+    dtype: DTypeLike | None, values: Values, color: Color, out: NDArray[Any] | None
+) -> Reading:
     _one_of("values", values, Values)
-    return Reading(_array_type(dtype, out), values)
+    _one_of("color", color, Color)
+    return Reading(_array_type(dtype, out), values, color)
 
 
 def _array_type(dtype: DTypeLike | None, out: NDArray[Any] | None) -> numpy.dtype[Any] | None:

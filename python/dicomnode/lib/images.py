@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
+from pydicom.pixels.processing import apply_color_lut
 from pydicom.uid import UID
 
 from dicomnode import _core
@@ -140,15 +141,23 @@ class _PlainHeader:
 
 #: What the numbers of an array are: rescaled (PS3.3 C.11.1), or as they are stored.
 Values: TypeAlias = Literal["rescaled", "stored"]
+#: What images of several samples become: RGB where they are YBR; the samples as they are; RGB also
+#: where they are indices of a palette.
+Color: TypeAlias = Literal["rgb", "raw", "palette"]
+
+_PALETTE = "PALETTE COLOR"
+_WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
+_PIXEL_DATA, _FLOAT_PIXEL_DATA, _DOUBLE_FLOAT_PIXEL_DATA = PIXEL_TAGS
 
 
 @dataclass(frozen=True)
 class Reading:
     """How pixels become values: the options that all array grinders share."""
 
-    #: None: float32.
+    #: None: float32; for Double Float Pixel Data float64; for colour the integers that hold it.
     dtype: numpy.dtype[Any] | None = None
     values: Values = "rescaled"
+    color: Color = "rgb"
 
 
 @dataclass(frozen=True)
@@ -186,9 +195,13 @@ def read_slices(datasets: Iterable[Dataset]) -> tuple[list[Slice], list[str]]:
     slices: list[Slice] = []
     notes: list[str] = []
     for dataset, source in zip(given, sources, strict=True):
-        header: ImageHeader = _plain_header(dataset) if source is None else next(scanned)
-        if header.pixel_tag and (header.number_of_frames > 1 or header.has_functional_groups):
-            slices += [Slice(frame, dataset) for frame in _frames(header, dataset)]
+        header: ImageHeader = _header(dataset) if source is None else next(scanned)
+        if (
+            isinstance(header, _core.Image)
+            and header.pixel_tag
+            and (header.number_of_frames > 1 or header.has_functional_groups)
+        ):
+            slices += [Slice(frame, dataset) for frame in header.frames()]
         elif header.pixel_tag or header.rows:
             slices.append(Slice(header, dataset))
         elif header.sop_class_uid != MEDIA_STORAGE_DIRECTORY:
@@ -198,11 +211,26 @@ def read_slices(datasets: Iterable[Dataset]) -> tuple[list[Slice], list[str]]:
     return slices, notes
 
 
-def _frames(header: ImageHeader, dataset: Dataset) -> list[_core.Image]:
-    """The images of all frames; a dataset that a user made or changed is read from its encoding."""
-    if not isinstance(header, _core.Image):
-        (header,) = _core.scan_images([encode(dataset)[0]])
-    return header.frames()
+def _header(dataset: Dataset) -> ImageHeader:
+    """The header of a dataset that a user made or changed.
+
+    One plain frame is described by its attributes, and its pixels are borrowed; anything else is
+    read from its encoding.
+    """
+    header = _plain_header(dataset)
+    is_plain = (
+        header.number_of_frames == 1
+        and not header.has_functional_groups
+        and header.samples_per_pixel == 1
+        and header.photometric_interpretation in ("", "MONOCHROME1", "MONOCHROME2")
+        and not header.has_modality_lut
+        and header.bits_allocated > 1
+        and header.pixel_tag == _PIXEL_DATA
+    )
+    if is_plain or not header.pixel_tag:
+        return header
+    (image,) = _core.scan_images([encode(dataset)[0]])
+    return image
 
 
 def called(header: ImageHeader) -> str:
@@ -216,9 +244,9 @@ def read_array(
 ) -> tuple[NDArray[Any], list[str]]:
     """The pixels of images, each one frame, in the order given, as (slice, row, column); and notes.
 
-    The compiled core reads and decodes all images in parallel, each straight into its place. A note
-    tells where a codestream contradicts its header. With `out`, that array is filled; its dtype
-    counts.
+    Of colour there is a fourth axis, that of the samples. The compiled core reads and decodes all
+    images in parallel, each straight into its place. A note tells where a codestream contradicts
+    its header. With `out`, that array is filled; its dtype counts.
 
     Raises UnsupportedImage, InvalidDataset, InvalidDicom, IncorrectlyConfigured for an `out` of
     another shape.
@@ -229,20 +257,95 @@ def read_array(
         check_image(item.header)
     first = slices[0].header
     for item in slices:
-        if (item.header.rows, item.header.columns) != (first.rows, first.columns):
+        header = item.header
+        if (header.rows, header.columns) != (first.rows, first.columns):
             raise InconsistentSeries(
-                f"image {item.header.sop_instance_uid} has {item.header.rows} x "
-                f"{item.header.columns} Rows x Columns, image {first.sop_instance_uid} has "
+                f"image {header.sop_instance_uid} has {header.rows} x "
+                f"{header.columns} Rows x Columns, image {first.sop_instance_uid} has "
                 f"{first.rows} x {first.columns}; images of one array need the same matrix"
             )
-    shape = (len(slices), first.rows, first.columns)
-    if out is None:
-        out = numpy.empty(shape, reading.dtype or numpy.float32)
-    elif out.shape != shape:
-        raise IncorrectlyConfigured(f"out has the shape {out.shape}, the images are {shape}")
-    rescale = reading.values == "rescaled"
-    notes = _core.stack([_core_image(item) for item in slices], out, rescale)
+        if _kind(header) != _kind(first):
+            raise InconsistentSeries(
+                f"image {header.sop_instance_uid} is {_kind(header)}, image "
+                f"{first.sop_instance_uid} is {_kind(first)}; images of one array have to be of one "
+                "kind: narrow the input with required_values for PhotometricInterpretation"
+            )
+    is_palette = first.photometric_interpretation == _PALETTE
+    if is_palette and reading.color == "palette":
+        return _read_palette(slices, out)
+    samples = () if first.samples_per_pixel == 1 else (first.samples_per_pixel,)
+    out = _output(
+        (len(slices), first.rows, first.columns, *samples), reading.dtype or _own_type(slices), out
+    )
+    notes = _core.stack(
+        [_core_image(item) for item in slices],
+        out,
+        reading.values == "rescaled",
+        reading.color != "raw",
+    )
+    if is_palette:
+        notes.append(
+            f"{first.sop_instance_uid}: values are indices of a palette; color='palette' gives RGB"
+        )
     return out, _merged(notes)
+
+
+def _output(
+    shape: tuple[int, ...], dtype: numpy.dtype[Any], out: NDArray[Any] | None
+) -> NDArray[Any]:
+    if out is None:
+        return numpy.empty(shape, dtype)
+    if out.shape != shape:
+        raise IncorrectlyConfigured(f"out has the shape {out.shape}, the images are {shape}")
+    return out
+
+
+def _kind(header: ImageHeader) -> str:
+    """What must not be mixed in one array."""
+    photometric = header.photometric_interpretation
+    if header.samples_per_pixel > 1:
+        return f"colour of {header.samples_per_pixel} samples"
+    return photometric if photometric in (_PALETTE, "MONOCHROME1") else "MONOCHROME2"
+
+
+def _own_type(slices: Sequence[Slice]) -> numpy.dtype[Any]:
+    """The dtype where a user asks for none."""
+    headers = [item.header for item in slices]
+    if any(header.pixel_tag == _DOUBLE_FLOAT_PIXEL_DATA for header in headers):
+        return numpy.dtype(numpy.float64)
+    if headers[0].samples_per_pixel == 1:
+        return numpy.dtype(numpy.float32)
+    if any(header.has_rescale or header.pixel_tag != _PIXEL_DATA for header in headers):
+        return numpy.dtype(numpy.float32)
+    bits = max(header.bits_allocated for header in headers)
+    sign = "i" if any(header.pixel_representation for header in headers) else "u"
+    return numpy.dtype(f"{sign}{bits // 8}")
+
+
+def _read_palette(
+    slices: Sequence[Slice], out: NDArray[Any] | None
+) -> tuple[NDArray[Any], list[str]]:
+    """Images of palette indices as RGB (PS3.3 C.7.9)."""
+    indices, notes = read_array(slices, Reading(numpy.dtype("u2"), "stored", "raw"))
+    array: NDArray[Any] | None = None
+    for k, item in enumerate(slices):
+        try:
+            colors = apply_color_lut(indices[k], item.dataset)[..., :3]
+        except (*READ_ERRORS, AttributeError, KeyError, IndexError) as error:
+            raise InvalidDataset(
+                f"image {item.header.sop_instance_uid} has no palette that can be used "
+                f"(RedPaletteColorLookupTableDescriptor and so on): {error}"
+            ) from error
+        if array is None:
+            array = _output((len(slices), *colors.shape), colors.dtype, out)
+        if not numpy.can_cast(colors.dtype, array.dtype):
+            raise InvalidDataset(
+                f"image {item.header.sop_instance_uid} has a palette of {colors.dtype}, which "
+                f"{array.dtype} cannot hold"
+            )
+        array[k] = colors
+    assert array is not None
+    return array, [note for note in notes if "palette" not in note]
 
 
 def _merged(notes: Iterable[str]) -> list[str]:
@@ -265,21 +368,16 @@ def check_image(header: ImageHeader) -> None:
         raise InvalidDataset(
             f"image {uid} has {header.rows} x {header.columns} Rows x Columns, but Pixel Data"
         )
-    problem = ""
-    if header.pixel_tag != PIXEL_TAGS[0]:
-        problem = "Float or Double Float Pixel Data"
-    elif header.samples_per_pixel != 1:
-        problem = f"SamplesPerPixel {header.samples_per_pixel} (colour)"
-    elif header.photometric_interpretation == "PALETTE COLOR":
-        problem = "PhotometricInterpretation PALETTE COLOR"
-    elif header.has_modality_lut:
-        problem = "a Modality LUT Sequence"
-    elif header.bits_allocated not in (8, 16, 32):
-        problem = f"BitsAllocated {header.bits_allocated}"
-    if problem:
+    is_float = header.pixel_tag != _PIXEL_DATA
+    if not is_float and header.bits_allocated not in (1, 8, 16, 32):
         raise UnsupportedImage(
-            f"image {uid} has {problem}, which array grinders do not take; use list_grinder and "
-            "pydicom's Dataset.pixel_array"
+            f"image {uid} has BitsAllocated {header.bits_allocated}, which array grinders do not "
+            "take (1, 8, 16 or 32); have it sent with another one"
+        )
+    if header.sop_class_uid == _WHOLE_SLIDE:
+        raise UnsupportedImage(
+            f"image {uid} is a whole slide microscopy image: its frames are tiles of one plane, and no "
+            "volume; use list_grinder and a library for slides"
         )
 
 

@@ -7,6 +7,7 @@
 
 use crate::error::{Error, Result};
 use crate::image::{Image, decimals};
+use crate::pixels::Lut;
 use crate::scan::{Encoding, Entry, UNDEFINED, element};
 use crate::source::Opened;
 
@@ -75,6 +76,60 @@ pub(crate) fn frames(
         frame.frame = number;
     }
     Ok(frames)
+}
+
+/// The table of a Modality LUT Sequence (PS3.3 C.11.1.1).
+pub(crate) fn modality_lut(
+    image: &Image,
+    source: &Opened<'_>,
+    encoding: Encoding,
+    entry: Entry,
+) -> Result<Lut> {
+    let bytes = value(image, source, &entry)?;
+    let reader = Reader {
+        bytes: &bytes,
+        encoding,
+    };
+    let wrong = |found: &str| {
+        Error::invalid_at(
+            entry.tag,
+            format!("expected a Modality LUT with descriptor and data, found {found}"),
+        )
+    };
+    let items = reader.items(entry.length)?;
+    let item = items.first().ok_or_else(|| wrong("no item"))?;
+    let descriptor = reader.value(item.clone(), 0x0028_3002)?;
+    if descriptor.len() != 6 {
+        return Err(wrong(&format!(
+            "a descriptor of {} bytes",
+            descriptor.len()
+        )));
+    }
+    let count = match encoding.u16(descriptor, 0) {
+        0 => 1 << 16,
+        count => usize::from(count),
+    };
+    let first = encoding.u16(descriptor, 2);
+    let first = if image.pixel_representation == 1 {
+        i64::from(first.cast_signed())
+    } else {
+        i64::from(first)
+    };
+    let data = reader.value(item.clone(), 0x0028_3006)?;
+    // Entries of 8 bits may be packed, two in a word.
+    let values: Vec<f64> = if data.len() >= 2 * count {
+        let entries = (0..count).map(|k| encoding.u16(data, 2 * k));
+        entries.map(f64::from).collect()
+    } else {
+        let swap = usize::from(encoding.is_big());
+        let entries = (0..count).map_while(|k| data.get(k ^ swap));
+        entries.map(|byte| f64::from(*byte)).collect()
+    };
+    if values.len() != count {
+        let found = format!("{} bytes for {count} entries", data.len());
+        return Err(wrong(&found));
+    }
+    Ok(Lut { first, values })
 }
 
 /// The bytes of a sequence: its own, or where its length is undefined all up to the pixel data.

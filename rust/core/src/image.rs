@@ -9,6 +9,7 @@ use std::sync::{Arc, OnceLock};
 use crate::encapsulated::{Fragment, Frames};
 use crate::error::{Error, Result};
 use crate::functional;
+use crate::pixels::Lut;
 use crate::scan::{self, Encoding, Entry, Kept, Layout, UNDEFINED};
 use crate::source::{Opened, Source};
 use crate::stack::parallel;
@@ -29,6 +30,7 @@ pub struct Image {
     pub rows: u32,
     pub columns: u32,
     pub samples_per_pixel: u32,
+    pub planar_configuration: u32,
     pub bits_allocated: u32,
     pub bits_stored: u32,
     pub high_bit: u32,
@@ -47,7 +49,10 @@ pub struct Image {
     pub slice_thickness: Option<f64>,
     pub spacing_between_slices: Option<f64>,
     pub instance_number: Option<i64>,
-    pub has_modality_lut: bool,
+    /// Modality LUT Sequence (0028,3000): how it is encoded, and where it lies.
+    pub modality_lut: Option<Encoded>,
+    /// What stored values mean; counts more than slope and intercept, and the Modality LUT.
+    pub lut: Option<Arc<Lut>>,
     pub has_functional_groups: bool,
     /// How the object is encoded, and where its functional groups lie: shared, per frame.
     pub groups: Option<Groups>,
@@ -78,6 +83,23 @@ pub struct Image {
 }
 
 impl Image {
+    /// What stored values mean by a table: the one that was given, or the Modality LUT.
+    pub(crate) fn table(&self, source: Source<'_>) -> Result<Option<Arc<Lut>>> {
+        match self.modality_lut {
+            _ if self.lut.is_some() => Ok(self.lut.clone()),
+            None => Ok(None),
+            Some(Encoded { encoding, entry }) => {
+                let opened = match &self.inflated {
+                    Some(bytes) => Opened::Bytes(bytes),
+                    None => source.open()?,
+                };
+                functional::modality_lut(self, &opened, encoding, entry)
+                    .map(Arc::new)
+                    .map(Some)
+            }
+        }
+    }
+
     /// Where a frame lies: by the Grid Frame Offset Vector (PS3.3 C.8.8.3.2), and without it a
     /// single frame only.
     fn grid_position(&self, frame: u32) -> Option<[f64; 3]> {
@@ -98,6 +120,13 @@ impl Image {
         };
         Some([x + offset * i, y + offset * j, z + offset * k])
     }
+}
+
+/// A sequence: how it is encoded, and where it lies.
+#[derive(Debug, Clone, Copy)]
+pub struct Encoded {
+    encoding: Encoding,
+    entry: Entry,
 }
 
 /// How an enhanced object is encoded, and where its functional groups lie: shared, per frame.
@@ -211,6 +240,13 @@ impl Attributes<'_> {
             slope => slope,
         };
         let intercept = self.decimal(0x0028_1052)?;
+        let encoding = self.layout.encoding();
+        let modality_lut = self.layout.find(0x0028_3000);
+        let modality_lut = modality_lut.filter(|entry| entry.length > 0);
+        let modality_lut = modality_lut.map(|entry| Encoded {
+            encoding,
+            entry: *entry,
+        });
         Ok(Image {
             sop_instance_uid,
             sop_class_uid: self.text(0x0008_0016)?,
@@ -224,6 +260,7 @@ impl Attributes<'_> {
             rows: self.unsigned(0x0028_0010)?.unwrap_or(0),
             columns: self.unsigned(0x0028_0011)?.unwrap_or(0),
             samples_per_pixel: self.unsigned(0x0028_0002)?.unwrap_or(1),
+            planar_configuration: self.unsigned(0x0028_0006)?.unwrap_or(0),
             bits_allocated,
             bits_stored,
             high_bit: self
@@ -233,7 +270,7 @@ impl Attributes<'_> {
             number_of_frames: frames,
             slope: slope.unwrap_or(1.0),
             intercept: intercept.unwrap_or(0.0),
-            has_rescale: slope.is_some() || intercept.is_some(),
+            has_rescale: slope.is_some() || intercept.is_some() || modality_lut.is_some(),
             position: self.decimals(0x0020_0032)?,
             orientation: self.decimals(0x0020_0037)?,
             pixel_spacing: self.decimals(0x0028_0030)?,
@@ -241,7 +278,8 @@ impl Attributes<'_> {
             spacing_between_slices: self.decimal(0x0018_0088)?,
             // Nothing depends on it unless a user asks for it: garbage counts as absent.
             instance_number: self.integer(0x0020_0013).unwrap_or_default(),
-            has_modality_lut: self.layout.find(0x0028_3000).is_some(),
+            modality_lut,
+            lut: None,
             has_functional_groups: self.layout.find(0x5200_9229).is_some()
                 || self.layout.find(0x5200_9230).is_some(),
             groups: None,

@@ -14,10 +14,12 @@
 //! | `functional` | what an enhanced object says of each frame |
 //! | [`encapsulated`] | which fragments make up which frame |
 //! | [`codec`] | one compressed frame to its samples |
+//! | [`color`] | samples of colour, one pixel after the other, in RGB |
 //! | [`source`] | a file or bytes in memory |
 //! | [`error`] | the one error type |
 
 pub mod codec;
+pub mod color;
 pub mod encapsulated;
 pub mod error;
 mod functional;

@@ -9,6 +9,8 @@
 //! arithmetic is used only where it gives the same bits. An integer type must hold every value
 //! exactly.
 
+use std::sync::Arc;
+
 use crate::error::{Error, Result};
 
 /// Values converted at a time: 8 KiB of 32 bit cells.
@@ -26,6 +28,31 @@ pub struct Format {
 }
 
 impl Format {
+    /// Single bits, each in a cell of 8.
+    pub(crate) const BITS: Format = Format {
+        allocated: 8,
+        stored: 8,
+        high_bit: 7,
+        signed: false,
+        big_endian: false,
+        swapped_pairs: false,
+    };
+
+    /// Put cells that are swapped in pairs in their order.
+    pub(crate) fn unswap(&mut self, cells: &mut [u8]) {
+        if std::mem::take(&mut self.swapped_pairs) {
+            let (pairs, _) = cells.as_chunks_mut::<2>();
+            pairs.iter_mut().for_each(|pair| pair.reverse());
+        }
+    }
+
+    /// Bits of a sample, where a cell is an unsigned little endian number of at most 16 bits.
+    pub(crate) fn of_samples(&self) -> Option<u32> {
+        let little = self.allocated == 8 || !self.big_endian;
+        let whole = !self.signed && self.allocated <= 16 && self.high_bit + 1 == self.stored;
+        (little && whole && !self.swapped_pairs).then_some(self.stored)
+    }
+
     /// Check the four attributes against each other.
     ///
     /// `swapped_pairs`: 8 bit cells whose bytes are swapped in pairs.
@@ -83,14 +110,13 @@ impl Format {
         self.allocated as usize / 8
     }
 
-    /// Bytes of `count` values; whole pairs where bytes are swapped.
-    pub fn bytes(&self, count: u64) -> Option<u64> {
-        let count = if self.swapped_pairs {
-            count.checked_next_multiple_of(2)?
-        } else {
-            count
-        };
-        count.checked_mul(self.cell() as u64)
+    /// Whether a cell is its value in the order of this machine's bytes.
+    fn is_plain(&self) -> bool {
+        let little = !self.big_endian || self.allocated == 8;
+        self.stored == self.allocated
+            && little
+            && !self.swapped_pairs
+            && cfg!(target_endian = "little")
     }
 
     /// Smallest and largest value that the stored bits can hold.
@@ -100,6 +126,24 @@ impl Format {
         } else {
             (0, (1 << self.stored) - 1)
         }
+    }
+}
+
+/// A table from stored values to what they mean, such as a Modality LUT (PS3.3 C.11.1.1).
+///
+/// Values below the first have its meaning, those above the last that of the last.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Lut {
+    /// The stored value of the first entry.
+    pub first: i64,
+    pub values: Vec<f64>,
+}
+
+impl Lut {
+    fn get(&self, stored: i64) -> f64 {
+        let last = self.values.len().saturating_sub(1);
+        let at = usize::try_from(stored.saturating_sub(self.first)).unwrap_or(0);
+        self.values.get(at.min(last)).copied().unwrap_or(f64::NAN)
     }
 }
 
@@ -180,6 +224,10 @@ enum Way {
         intercept: i64,
         check: bool,
     },
+    /// By a table, and each result has to be checked.
+    Table,
+    /// The cells are the values.
+    Copy,
 }
 
 /// The conversion of one image to `T`.
@@ -188,6 +236,7 @@ pub struct Conversion {
     format: Format,
     slope: f64,
     intercept: f64,
+    lut: Option<Arc<Lut>>,
     way: Way,
     /// Range of the checked values so far.
     low: f64,
@@ -215,10 +264,15 @@ impl Conversion {
             let fits = ends
                 .iter()
                 .all(|end| (T::MIN..=T::MAX).contains(&(*end as f64)));
-            Way::Whole {
-                slope,
-                intercept,
-                check: !fits,
+            let same = slope == 1 && intercept == 0 && fits;
+            if same && format.is_plain() && size_of::<T>() == format.cell() {
+                Way::Copy
+            } else {
+                Way::Whole {
+                    slope,
+                    intercept,
+                    check: !fits,
+                }
             }
         } else {
             Way::Checked
@@ -228,10 +282,20 @@ impl Conversion {
             format,
             slope,
             intercept,
+            lut: None,
             way,
             low,
             high,
             unfit: false,
+        }
+    }
+
+    /// The conversion by a table instead of slope and intercept.
+    pub fn by_table<T: Value>(format: Format, lut: Arc<Lut>) -> Self {
+        Conversion {
+            lut: Some(lut),
+            way: Way::Table,
+            ..Conversion::new::<T>(format, 1.0, 0.0)
         }
     }
 
@@ -245,6 +309,34 @@ impl Conversion {
             return unsafe { run_avx2(self, bytes, out) };
         }
         run(self, bytes, out);
+    }
+
+    /// Convert floats (PS3.3 C.7.6.24): `out.len()` of them, little endian unless `big`.
+    ///
+    /// What is not finite stays so in a floating point type.
+    pub fn run_floats<T: Value, const N: usize>(
+        &mut self,
+        bytes: &[u8],
+        out: &mut [T],
+        double: impl Fn([u8; N]) -> f64,
+    ) {
+        let (cells, _) = bytes.as_chunks::<N>();
+        let (mut low, mut high, mut fit) = (self.low, self.high, true);
+        for (out, cell) in out.iter_mut().zip(cells) {
+            let stored = double(*cell);
+            let value = stored * self.slope + self.intercept;
+            *out = T::from_f64(value);
+            let back = (*out).to_f64();
+            fit &= if T::FLOAT {
+                back.is_finite() || !stored.is_finite()
+            } else {
+                back == value
+            };
+            low = low.min(value);
+            high = high.max(value);
+        }
+        (self.low, self.high) = (low, high);
+        self.unfit |= !fit;
     }
 
     /// The error if some value did not fit `T`.
@@ -288,6 +380,9 @@ fn run_avx2<T: Value>(conversion: &mut Conversion, bytes: &[u8], out: &mut [T]) 
 #[inline(always)]
 fn run<T: Value>(conversion: &mut Conversion, bytes: &[u8], out: &mut [T]) {
     let format = conversion.format;
+    if conversion.way == Way::Copy {
+        return copy(format, bytes, out);
+    }
     let mut block = [0_u32; BLOCK];
     // A block is an even number of values, so swapped pairs do not straddle two blocks.
     let cells = bytes.chunks(BLOCK * format.cell());
@@ -301,6 +396,28 @@ fn run<T: Value>(conversion: &mut Conversion, bytes: &[u8], out: &mut [T]) {
             write(conversion, stored, out, signed, |bits| {
                 f64::from(bits.cast_signed())
             });
+        }
+    }
+}
+
+/// Cells that are values, as they are.
+#[inline(always)]
+fn copy<T: Value>(format: Format, bytes: &[u8], out: &mut [T]) {
+    match format.cell() {
+        1 => {
+            for (out, cell) in out.iter_mut().zip(bytes) {
+                *out = T::from_bits(u32::from(*cell));
+            }
+        }
+        2 => {
+            for (out, cell) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *out = T::from_bits(u32::from(u16::from_le_bytes(*cell)));
+            }
+        }
+        _ => {
+            for (out, cell) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                *out = T::from_bits(u32::from_le_bytes(*cell));
+            }
         }
     }
 }
@@ -400,6 +517,21 @@ fn write<T: Value>(
             (conversion.low, conversion.high) = (low, high);
             conversion.unfit |= !fit;
         }
+        Way::Table => {
+            let Some(lut) = &conversion.lut else { return };
+            let (mut low, mut high, mut fit) = (conversion.low, conversion.high, true);
+            for (out, bits) in out.iter_mut().zip(stored) {
+                let value = lut.get(integer(*bits));
+                *out = T::from_f64(value);
+                let back = (*out).to_f64();
+                fit &= back == value || (T::FLOAT && (back.is_finite() || value.is_nan()));
+                low = low.min(value);
+                high = high.max(value);
+            }
+            (conversion.low, conversion.high) = (low, high);
+            conversion.unfit |= !fit;
+        }
+        Way::Copy => copy(conversion.format, &[], out),
         Way::Whole {
             slope,
             intercept,

@@ -75,7 +75,11 @@ impl Encoding {
         big: false,
     };
 
-    fn u16(self, bytes: &[u8], at: usize) -> u16 {
+    pub(crate) fn is_big(self) -> bool {
+        self.big
+    }
+
+    pub(crate) fn u16(self, bytes: &[u8], at: usize) -> u16 {
         if self.big {
             be16(bytes, at)
         } else {

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use dicomnode_core::pixels::Value;
+use dicomnode_core::pixels::{Lut, Value};
 use dicomnode_core::source::Source;
-use dicomnode_core::stack::Slice;
+use dicomnode_core::stack::{Matrix, Reading, Slice};
 use dicomnode_core::{Error, image as core};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -81,6 +81,31 @@ impl Image {
             ..core::Image::default()
         };
         Ok(Image { image, owner })
+    }
+
+    /// The same image with other values: `stored * slope + intercept`, or those of a table.
+    ///
+    /// `values[k]` is what the stored value `first + k` means; those below and above mean what the
+    /// first and the last do.
+    #[pyo3(signature = (slope, intercept, *, first = 0, values = None))]
+    fn with_values(
+        &self,
+        slope: f64,
+        intercept: f64,
+        first: i64,
+        values: Option<Vec<f64>>,
+    ) -> Image {
+        let lut = values.map(|values| Arc::new(Lut { first, values }));
+        let image = core::Image {
+            slope,
+            intercept,
+            has_rescale: true,
+            modality_lut: None,
+            lut,
+            ..self.image.clone()
+        };
+        let owner = Arc::clone(&self.owner);
+        Image { image, owner }
     }
 
     /// One Image for each frame, in the order of the file, with what functional groups say of it.
@@ -169,6 +194,12 @@ impl Image {
         self.image.samples_per_pixel
     }
 
+    /// 0 where absent.
+    #[getter]
+    fn planar_configuration(&self) -> u32 {
+        self.image.planar_configuration
+    }
+
     #[getter]
     fn bits_allocated(&self) -> u32 {
         self.image.bits_allocated
@@ -253,7 +284,7 @@ impl Image {
     /// A Modality LUT Sequence (0028,3000) is present.
     #[getter]
     fn has_modality_lut(&self) -> bool {
-        self.image.has_modality_lut
+        self.image.modality_lut.is_some()
     }
 
     /// (5200,9229) or (5200,9230) is present.
@@ -299,26 +330,29 @@ pub fn scan_images(py: Python<'_>, sources: Vec<Bound<'_, PyAny>>) -> PyResult<V
 
 /// Write the pixels of `images[k]` to `out[k]`, in parallel over images, the GIL released.
 ///
-/// `out` has shape (len(images), rows, columns), is C-contiguous and writeable; dtype float32,
-/// float64, or an 8, 16 or 32 bit integer. Stored values are shifted by HighBit, masked to
-/// BitsStored and sign-extended, then, with `rescale`, stored * slope + intercept is computed in
-/// float64 and rounded once to `out`'s dtype (PS3.3 C.11.1).
+/// `out` has shape (len(images), rows, columns), or with a fourth axis of as many samples as the
+/// images have; it is C-contiguous and writeable; dtype float32, float64, or an 8, 16 or 32 bit
+/// integer. Stored values are shifted by HighBit, masked to BitsStored and sign-extended, then, with
+/// `rescale`, looked up in the Modality LUT where there is one, or stored * slope + intercept is
+/// computed in float64 and rounded once to `out`'s dtype (PS3.3 C.11.1).
 ///
-/// Compressed frames are decoded first. Returns a text for each image whose codestream contradicts
-/// its header.
+/// Samples lie one pixel after the other, whatever PlanarConfiguration says; with `rgb`, YBR_FULL
+/// becomes RGB. Compressed frames are decoded first. Returns a text for each image whose codestream
+/// contradicts its header, or whose pixel data goes on after the last pixel.
 ///
-/// Raises UnsupportedImage where an image has several samples or frames, BitsAllocated is not 8, 16
-/// or 32, or its transfer syntax is not decoded; InvalidDicom where pixel data is damaged or shorter
-/// than Rows x Columns ask, or Rows/Columns differ from `out`, or bits are contradictory;
-/// InvalidDataset where an integer dtype cannot hold a rescaled value exactly, or a codestream has
-/// another size than its header; OSError. On an error `out` is undefined.
+/// Raises UnsupportedImage where BitsAllocated is not 1, 8, 16 or 32, or a transfer syntax is not
+/// decoded; InvalidDicom where pixel data is damaged or shorter than Rows x Columns ask, or
+/// Rows/Columns/SamplesPerPixel differ from `out`, or bits are contradictory; InvalidDataset where an
+/// integer dtype cannot hold a rescaled value exactly, or a codestream has another size than its
+/// header; OSError. On an error `out` is undefined.
 #[pyfunction]
-#[pyo3(signature = (images, out, rescale = true))]
+#[pyo3(signature = (images, out, rescale = true, rgb = true))]
 pub fn stack(
     py: Python<'_>,
     images: Vec<Bound<'_, Image>>,
     out: &Bound<'_, PyAny>,
     rescale: bool,
+    rgb: bool,
 ) -> PyResult<Vec<String>> {
     let out = Out::new(out)?;
     if out.slices != images.len() {
@@ -345,15 +379,16 @@ pub fn stack(
             ));
         }
     }
+    let reading = Reading { rescale, rgb };
     match out.dtype {
-        Dtype::Float32 => fill::<f32>(py, &slices, out, rescale),
-        Dtype::Float64 => fill::<f64>(py, &slices, out, rescale),
-        Dtype::Int8 => fill::<i8>(py, &slices, out, rescale),
-        Dtype::Uint8 => fill::<u8>(py, &slices, out, rescale),
-        Dtype::Int16 => fill::<i16>(py, &slices, out, rescale),
-        Dtype::Uint16 => fill::<u16>(py, &slices, out, rescale),
-        Dtype::Int32 => fill::<i32>(py, &slices, out, rescale),
-        Dtype::Uint32 => fill::<u32>(py, &slices, out, rescale),
+        Dtype::Float32 => fill::<f32>(py, &slices, out, reading),
+        Dtype::Float64 => fill::<f64>(py, &slices, out, reading),
+        Dtype::Int8 => fill::<i8>(py, &slices, out, reading),
+        Dtype::Uint8 => fill::<u8>(py, &slices, out, reading),
+        Dtype::Int16 => fill::<i16>(py, &slices, out, reading),
+        Dtype::Uint16 => fill::<u16>(py, &slices, out, reading),
+        Dtype::Int32 => fill::<i32>(py, &slices, out, reading),
+        Dtype::Uint32 => fill::<u32>(py, &slices, out, reading),
     }
 }
 
@@ -362,12 +397,16 @@ fn fill<T: Value>(
     py: Python<'_>,
     slices: &[Slice<'_>],
     mut out: Out,
-    rescale: bool,
+    reading: Reading,
 ) -> PyResult<Vec<String>> {
-    let (rows, columns) = (out.rows, out.columns);
+    let matrix = Matrix {
+        rows: out.rows,
+        columns: out.columns,
+        samples: out.samples,
+    };
     // SAFETY: `stack`, the only caller, picked `T` by `out.dtype` and refused overlap.
     let values = unsafe { out.as_mut_slice::<T>() };
     detached(py, || {
-        dicomnode_core::stack::stack(slices, rows, columns, values, rescale)
+        dicomnode_core::stack::stack(slices, matrix, values, reading)
     })
 }

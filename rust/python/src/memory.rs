@@ -90,6 +90,7 @@ pub struct Out {
     pub slices: usize,
     pub rows: usize,
     pub columns: usize,
+    pub samples: usize,
 }
 
 impl Out {
@@ -121,11 +122,16 @@ impl Out {
                 )));
             }
         };
-        let &[slices, rows, columns] = buffer.shape() else {
-            return Err(PyValueError::new_err(format!(
-                "expected out with 3 dimensions (slice, row, column), found {}",
-                buffer.dimensions()
-            )));
+        let (slices, rows, columns, samples) = match *buffer.shape() {
+            [slices, rows, columns] => (slices, rows, columns, 1),
+            [slices, rows, columns, samples] => (slices, rows, columns, samples),
+            _ => {
+                return Err(PyValueError::new_err(format!(
+                    "expected out with 3 dimensions (slice, row, column), or a fourth of samples, \
+                     found {}",
+                    buffer.dimensions()
+                )));
+            }
         };
         if !buffer.is_c_contiguous() {
             return Err(PyValueError::new_err(
@@ -148,6 +154,7 @@ impl Out {
             slices,
             rows,
             columns,
+            samples,
         })
     }
 

@@ -5,7 +5,8 @@ use std::ptr::NonNull;
 
 use turbojpeg_sys as ffi;
 
-use super::{Decoded, Shape, broken};
+use super::{Decoded, Shape, Wish, broken, other_colors};
+use crate::color::Space;
 use crate::error::Result;
 
 /// Most scans of a progressive image; a hostile one has many, each as long as the image.
@@ -23,9 +24,48 @@ pub(super) struct Start {
     pub is_planar: bool,
     /// Where the first scan's marker is.
     scan: usize,
+    /// What the first three components are called.
+    names: [u8; 3],
+    /// Where a JFIF marker is.
+    jfif: Option<usize>,
+    /// The transform that an Adobe marker tells.
+    adobe: Option<u8>,
 }
 
 impl Start {
+    fn is_lossless(&self) -> bool {
+        self.marker == 0xC3
+    }
+
+    /// What the codestream itself says of its colours.
+    ///
+    /// A lossless JPEG is no JFIF, even where it says so.
+    fn said(&self) -> Option<Space> {
+        match self.adobe {
+            _ if self.components != 3 => None,
+            _ if self.jfif.is_some() && !self.is_lossless() => Some(Space::Ybr),
+            Some(0) => Some(Space::Rgb),
+            Some(1) => Some(Space::Ybr),
+            _ if self.names == *b"RGB" => Some(Space::Rgb),
+            _ => None,
+        }
+    }
+
+    /// The image with markers that make the decoder convert to RGB, or leave the samples alone.
+    fn told(&self, frame: &[u8], convert: bool) -> Option<Vec<u8>> {
+        let (before, after) = frame.split_at_checked(self.scan)?;
+        let transform = u8::from(convert);
+        let adobe = [b"\xFF\xEE\0\x0EAdobe\0\x64\0\0\0\0", [transform].as_slice()].concat();
+        let mut told = [before, &adobe, after].concat();
+        // The last Adobe marker counts, but a JFIF marker counts more.
+        if let Some(name) = self.jfif
+            && let Some(name) = told.get_mut(name..name + 4)
+        {
+            name.copy_from_slice(b"none");
+        }
+        Some(told)
+    }
+
     /// The image with the parameters of its scan set right, where a sequential one has others
     /// than it may (ISO 10918-1 table B.3). They have no influence, but a decoder tells only its
     /// first warning, and this one must not hide another.
@@ -49,6 +89,7 @@ impl Start {
 pub(super) fn start_of_frame(frame: &[u8]) -> Result<Start> {
     let damaged = || broken("the JPEG has no whole header");
     let mut start: Option<Start> = None;
+    let (mut jfif, mut adobe) = (None, None);
     let mut at = 2;
     loop {
         let rest = frame.get(at..).ok_or_else(damaged)?;
@@ -76,16 +117,19 @@ pub(super) fn start_of_frame(frame: &[u8]) -> Result<Start> {
         match marker {
             0xDA => {
                 let mut start = start.ok_or_else(damaged)?;
-                start.scan = at;
+                (start.scan, start.jfif, start.adobe) = (at, jfif, adobe);
                 let in_scan = body.first().copied().ok_or_else(damaged)?;
                 start.is_planar = start.components > 1 && in_scan == 1;
                 return Ok(start);
             }
+            0xE0 if body.starts_with(b"JFIF\0") => jfif = Some(at + 4),
+            0xEE if body.starts_with(b"Adobe") => adobe = body.get(11).copied(),
             0xD9 => return Err(damaged()),
             0xF7 | 0xC0..=0xC3 | 0xC5..=0xC7 | 0xC9..=0xCB | 0xCD..=0xCF => {
-                let [precision, r1, r0, c1, c0, components, ..] = body else {
+                let [precision, r1, r0, c1, c0, components, table @ ..] = body else {
                     return Err(damaged());
                 };
+                let name = |k: usize| table.get(3 * k).copied().unwrap_or(0);
                 if start.is_some() {
                     return Err(broken("the JPEG has several frame headers"));
                 }
@@ -97,6 +141,9 @@ pub(super) fn start_of_frame(frame: &[u8]) -> Result<Start> {
                     components: u32::from(*components),
                     is_planar: false,
                     scan: 0,
+                    names: [name(0), name(1), name(2)],
+                    jfif: None,
+                    adobe: None,
                 });
             }
             _ => {}
@@ -105,17 +152,25 @@ pub(super) fn start_of_frame(frame: &[u8]) -> Result<Start> {
     }
 }
 
-pub(super) fn decode(frame: &[u8], shape: Shape, into: &mut Decoded) -> Result<()> {
+pub(super) fn decode(frame: &[u8], shape: Shape, wish: Wish, into: &mut Decoded) -> Result<()> {
     let start = start_of_frame(frame)?;
     shape.check(start.rows, start.columns, start.components)?;
     let format = match start.components {
         1 => ffi::TJPF_TJPF_GRAY,
+        3 => ffi::TJPF_TJPF_RGB,
         found => {
             return Err(crate::Error::unsupported(format!(
-                "expected a JPEG of 1 component, found {found}"
+                "expected a JPEG of 1 or 3 components, found {found}"
             )));
         }
     };
+    // Without a word from the codestream the header decides.
+    let space = start.said().unwrap_or(wish.space);
+    if space != wish.space {
+        into.note = Some(other_colors(space));
+    }
+    let convert = wish.rgb && space == Space::Ybr && !start.is_lossless();
+    into.space = if convert { Space::Rgb } else { space };
     if !(2..=16).contains(&start.precision) {
         let found = start.precision;
         return Err(broken(format!(
@@ -130,6 +185,14 @@ pub(super) fn decode(frame: &[u8], shape: Shape, into: &mut Decoded) -> Result<(
         }
         None => frame,
     };
+    // What the decoder would do of its own accord.
+    let guess = start.said().unwrap_or(Space::Ybr) == Space::Ybr;
+    let told = if start.components == 3 && (convert != guess || start.is_lossless()) {
+        start.told(frame, convert)
+    } else {
+        None
+    };
+    let frame = told.as_deref().unwrap_or(frame);
     let decoder = match into.jpeg.take() {
         Some(decoder) => decoder,
         None => Decoder::new()?,

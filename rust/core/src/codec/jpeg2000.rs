@@ -6,13 +6,14 @@ use std::ptr::{self, NonNull};
 
 use openjpeg_sys as ffi;
 
-use super::{Decoded, Shape, broken};
+use super::{Decoded, Shape, Wish, broken, other_colors};
+use crate::color::Space;
 use crate::error::Result;
 
 /// Most tiles; each costs the decoder memory before a single byte of it is read.
 const MAX_TILES: u64 = 4096;
 
-pub(super) fn decode(frame: &[u8], shape: Shape, into: &mut Decoded) -> Result<()> {
+pub(super) fn decode(frame: &[u8], shape: Shape, wish: Wish, into: &mut Decoded) -> Result<()> {
     let size = image_size(frame)?;
     shape.check(size.rows, size.columns, size.components)?;
     let reading = &mut Reading { frame, at: 0 };
@@ -55,6 +56,11 @@ pub(super) fn decode(frame: &[u8], shape: Shape, into: &mut Decoded) -> Result<(
         }
     }
     (into.signed, into.knows_sign) = (signed, true);
+    if size.is_transformed && components.len() == 3 {
+        // The decoder undoes the transform of the codestream.
+        into.space = Space::Rgb;
+        into.note = (wish.space == Space::Ybr).then(|| other_colors(Space::Rgb));
+    }
     Ok(())
 }
 
@@ -103,6 +109,8 @@ struct Size {
     rows: u32,
     columns: u32,
     components: u32,
+    /// Its components are transformed (ISO 15444-1 annex G).
+    is_transformed: bool,
 }
 
 /// What the SIZ marker of the codestream says (ISO 15444-1 A.5.1).
@@ -141,7 +149,25 @@ fn image_size(frame: &[u8]) -> Result<Size> {
         rows: bottom.checked_sub(top).ok_or_else(damaged)?,
         columns: right.checked_sub(left).ok_or_else(damaged)?,
         components,
+        is_transformed: is_transformed(siz).unwrap_or(false),
     })
+}
+
+/// What the COD marker after the SIZ, whose value is the start of `siz`, says (ISO 15444-1 A.6.1).
+fn is_transformed(siz: &[u8]) -> Option<bool> {
+    let half = |at: usize| -> Option<usize> {
+        let bytes = siz.get(at..at + 2)?;
+        Some(usize::from(u16::from_be_bytes(bytes.try_into().ok()?)))
+    };
+    let mut at = half(0)?;
+    loop {
+        match half(at)? {
+            0xFF52 => return Some(*siz.get(at + 8)? == 1),
+            // The first tile, before which it has to be.
+            0xFF90 => return None,
+            _ => at += 2 + half(at + 2)?,
+        }
+    }
 }
 
 /// Where OpenJPEG reads from.

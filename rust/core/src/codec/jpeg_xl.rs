@@ -6,6 +6,7 @@ use jxl::api::{
 };
 
 use super::{Decoded, Shape, broken};
+use crate::color::Space;
 use crate::error::{Error, Result};
 
 pub(super) fn decode(frame: &[u8], shape: Shape, into: &mut Decoded) -> Result<()> {
@@ -41,6 +42,7 @@ pub(super) fn decode(frame: &[u8], shape: Shape, into: &mut Decoded) -> Result<(
         .embedded_color_profile()
         .is_some_and(|profile| profile.channels() == 1);
     let found = if is_grey { 1 } else { 3 };
+    into.space = Space::Rgb;
     let size = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
     shape.check(size(rows), size(columns), found)?;
     let bit_depth = u8::try_from(precision).unwrap_or(16);

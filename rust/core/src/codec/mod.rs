@@ -16,6 +16,7 @@ mod jpeg_ls;
 mod jpeg_xl;
 mod rle;
 
+use crate::color::Space;
 use crate::error::{Error, Result};
 use crate::scan::PIXEL_DATA;
 
@@ -235,6 +236,13 @@ pub struct Shape {
     pub bits_allocated: u32,
 }
 
+/// What the header says of colours, and whether RGB is wanted where a codestream can give it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Wish {
+    pub space: Space,
+    pub rgb: bool,
+}
+
 impl Codec {
     /// What decodes it: a name, its licence, and the crate that brings it; no crate for our own.
     pub fn origin(self) -> (&'static str, &'static str, &'static str) {
@@ -341,6 +349,10 @@ pub struct Decoded {
     pub signed: bool,
     /// Whether the codestream tells the sign at all.
     pub knows_sign: bool,
+    /// What three samples are, after decoding.
+    pub space: Space,
+    /// Where the codestream contradicts the header on colours.
+    pub note: Option<String>,
     scratch: Buffer,
     jpeg: Option<jpeg::Decoder>,
 }
@@ -349,6 +361,34 @@ impl Decoded {
     /// Samples interleaved, row by row, in little endian cells.
     pub fn bytes(&self) -> &[u8] {
         self.cells.bytes()
+    }
+
+    /// The same, to be changed in place.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        self.cells.bytes_mut()
+    }
+
+    /// Change how the cells lie; `job` gets the old ones, and a buffer of `count` cells of `size`
+    /// bytes for the new.
+    pub(crate) fn rearrange(
+        &mut self,
+        count: usize,
+        size: usize,
+        job: impl FnOnce(&[u8], &mut [u8]),
+    ) -> Result<()> {
+        job(self.cells.bytes(), self.scratch.resize(count, size)?);
+        std::mem::swap(&mut self.cells, &mut self.scratch);
+        Ok(())
+    }
+
+    /// Take uncompressed pixels as they are.
+    pub(crate) fn fill(
+        &mut self,
+        length: usize,
+        job: impl FnOnce(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        self.precision = None;
+        job(self.cells.resize(length, 1)?)
     }
 
     /// Whether all cells hold values of so many bits, with the sign extended or not.
@@ -397,7 +437,14 @@ impl Decoded {
 ///
 /// Errors: [`Error::InvalidDicom`] for a codestream that is damaged or of another kind,
 /// [`Error::InvalidDataset`] where its size is not that of the header.
-pub fn decode(codec: Codec, frame: &[u8], shape: Shape, into: &mut Decoded) -> Result<()> {
+pub fn decode(
+    codec: Codec,
+    frame: &[u8],
+    shape: Shape,
+    wish: Wish,
+    into: &mut Decoded,
+) -> Result<()> {
+    (into.space, into.note) = (wish.space, None);
     match codec {
         Codec::Plain => {
             let cells = into.prepare_cells(shape)?;
@@ -414,9 +461,9 @@ pub fn decode(codec: Codec, frame: &[u8], shape: Shape, into: &mut Decoded) -> R
         Codec::Deflated => deflated::decode(frame, shape, into),
         Codec::Rle => rle::decode(frame, shape, into),
         Codec::Jpeg | Codec::JpegLs | Codec::Jpeg2000 | Codec::JpegXl => match found(frame) {
-            Some(Codec::Jpeg) => jpeg::decode(frame, shape, into),
+            Some(Codec::Jpeg) => jpeg::decode(frame, shape, wish, into),
             Some(Codec::JpegLs) => jpeg_ls::decode(frame, shape, into),
-            Some(Codec::Jpeg2000) => jpeg2000::decode(frame, shape, into),
+            Some(Codec::Jpeg2000) => jpeg2000::decode(frame, shape, wish, into),
             Some(Codec::JpegXl) => jpeg_xl::decode(frame, shape, into),
             _ => Err(broken(
                 "expected a codestream of the JPEG family, found none",
@@ -449,6 +496,17 @@ fn found(frame: &[u8]) -> Option<Codec> {
     } else {
         None
     }
+}
+
+/// What a note says where header and codestream differ on colours; the codestream counts.
+fn other_colors(said: Space) -> String {
+    let (header, codestream) = match said {
+        Space::Rgb => ("YBR", "RGB"),
+        Space::Ybr => ("RGB", "YBR"),
+    };
+    format!(
+        "PhotometricInterpretation says {header}, the codestream {codestream}; the codestream counts"
+    )
 }
 
 fn broken(message: impl Into<String>) -> Error {

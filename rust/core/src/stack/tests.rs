@@ -1,8 +1,24 @@
-use super::*;
+use super::{stack as stack_samples, *};
 use crate::image::{scan_image, scan_images};
 use crate::testing::{BIG, EXPLICIT, IMPLICIT, TemporaryFile, Writer, image};
 
 const STORED: [i32; 6] = [0, 1, 2, 3, 1024, 4095];
+
+/// Images of one sample.
+fn stack<T: Value>(
+    slices: &[Slice<'_>],
+    rows: usize,
+    columns: usize,
+    out: &mut [T],
+    rescale: bool,
+) -> Result<Vec<String>> {
+    let matrix = Matrix {
+        rows,
+        columns,
+        samples: 1,
+    };
+    stack_samples(slices, matrix, out, Reading { rescale, rgb: true })
+}
 
 fn of_bytes(bytes: &[u8]) -> Image {
     scan_image(Source::Bytes(bytes), &mut Vec::new()).unwrap()
