@@ -13,14 +13,14 @@ from pydicom.datadict import keyword_for_tag
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
-from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
-from pydicom.pixels.utils import pixel_array
 
 from dicomnode.cli.edge import CommandFailed, counted, printable
 from dicomnode.cli.picture import grey, terminal_lines, write_png
 from dicomnode.cli.series import Series, find_series, load_paths
-from dicomnode.errors import DicomnodeError, UnsupportedImage
-from dicomnode.lib.grinders import numpy_grinder, volume_grinder
+from dicomnode.errors import DicomnodeError
+from dicomnode.lib.dicom import PIXEL_TAGS
+from dicomnode.lib.grinders import volume_grinder
+from dicomnode.lib.images import Reading, read_array, read_slices
 
 # Besides every value of VR PN.
 _HIDDEN = frozenset(
@@ -105,7 +105,7 @@ def _look_at(series: Series) -> tuple[str, list[Dataset]]:
 
 
 def _show_picture(dataset: Dataset, png: Path | None) -> None:
-    if "PixelData" not in dataset:
+    if not any(tag in dataset for tag in PIXEL_TAGS):
         if png is not None:
             raise CommandFailed(
                 f"{dataset.get('SOPInstanceUID', 'the object')} has no Pixel Data, so there is no "
@@ -127,36 +127,20 @@ def _show_picture(dataset: Dataset, png: Path | None) -> None:
 def _picture(dataset: Dataset) -> tuple[NDArray[numpy.uint8], float]:
     """The (middle) frame for display, and the height of its pixels over their width."""
     try:
-        frames = int(dataset.get("NumberOfFrames") or 1)
-        pixels = _stored(dataset) if frames == 1 else None
-        if pixels is None:
-            pixels = pixel_array(dataset, index=frames // 2)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise CommandFailed(
-            f"the pixels of {dataset.get('SOPInstanceUID', 'the object')} cannot be decoded: "
-            f"{error}"
-        ) from error
+        slices, _ = read_slices([dataset])
+        array, _ = read_array([slices[len(slices) // 2]], Reading(color="palette"))
+    except (DicomnodeError, IndexError) as error:
+        raise CommandFailed(f"no picture of it: {error}") from error
+    (pixels,) = array
     spacing = dataset.get("PixelSpacing")
     aspect = float(spacing[0]) / float(spacing[1]) if spacing and float(spacing[1]) > 0 else 1.0
-    kind = dataset.get("PhotometricInterpretation", "MONOCHROME2")
-    if kind == "PALETTE COLOR":
-        pixels = apply_color_lut(pixels, dataset)
     if pixels.ndim == 3:
         colours = pixels[..., :3]
         if colours.dtype == numpy.uint16:
             colours = colours >> 8
         return colours.astype(numpy.uint8), aspect
-    values = apply_modality_lut(pixels, dataset)
-    return grey(values, _window(dataset), inverted=kind == "MONOCHROME1"), aspect
-
-
-def _stored(dataset: Dataset) -> NDArray[Any] | None:
-    """The stored values of an image that the grinders take; None for any other one."""
-    try:
-        stored = numpy_grinder(order="given", dtype=numpy.float64, values="stored")([dataset])
-    except UnsupportedImage:
-        return None
-    return stored[0]  # type: ignore[no-any-return]
+    inverted = dataset.get("PhotometricInterpretation") == "MONOCHROME1"
+    return grey(pixels, _window(dataset), inverted), aspect
 
 
 def _is_png(path: Path) -> bool:

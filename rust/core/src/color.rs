@@ -133,26 +133,25 @@ fn spread<const N: usize>(plane: &[u8], into: &mut [u8], at: usize, step: usize)
 ///
 /// The sum is rounded to the nearest and cut to the range (PS3.3 C.7.6.3.1.2).
 pub(crate) fn to_rgb(cells: &mut [u8], cell: usize, bits: u32) {
-    // Values have at most 16 bits, which f32 holds with 8 more.
-    let middle = (1_u32 << (bits - 1)) as f32;
-    let top = ((1_u32 << bits) - 1) as f32;
-    let convert = |[y, cb, cr]: [f32; 3]| {
+    let middle = f64::from(1_u32 << (bits - 1));
+    let top = f64::from((1_u32 << bits) - 1);
+    let convert = |[y, cb, cr]: [f64; 3]| {
         let (cb, cr) = (cb - middle, cr - middle);
         let red = y + 1.402 * cr;
-        let green = y - 0.344_136_3 * cb - 0.714_136_3 * cr;
+        let green = y - 0.344_136 * cb - 0.714_136 * cr;
         let blue = y + 1.772 * cb;
         [red, green, blue].map(|sample| (sample + 0.5).clamp(0.0, top) as u16)
     };
     if cell == 1 {
         let (pixels, _) = cells.as_chunks_mut::<3>();
         for pixel in pixels {
-            *pixel = convert(pixel.map(f32::from)).map(|sample| sample as u8);
+            *pixel = convert(pixel.map(f64::from)).map(|sample| sample as u8);
         }
     } else {
         let (pixels, _) = cells.as_chunks_mut::<6>();
         for pixel in pixels {
             let [a, b, c, d, e, f] = *pixel;
-            let samples = [[a, b], [c, d], [e, f]].map(|cell| f32::from(u16::from_le_bytes(cell)));
+            let samples = [[a, b], [c, d], [e, f]].map(|cell| f64::from(u16::from_le_bytes(cell)));
             let [r, g, b] = convert(samples).map(u16::to_le_bytes);
             *pixel = [r[0], r[1], g[0], g[1], b[0], b[1]];
         }
@@ -167,7 +166,7 @@ mod tests {
         let (y, cb, cr) = (f64::from(y), f64::from(cb) - 128.0, f64::from(cr) - 128.0);
         let sums = [
             y + 1.402 * cr,
-            y - 0.344_136_286_2 * cb - 0.714_136_286_2 * cr,
+            y - 0.344_136 * cb - 0.714_136 * cr,
             y + 1.772 * cb,
         ];
         sums.map(|sum| (sum + 0.5).floor().clamp(0.0, 255.0) as u8)

@@ -675,10 +675,54 @@ mod tests {
     #[test]
     fn swapped_pairs_are_swapped_back_and_need_whole_pairs() {
         let format = Format::new(8, 8, 7, 0, true, true).unwrap();
-        assert_eq!(format.bytes(3), Some(4));
         let mut out = [0_u8; 3];
         Conversion::new::<u8>(format, 1.0, 0.0).run(&[2, 1, 99, 3], &mut out);
         assert_eq!(out, [1, 2, 3]);
+    }
+
+    #[test]
+    fn a_table_has_a_meaning_for_every_value() {
+        let format = Format::new(16, 16, 15, 1, false, false).unwrap();
+        let lut = Arc::new(Lut {
+            first: -1,
+            values: vec![5.0, 6.5, 7.0],
+        });
+        let cells: Vec<u8> = [-9_i16, -1, 0, 1, 9]
+            .iter()
+            .flat_map(|n| n.to_le_bytes())
+            .collect();
+        let mut out = [0_f32; 5];
+        let mut conversion = Conversion::by_table::<f32>(format, Arc::clone(&lut));
+        conversion.run(&cells, &mut out);
+        assert_eq!(out, [5.0, 5.0, 6.5, 7.0, 7.0]);
+        assert!(conversion.finish::<f32>().is_ok());
+        let mut conversion = Conversion::by_table::<u8>(format, lut);
+        conversion.run(&cells, &mut [0_u8; 5]);
+        assert!(matches!(
+            conversion.finish::<u8>(),
+            Err(Error::InvalidDataset(_))
+        ));
+    }
+
+    #[test]
+    fn floats_that_do_not_fit_are_refused_and_those_that_are_none_stay() {
+        let bytes: Vec<u8> = [1.5_f64, f64::NAN, f64::INFINITY]
+            .iter()
+            .flat_map(|n| n.to_le_bytes())
+            .collect();
+        let mut conversion = Conversion::new::<f32>(Format::BITS, 2.0, 0.0);
+        let mut out = [0_f32; 3];
+        conversion.run_floats(&bytes, &mut out, f64::from_le_bytes);
+        assert!(out[0] == 3.0 && out[1].is_nan() && out[2] == f32::INFINITY);
+        assert!(conversion.finish::<f32>().is_ok());
+        for big in [1e300_f64, -1e300] {
+            let mut conversion = Conversion::new::<f32>(Format::BITS, 1.0, 0.0);
+            conversion.run_floats(&big.to_le_bytes(), &mut out[..1], f64::from_le_bytes);
+            assert!(conversion.finish::<f32>().is_err());
+        }
+        let mut conversion = Conversion::new::<i16>(Format::BITS, 1.0, 0.0);
+        conversion.run_floats(&bytes, &mut [0_i16; 3], f64::from_le_bytes);
+        assert!(conversion.finish::<i16>().is_err());
     }
 
     #[test]

@@ -1,3 +1,5 @@
+use std::path::Path;
+
 use super::{stack as stack_samples, *};
 use crate::image::{scan_image, scan_images};
 use crate::testing::{BIG, EXPLICIT, IMPLICIT, TemporaryFile, Writer, image};
@@ -158,6 +160,89 @@ fn image_longer_than_a_part_is_read_whole() {
     }
 }
 
+/// An object of so many samples, frames, rows and columns.
+fn object(shape: [u16; 4], bits: u16, photometric: &str, planar: u16, pixels: &[u8]) -> Vec<u8> {
+    let [samples, frames, rows, columns] = shape;
+    Writer::new(EXPLICIT)
+        .us(0x0028_0002, samples)
+        .text(0x0028_0004, "CS", photometric)
+        .us(0x0028_0006, planar)
+        .text(0x0028_0008, "IS", &frames.to_string())
+        .us(0x0028_0010, rows)
+        .us(0x0028_0011, columns)
+        .us(0x0028_0100, bits)
+        .put(0x7FE0_0010, "OB", pixels)
+        .part10(EXPLICIT)
+}
+
+/// The stored values of all frames, from memory and from a file.
+fn frames_of(bytes: &[u8], rgb: bool) -> Result<Vec<u8>> {
+    let file = TemporaryFile::new(bytes);
+    let whole = of_bytes(bytes);
+    let matrix = Matrix {
+        rows: whole.rows as usize,
+        columns: whole.columns as usize,
+        samples: whole.samples_per_pixel as usize,
+    };
+    let mut found: Vec<Vec<u8>> = Vec::new();
+    for source in [Source::Bytes(bytes), Source::File(file.path())] {
+        let frames = crate::image::frames(&whole, source)?;
+        let slices: Vec<_> = frames.iter().map(|image| Slice { image, source }).collect();
+        let size = matrix.rows * matrix.columns * matrix.samples;
+        let mut out = vec![77; slices.len() * size];
+        let reading = Reading { rescale: true, rgb };
+        stack_samples(&slices, matrix, &mut out, reading)?;
+        found.push(out);
+    }
+    assert_eq!(found[0], found[1]);
+    Ok(found.remove(0))
+}
+
+#[test]
+fn samples_lie_one_pixel_after_the_other_whatever_the_file_has() {
+    let planes = object(
+        [3, 2, 1, 2],
+        8,
+        "RGB",
+        1,
+        &[1, 4, 2, 5, 3, 6, 7, 9, 8, 10, 0, 11],
+    );
+    let expected = [1, 2, 3, 4, 5, 6, 7, 8, 0, 9, 10, 11];
+    assert_eq!(frames_of(&planes, true).unwrap(), expected);
+    let pixels = object([3, 2, 1, 2], 8, "RGB", 0, &expected);
+    assert_eq!(frames_of(&pixels, true).unwrap(), expected);
+    let shared = object([3, 1, 1, 2], 8, "YBR_FULL_422", 0, &[50, 60, 128, 128]);
+    assert_eq!(
+        frames_of(&shared, false).unwrap(),
+        [50, 128, 128, 60, 128, 128]
+    );
+    assert_eq!(frames_of(&shared, true).unwrap(), [50, 50, 50, 60, 60, 60]);
+    let odd = object([3, 1, 2, 1], 8, "YBR_FULL_422", 0, &[50, 60, 128, 128]);
+    assert!(frames_of(&odd, true).is_err());
+}
+
+#[test]
+fn single_bits_follow_each_other_across_frames() {
+    let bits = object([1, 3, 1, 3], 1, "MONOCHROME2", 0, &[0b1010_0110, 0b1]);
+    assert_eq!(frames_of(&bits, true).unwrap(), [0, 1, 1, 0, 0, 1, 0, 1, 1]);
+    let short = object([1, 6, 1, 3], 1, "MONOCHROME2", 0, &[0b1010_0110, 0b1]);
+    assert!(frames_of(&short, true).is_err());
+}
+
+#[test]
+fn bytes_after_the_last_pixel_are_told_but_for_the_padding() {
+    for (size, notes) in [(6, 0), (7, 1), (9, 1)] {
+        let bytes = object([1, 1, 1, 5], 8, "MONOCHROME2", 0, &vec![1; size]);
+        let image = of_bytes(&bytes);
+        let slice = Slice {
+            image: &image,
+            source: Source::Bytes(&bytes),
+        };
+        let found = stack(&[slice], 1, 5, &mut [0_u8; 5], true).unwrap();
+        assert_eq!(found.len(), notes, "{size}");
+    }
+}
+
 #[test]
 fn what_cannot_be_stacked_is_refused_before_any_pixel() {
     let bytes = image(EXPLICIT).part10(EXPLICIT);
@@ -181,7 +266,9 @@ fn what_cannot_be_stacked_is_refused_before_any_pixel() {
         assert!(error.to_string().contains("1.2.3.4.5"), "{error}");
         error
     };
-    let invalid: [&dyn Fn(&mut Image); 8] = [
+    let invalid: [&dyn Fn(&mut Image); 10] = [
+        &|image| image.samples_per_pixel = 3,
+        &|image| image.pixel_tag = 0x7FE0_0008,
         &|image| image.pixel_length = 11,
         &|image| image.rows = 3,
         &|image| image.columns = 65_536,
@@ -194,11 +281,10 @@ fn what_cannot_be_stacked_is_refused_before_any_pixel() {
     for change in invalid {
         assert!(matches!(refuse(change), Error::InvalidDicom(_)));
     }
-    let unsupported: [&dyn Fn(&mut Image); 4] = [
+    let unsupported: [&dyn Fn(&mut Image); 3] = [
         &|image| image.is_native = false,
-        &|image| image.samples_per_pixel = 3,
         &|image| image.bits_allocated = 12,
-        &|image| image.pixel_tag = 0x7FE0_0008,
+        &|image| image.bits_allocated = 64,
     ];
     for change in unsupported {
         assert!(matches!(refuse(change), Error::UnsupportedImage(_)));
