@@ -308,7 +308,7 @@ def test_pixels_that_are_not_contiguous_or_no_buffer_are_refused():
         one("text", 2, 3)
 
 
-def test_many_threads_stack_at_once():
+def test_p28_many_threads_stack_at_once():
     rng = np.random.default_rng(3)
     stored = rng.integers(0, 65536, (24, 128, 128)).astype("<u2")
     images = _core.scan_images([part10(cells.tobytes(), 128, 128) for cells in stored])

@@ -257,7 +257,7 @@ def test_load_walks_a_folder_in_the_order_of_names(tmp_path: Path) -> None:
     assert not any(is_read(one) for one in found)
 
 
-def test_load_leaves_out_a_dicomdir_and_what_is_no_dicom(tmp_path: Path) -> None:
+def test_g13_load_leaves_out_a_dicomdir_and_what_is_no_dicom(tmp_path: Path) -> None:
     write_series(make_series(1, 2, 2), tmp_path)
     directory = Path(get_testdata_file("DICOMDIR"))
     (tmp_path / "DICOMDIR").write_bytes(directory.read_bytes())

@@ -1,5 +1,6 @@
 """The eight ready-made grinders beside slow, obvious versions."""
 
+import pickle
 import subprocess
 import sys
 import tracemalloc
@@ -234,7 +235,7 @@ def test_volume_tells_where_and_what(series: list[Dataset]) -> None:
 # Zero copy
 
 
-def test_the_array_lives_on_and_is_writable_when_its_files_are_gone(tmp_path: Path) -> None:
+def test_p27_the_array_lives_on_and_is_writable_when_its_files_are_gone(tmp_path: Path) -> None:
     made = make_series(4, 33, 31)
     paths = write_series(made, tmp_path)
     given = load(tmp_path)
@@ -242,6 +243,10 @@ def test_the_array_lives_on_and_is_writable_when_its_files_are_gone(tmp_path: Pa
     for path in paths:
         path.unlink()
     del given
+    assert array.flags.c_contiguous and array.flags.aligned and array.flags.writeable
+    assert numpy.shares_memory(numpy.asarray(array), array)
+    assert numpy.shares_memory(numpy.from_dlpack(array), array)
+    numpy.testing.assert_array_equal(pickle.loads(pickle.dumps(array)), array)
     array += 1
     numpy.testing.assert_array_equal(array, slow(made) + 1)
 
@@ -257,7 +262,7 @@ def test_a_grind_allocates_its_output_and_little_else(tmp_path: Path) -> None:
     assert array.nbytes <= peak < array.nbytes * 1.05
 
 
-def test_plain_datasets_are_borrowed_not_copied() -> None:
+def test_p27_plain_datasets_are_borrowed_not_copied() -> None:
     given = make_series(40, 256, 256)
     tracemalloc.start()
     array = numpy_grinder(given)
