@@ -5,6 +5,7 @@ the whole Part 10 object in memory. Neither is copied: a file is read in place w
 `bytes` are kept alive and borrowed.
 """
 
+from collections.abc import Sequence
 from typing import Self, TypeAlias, final
 
 import numpy
@@ -118,6 +119,21 @@ class Image:
         """Stack ID of the frame, empty where absent."""
 
     @property
+    def position_index(self) -> int | None:
+        """Which slice of its stack the frame says it is: the dimension index of the position
+        (PS3.3 C.7.6.17), or InStackPositionNumber."""
+
+    def element(self, tag: int) -> tuple[str, bytes] | None:
+        """VR (empty where the encoding has none) and raw value of a tag asked of `scan_images`.
+
+        Of a frame, that of the functional groups counts more than that of the dataset.
+        """
+
+    @property
+    def big_endian(self) -> bool:
+        """The values of the dataset are big endian."""
+
+    @property
     def sop_class_uid(self) -> str: ...
     @property
     def sop_instance_uid(self) -> str: ...
@@ -222,8 +238,11 @@ def codecs() -> list[tuple[str, str, str, str, str]]:
 def jpeg_has_simd() -> bool:
     """Whether the JPEG decoder was built with its SIMD code."""
 
-def scan_images(sources: list[Source]) -> list[Image]:
+def scan_images(sources: list[Source], extra_tags: Sequence[int] = ...) -> list[Image]:
     """Scan many objects in parallel with the GIL released; order and length as given.
+
+    The images keep the values of `extra_tags`, and so do their frames, wherever in the functional
+    groups these lie: see `Image.element`.
 
     Raises InvalidDicom or OSError for the first source that cannot be read; the message names it
     by SOPInstanceUID where known, else by its place in the list.

@@ -106,8 +106,8 @@ def _dcmread(source: Source, defer_size: int | None) -> FileDataset:
     return dcmread(opened, defer_size=defer_size, force=True)
 
 
-def untouched_source(dataset: Dataset) -> Source | None:
-    """The source of a lazy dataset whose image attributes are still those of the source.
+def untouched_source(dataset: Dataset, extra_tags: Iterable[int] = ()) -> Source | None:
+    """The source of a lazy dataset whose image attributes, and `extra_tags`, are those of the source.
 
     None for any other dataset: its attributes have to be read from the dataset itself.
     """
@@ -119,7 +119,7 @@ def untouched_source(dataset: Dataset) -> Source | None:
     for tag in _IMAGE_SEQUENCES:
         if (tag in current) != (tag in pristine):
             return None
-    for tag in (*_IMAGE_TAGS, *PIXEL_TAGS):
+    for tag in (*_IMAGE_TAGS, *PIXEL_TAGS, *extra_tags):
         now, was = current.get(BaseTag(tag)), pristine.get(BaseTag(tag))
         if now is was:
             continue
@@ -235,16 +235,29 @@ def header_element(header: Header, tag: int) -> DataElement | None:
             "US or SS or OW": "OW",
             "US or OW": "OW",
         }.get(vr, vr)
-    raw = RawDataElement(
-        BaseTag(tag), vr, len(value), value, 0, header.transfer_syntax == "1.2.840.10008.1.2",
-        not header.big_endian, True,
-    )  # fmt: skip
-    charset = None
+    text = ""
     if tag != 0x00080005 and 0x00080005 in header:
         found = header.get(0x00080005)
         text = found[1].decode("ascii", "replace").strip(" \0") if found else ""
-        if text:
-            charset = convert_encodings(text.split("\\"))
+    return raw_element(
+        tag, vr, value, text, header.transfer_syntax == "1.2.840.10008.1.2", header.big_endian
+    )
+
+
+def raw_element(
+    tag: int,
+    vr: str,
+    value: bytes,
+    character_set: str = "",
+    is_implicit: bool = False,
+    big_endian: bool = False,
+) -> DataElement:
+    """An element out of its raw value, as pydicom would give it.
+
+    Raises InvalidDicom for a value that does not fit the VR.
+    """
+    raw = RawDataElement(BaseTag(tag), vr, len(value), value, 0, is_implicit, not big_endian, True)
+    charset = convert_encodings(character_set.split("\\")) if character_set else None
     try:
         return convert_raw_data_element(raw, encoding=charset)
     except READ_ERRORS as error:

@@ -18,7 +18,18 @@ from pydicom.tag import TagType
 from dicomnode.errors import InconsistentSeries, IncorrectlyConfigured, InvalidDataset
 from dicomnode.lib.dicom import tag_name, tag_of
 from dicomnode.lib.images import Color, Reading, Slice, Values, read_array, read_slices
-from dicomnode.lib.volume import Volume, read_volume
+from dicomnode.lib.splits import CANDIDATES, SplitBy, keywords_of, tags_of
+from dicomnode.lib.volume import (
+    Duplicates,
+    Gaps,
+    Incomplete,
+    Localizers,
+    Policies,
+    Tilt,
+    Volume,
+    read_volume,
+    read_volumes,
+)
 
 logger = logging.getLogger("dicomnode.grinders")
 
@@ -122,13 +133,33 @@ class ReadOptions(TypedDict, total=False):
     dtype: DTypeLike | None
     values: Values
     color: Color
+
+
+class PolicyOptions(ReadOptions, total=False):
+    """See `dicomnode.lib.volume.Policies`."""
+
+    gaps: Gaps
+    duplicates: Duplicates
+    localizers: Localizers
+    tilt: Tilt
+
+
+class VolumeOptions(PolicyOptions, total=False):
+    """The options of `volume_grinder`."""
+
     out: NDArray[Any] | None
 
 
-class ArrayOptions(ReadOptions, total=False):
+class ArrayOptions(VolumeOptions, total=False):
     """The options of `numpy_grinder`."""
 
     order: Order
+
+
+class SeriesOptions(PolicyOptions, total=False):
+    """The options of `series_grinder`, `split_by` apart."""
+
+    incomplete: Incomplete
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,12 +168,14 @@ class ArrayGrinder:
 
     reading: Reading = field(default_factory=Reading)
     order: Order = "position"
+    policies: Policies = field(default_factory=Policies)
     out: NDArray[Any] | None = None
 
     def __call__(self, datasets: Iterable[Dataset], /) -> NDArray[Any]:
         slices, notes = read_slices(datasets)
-        if self.order == "position" and len(slices) != 1:
-            volume = read_volume(slices, self.reading, notes=notes, out=self.out)
+        is_stack = len(slices) != 1 or "MOSAIC" in slices[0].header.image_type
+        if self.order == "position" and is_stack:
+            volume = read_volume(slices, self.reading, self.policies, notes=notes, out=self.out)
             _log(volume.warnings)
             return volume.array
         if self.order == "InstanceNumber":
@@ -157,11 +190,28 @@ class VolumeGrinder:
     """What `volume_grinder(...)` returns: called on datasets, it gives a `Volume`."""
 
     reading: Reading = field(default_factory=Reading)
+    policies: Policies = field(default_factory=Policies)
     out: NDArray[Any] | None = None
 
     def __call__(self, datasets: Iterable[Dataset], /) -> Volume:
         slices, notes = read_slices(datasets)
-        return read_volume(slices, self.reading, notes=notes, out=self.out)
+        return read_volume(slices, self.reading, self.policies, notes=notes, out=self.out)
+
+
+@dataclass(frozen=True, eq=False)
+class SeriesGrinder:
+    """What `series_grinder(...)` returns: called on datasets, it gives a `Volume` for each value."""
+
+    split_by: SplitBy | None = None
+    reading: Reading = field(default_factory=Reading)
+    policies: Policies = field(default_factory=Policies)
+    incomplete: Incomplete = "error"
+
+    def __call__(self, datasets: Iterable[Dataset], /) -> dict[Any, Volume]:
+        keywords = CANDIDATES if self.split_by is None else keywords_of(self.split_by)
+        slices, notes = read_slices(datasets, tags_of(keywords))
+        asked = None if self.split_by is None else keywords
+        return read_volumes(slices, asked, self.reading, self.policies, self.incomplete, notes)
 
 
 @overload
@@ -178,6 +228,10 @@ def numpy_grinder(
     order: Order = "position",
     values: Values = "rescaled",
     color: Color = "rgb",
+    gaps: Gaps = "error",
+    duplicates: Duplicates = "identical",
+    localizers: Localizers = "error",
+    tilt: Tilt = "keep",
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any] | ArrayGrinder:
     """All images as one array (slice, row, column); ready to use, and configurable.
@@ -195,6 +249,9 @@ def numpy_grinder(
     are indices, with a warning, and RGB with `color="palette"`. Of Double Float Pixel Data the array is
     float64.
 
+    `gaps`, `duplicates`, `localizers` and `tilt` say what is done with images that are not one plain
+    stack: see `dicomnode.lib.volume.Policies`. They count for `order="position"`.
+
     `out` is an array of the result's shape, C-contiguous, that is filled and returned; its dtype
     counts. Memory that is used again costs about half as much as new memory. It is for your own
     calls: in a node the next case would be written over what `process` still has. What it holds
@@ -205,14 +262,16 @@ def numpy_grinder(
     once for another dtype or order.
     """
     _one_of("order", order, Order)
-    grinder = ArrayGrinder(_reading(dtype, values, color, out), order, out)
+    reading = _reading(dtype, values, color, out)
+    policies = _policies(reading, gaps, duplicates, localizers, tilt)
+    grinder = ArrayGrinder(reading, order, policies, out)
     return grinder if datasets is _LATER else grinder(datasets)
 
 
 @overload
-def volume_grinder(datasets: Iterable[Dataset], /, **options: Unpack[ReadOptions]) -> Volume: ...
+def volume_grinder(datasets: Iterable[Dataset], /, **options: Unpack[VolumeOptions]) -> Volume: ...
 @overload
-def volume_grinder(**options: Unpack[ReadOptions]) -> VolumeGrinder: ...
+def volume_grinder(**options: Unpack[VolumeOptions]) -> VolumeGrinder: ...
 def volume_grinder(
     datasets: Iterable[Dataset] = _LATER,
     /,
@@ -220,17 +279,79 @@ def volume_grinder(
     dtype: DTypeLike | None = None,
     values: Values = "rescaled",
     color: Color = "rgb",
+    gaps: Gaps = "error",
+    duplicates: Duplicates = "identical",
+    localizers: Localizers = "error",
+    tilt: Tilt = "keep",
     out: NDArray[Any] | None = None,
 ) -> Volume | VolumeGrinder:
     """All images as one `Volume`: the array, its affine (LPS, mm), spacing and the slices' UIDs.
 
     `volume_grinder(datasets)` grinds. `volume_grinder(dtype=numpy.int16)` returns a grinder. The
-    rules for values, order and `out` are those of `numpy_grinder`; every image needs
-    ImagePositionPatient, ImageOrientationPatient and PixelSpacing.
+    rules for values, order and `out` are those of `numpy_grinder`, those for what is not one plain
+    stack those of `dicomnode.lib.volume.Policies`; every image needs ImagePositionPatient,
+    ImageOrientationPatient and PixelSpacing.
 
     Raises InconsistentSeries, UnsupportedImage, InvalidDataset, IncorrectlyConfigured.
     """
-    grinder = VolumeGrinder(_reading(dtype, values, color, out), out)
+    reading = _reading(dtype, values, color, out)
+    policies = _policies(reading, gaps, duplicates, localizers, tilt)
+    grinder = VolumeGrinder(reading, policies, out)
+    return grinder if datasets is _LATER else grinder(datasets)
+
+
+@overload
+def series_grinder(
+    datasets: Iterable[Dataset],
+    /,
+    *,
+    split_by: SplitBy | None = None,
+    **options: Unpack[SeriesOptions],
+) -> dict[Any, Volume]: ...
+@overload
+def series_grinder(
+    *, split_by: SplitBy | None = None, **options: Unpack[SeriesOptions]
+) -> SeriesGrinder: ...
+def series_grinder(
+    datasets: Iterable[Dataset] = _LATER,
+    /,
+    *,
+    split_by: SplitBy | None = None,
+    incomplete: Incomplete = "error",
+    dtype: DTypeLike | None = None,
+    values: Values = "rescaled",
+    color: Color = "rgb",
+    gaps: Gaps = "error",
+    duplicates: Duplicates = "identical",
+    localizers: Localizers = "error",
+    tilt: Tilt = "keep",
+) -> dict[Any, Volume] | SeriesGrinder:
+    """A `Volume` for each value of an attribute: time points, echoes, b-values, phases, segments.
+
+    `split_by` is the keyword of an attribute, or a tuple of keywords; then the keys are tuples. Keys
+    are plain Python values in ascending order: float, int, str, tuple, datetime. Of a frame, what its
+    functional groups say counts, however deep it lies. Three keywords are read from several places:
+    "DiffusionBValue" and "DiffusionGradientOrientation" also from private elements ((0, 0, 0) where
+    no gradient was), "AcquisitionDateTime" also from AcquisitionDate and AcquisitionTime, with
+    TimezoneOffsetFromUTC.
+
+    With None the attribute is looked for: the one of `dicomnode.lib.splits.CANDIDATES` that
+    separates the images into volumes of the same places. Where no two images lie at one place, there
+    is one volume, with the key None.
+
+    `incomplete` is what happens where volumes have different numbers of places: "error", "drop"
+    leaves out those that have another number than most, with a warning in the others, "keep" gives
+    them as they are. The other options are those of `volume_grinder`, for each volume.
+
+    Raises InconsistentSeries (an image without a value, unequal volumes, no or several attributes
+    that would separate), and what `volume_grinder` raises.
+    """
+    if split_by is not None:
+        keywords_of(split_by)
+    _one_of("incomplete", incomplete, Incomplete)
+    reading = _reading(dtype, values, color, None)
+    policies = _policies(reading, gaps, duplicates, localizers, tilt)
+    grinder = SeriesGrinder(split_by, reading, policies, incomplete)
     return grinder if datasets is _LATER else grinder(datasets)
 
 
@@ -247,6 +368,25 @@ def _reading(
     _one_of("values", values, Values)
     _one_of("color", color, Color)
     return Reading(_array_type(dtype, out), values, color)
+
+
+def _policies(
+    reading: Reading, gaps: Gaps, duplicates: Duplicates, localizers: Localizers, tilt: Tilt
+) -> Policies:
+    for name, value, allowed in (
+        ("gaps", gaps, Gaps),
+        ("duplicates", duplicates, Duplicates),
+        ("localizers", localizers, Localizers),
+        ("tilt", tilt, Tilt),
+    ):
+        _one_of(name, value, allowed)
+    policies = Policies(gaps, duplicates, localizers, tilt)
+    if policies.needs_nan and reading.dtype is not None and reading.dtype.kind != "f":
+        raise IncorrectlyConfigured(
+            f"{policies.needs_nan} puts NaN or new values into the array and needs a float dtype, not "
+            f"{reading.dtype}"
+        )
+    return policies
 
 
 def _array_type(dtype: DTypeLike | None, out: NDArray[Any] | None) -> numpy.dtype[Any] | None:

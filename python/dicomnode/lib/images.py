@@ -8,7 +8,7 @@ in the compiled core, which decodes compressed ones on the way.
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy
@@ -100,6 +100,8 @@ class ImageHeader(Protocol):
     def frame(self) -> int: ...
     @property
     def stack_id(self) -> str: ...
+    @property
+    def position_index(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class _PlainHeader:
     is_native: bool
     frame: int = 0
     stack_id: str = ""
+    position_index: int | None = None
 
 
 #: What the numbers of an array are: rescaled (PS3.3 C.11.1), or as they are stored.
@@ -166,12 +169,30 @@ class Slice:
 
     header: ImageHeader
     dataset: Dataset
+    #: The image that holds the pixels, where `header` tells another place than that does.
+    whole: ImageHeader | None = None
+    #: Row and column in `whole` where the pixels start.
+    corner: tuple[int, int] = (0, 0)
+
+    def moved(self, corner: tuple[int, int] = (0, 0), **changes: Any) -> "Slice":
+        """The same pixels, or a part of them, with other attributes."""
+        values = {one.name: getattr(self.header, one.name) for one in fields(_PlainHeader)}
+        header = _PlainHeader(**{**values, **changes})
+        return Slice(header, self.dataset, self.header, corner)
 
 
-def read_slices(datasets: Iterable[Dataset]) -> tuple[list[Slice], list[str]]:
+# What tells where frames lie, besides the attributes of ImageHeader: AnatomicalOrientationType,
+# InConcatenationNumber, InConcatenationTotalNumber, ConcatenationUID, ConcatenationFrameOffsetNumber.
+_LAYOUT_TAGS = (0x00102210, 0x00209161, 0x00209162, 0x00209163, 0x00209228)
+
+
+def read_slices(
+    datasets: Iterable[Dataset], extra_tags: Sequence[int] = ()
+) -> tuple[list[Slice], list[str]]:
     """The images among datasets, in their order, and a note for each object that is none.
 
-    Each frame of a multi-frame object is an image of its own, in the order of the file.
+    Each frame of a multi-frame object is an image of its own, in the order of the file. With
+    `extra_tags` the headers that the core scanned keep the values of these, too.
 
     Lazy datasets of a node or of `dicomnode.lib.dicom.load` are scanned by the compiled core, in
     parallel; of any other dataset the attributes are read here.
@@ -190,12 +211,13 @@ def read_slices(datasets: Iterable[Dataset]) -> tuple[list[Slice], list[str]]:
                 f"expected a Dataset, found {type(one).__name__}; read files with "
                 "dicomnode.lib.dicom.load"
             )
-    sources = [untouched_source(dataset) for dataset in given]
-    scanned = iter(_core.scan_images([source for source in sources if source is not None]))
+    tags = (*_LAYOUT_TAGS, *extra_tags)
+    sources = [untouched_source(dataset, tags) for dataset in given]
+    scanned = iter(_core.scan_images([one for one in sources if one is not None], tags))
     slices: list[Slice] = []
     notes: list[str] = []
     for dataset, source in zip(given, sources, strict=True):
-        header: ImageHeader = _header(dataset) if source is None else next(scanned)
+        header: ImageHeader = _header(dataset, tags) if source is None else next(scanned)
         if (
             isinstance(header, _core.Image)
             and header.pixel_tag
@@ -211,7 +233,7 @@ def read_slices(datasets: Iterable[Dataset]) -> tuple[list[Slice], list[str]]:
     return slices, notes
 
 
-def _header(dataset: Dataset) -> ImageHeader:
+def _header(dataset: Dataset, tags: Sequence[int]) -> ImageHeader:
     """The header of a dataset that a user made or changed.
 
     One plain frame is described by its attributes, and its pixels are borrowed; anything else is
@@ -229,7 +251,7 @@ def _header(dataset: Dataset) -> ImageHeader:
     )
     if is_plain or not header.pixel_tag:
         return header
-    (image,) = _core.scan_images([encode(dataset)[0]])
+    (image,) = _core.scan_images([encode(dataset)[0]], tags)
     return image
 
 
@@ -270,6 +292,8 @@ def read_array(
                 f"{first.sop_instance_uid} is {_kind(first)}; images of one array have to be of one "
                 "kind: narrow the input with required_values for PhotometricInterpretation"
             )
+    if any(item.whole is not None for item in slices):
+        return _read_parts(slices, reading, out)
     is_palette = first.photometric_interpretation == _PALETTE
     if is_palette and reading.color == "palette":
         return _read_palette(slices, out)
@@ -288,6 +312,31 @@ def read_array(
             f"{first.sop_instance_uid}: values are indices of a palette; color='palette' gives RGB"
         )
     return out, _merged(notes)
+
+
+def _read_parts(
+    slices: Sequence[Slice], reading: Reading, out: NDArray[Any] | None
+) -> tuple[NDArray[Any], list[str]]:
+    """The pixels of images that are a part of another, or tell another place than that."""
+    wholes = [Slice(item.whole or item.header, item.dataset) for item in slices]
+    numbers: dict[int, int] = {}
+    for item in wholes:
+        numbers.setdefault(id(item.header), len(numbers))
+    first = {id(item.header): item for item in reversed(wholes)}
+    if out is not None:
+        reading = replace(reading, dtype=out.dtype)
+    array, notes = read_array([first[number] for number in numbers], reading)
+    rows, columns = slices[0].header.rows, slices[0].header.columns
+    parts = [
+        array[numbers[id(whole.header)], row : row + rows, column : column + columns]
+        for whole, (row, column) in zip(wholes, (item.corner for item in slices), strict=True)
+    ]
+    if out is None:
+        return numpy.stack(parts), notes
+    shape = (len(parts), *parts[0].shape)
+    if out.shape != shape:
+        raise IncorrectlyConfigured(f"out has the shape {out.shape}, the images are {shape}")
+    return numpy.stack(parts, out=out), notes
 
 
 def _output(

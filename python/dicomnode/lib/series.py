@@ -28,8 +28,8 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from pydicom.valuerep import format_number_as_ds
 
 from dicomnode.errors import InconsistentSeries, InvalidDataset, UnsupportedImage
-from dicomnode.lib.images import ImageHeader, read_slices
-from dicomnode.lib.volume import plan
+from dicomnode.lib.images import ImageHeader, Reading, read_slices
+from dicomnode.lib.volume import Policies, arrange
 
 # What stays true of an image that was computed from another (patient, study, equipment, frame of
 # reference, plane), besides all public elements of the groups for acquisition (0018) and nuclear
@@ -108,8 +108,7 @@ def derive_series(
                 "not derived yet; make the results from its datasets by hand"
             )
     if len(slices) > 1:
-        order = plan([item.header for item in slices])[0]
-        slices = [slices[k] for k in order]
+        slices = arrange(slices, Reading(), Policies()).slices
     first = slices[0].header
     expected = (len(slices), first.rows, first.columns)
     if array.shape != expected:

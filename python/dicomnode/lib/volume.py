@@ -3,23 +3,75 @@
 Solves the question that every reader of a series has to answer: which images belong together, in
 which order, and how far apart. Strict: what does not form one regular stack raises
 `InconsistentSeries` with the instances and the remedy, because a volume that is silently wrong is
-worse than none.
+worse than none. `Policies` say where a user wants something else.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
 
 import numpy
 from numpy.typing import NDArray
 
-from dicomnode.errors import InconsistentSeries
+from dicomnode.errors import InconsistentSeries, IncorrectlyConfigured
 from dicomnode.lib.images import ImageHeader, Reading, Slice, called, check_image, read_array
+from dicomnode.lib.layouts import place
+from dicomnode.lib.splits import counts, differing, element_value, split
 
 # Tolerances in millimetres, and for direction cosines and relative spacing without unit.
 _POSITION_MM = 1e-3
 _SPACING_RELATIVE = 0.01
 _DIRECTION = 1e-4
+# Shear of a stack relative to its length, above which it counts as tilted.
+_TILT = 1e-3
+# Shift in pixels below which a slice counts as in its place.
+_SHIFT = 0.01
+# Slices of a filled or resampled volume for each image that is there.
+_MOST_FILLED = 16
+_ANATOMICAL_ORIENTATION_TYPE = 0x00102210
+
+#: What happens with slices that are not equally far apart.
+Gaps: TypeAlias = Literal["error", "fill", "resample", "keep"]
+#: What happens with several images at one place.
+Duplicates: TypeAlias = Literal["identical", "error", "last"]
+#: What happens with localizers among the images.
+Localizers: TypeAlias = Literal["error", "drop"]
+#: What happens with volumes of one series that have different numbers of places.
+Incomplete: TypeAlias = Literal["error", "drop", "keep"]
+#: What happens with a stack whose slices do not lie straight above each other.
+Tilt: TypeAlias = Literal["keep", "error", "resample"]
+
+
+@dataclass(frozen=True)
+class Policies:
+    """What is done with images that are not one plain stack, instead of an error.
+
+    `gaps`: "fill" puts slices of NaN where images are missing, if all distances are whole multiples
+    of the smallest. "resample" computes slices at the smallest distance, each linear between its two
+    neighbours. "keep" leaves the slices as they are; then the affine's third column and
+    `spacing_mm[0]` are NaN, and only `positions_mm` tells where each slice is.
+
+    `duplicates`: "identical" keeps one of several images with equal pixels; "error" does not; "last"
+    keeps the one that was given last, whatever its pixels.
+
+    `localizers`: "drop" leaves out images whose ImageType says LOCALIZER or SCOUT.
+
+    `tilt`: "keep" gives a sheared affine; "error" refuses it; "resample" shifts each slice within its
+    plane, linear between pixels, on a grid that is as much larger as all slices need; NaN where no
+    image was.
+    """
+
+    gaps: Gaps = "error"
+    duplicates: Duplicates = "identical"
+    localizers: Localizers = "error"
+    tilt: Tilt = "keep"
+
+    @property
+    def needs_nan(self) -> str:
+        """The policy that may put NaN or new values into an array, as it is written; else empty."""
+        if self.gaps in ("fill", "resample"):
+            return f'gaps="{self.gaps}"'
+        return 'tilt="resample"' if self.tilt == "resample" else ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +83,9 @@ class Volume:
     voxel's centre (PS3.3 C.7.6.2.1.1). `spacing_mm` is (slice, row, column): the distance between
     neighbours along each axis of the array; NaN for the slice axis where a lone slice does not
     tell. `sop_instance_uids[k]` is the image that `array[k]` came from, and
-    `frame_numbers[k]` the frame in it, from 1. `warnings` tells what was tolerated or left out.
+    `frame_numbers[k]` the frame in it (of a mosaic, the tile), from 1; "" and 0 for a slice that no
+    image gave. `positions_mm[k]` is where the first voxel of `array[k]` is, LPS, as the image says.
+    `warnings` tells what was tolerated or left out.
     """
 
     array: NDArray[Any]
@@ -40,6 +94,7 @@ class Volume:
     sop_instance_uids: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     frame_numbers: tuple[int, ...] = ()
+    positions_mm: NDArray[numpy.float64] = field(default_factory=lambda: numpy.empty((0, 3)))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,9 +102,56 @@ class Volume:
         return self.array.shape
 
 
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Images in the order of their position, and the grid of the volume that they make.
+
+    `grid` tells for each slice of the volume which image it is: a whole number, or between two
+    images a fraction; NaN where none is.
+    """
+
+    slices: list[Slice]
+    grid: NDArray[numpy.float64]
+    positions_mm: NDArray[numpy.float64]
+    plane: "Plane"
+    step: NDArray[numpy.float64]
+    warnings: tuple[str, ...]
+
+    @property
+    def is_plain(self) -> bool:
+        """Every image is one slice of the volume."""
+        return len(self.grid) == len(self.slices) and not numpy.isnan(self.grid).any()
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """What all slices of a stack share: directions as unit vectors, and the spacing in the plane."""
+
+    along_row: NDArray[numpy.float64]
+    along_column: NDArray[numpy.float64]
+    row_mm: float
+    column_mm: float
+
+    @property
+    def normal(self) -> NDArray[numpy.float64]:
+        normal: NDArray[numpy.float64] = numpy.cross(self.along_row, self.along_column)
+        return normal / float(numpy.linalg.norm(normal))
+
+    def affine(
+        self, origin: NDArray[numpy.float64], step: NDArray[numpy.float64]
+    ) -> NDArray[numpy.float64]:
+        affine = numpy.eye(4)
+        affine[:3, 0] = self.along_row * self.column_mm
+        affine[:3, 1] = self.along_column * self.row_mm
+        affine[:3, 2] = step
+        affine[:3, 3] = origin
+        return affine
+
+
 def read_volume(
     slices: Sequence[Slice],
     reading: Reading,
+    policies: Policies | None = None,
     *,
     notes: Sequence[str] = (),
     out: NDArray[Any] | None = None,
@@ -58,29 +160,63 @@ def read_volume(
 
     `notes` go before the volume's own warnings.
 
-    Raises InconsistentSeries where the images are not one regular stack.
+    Raises InconsistentSeries where the images are not one regular stack and no policy allows it.
     """
+    policies = policies or Policies()
     if not slices:
         raise InconsistentSeries(f"there is no image to make a volume of{_listed(notes)}")
-    for item in slices:
-        check_image(item.header)
-    order, affine, spacing_mm, tolerated = plan([item.header for item in slices])
-    ordered = [slices[k] for k in order]
-    array, told = read_array(ordered, reading, out=out)
+    return read_stack(arrange(slices, reading, policies), reading, policies, notes=notes, out=out)
+
+
+def read_stack(
+    stack: Stack,
+    reading: Reading,
+    policies: Policies,
+    *,
+    notes: Sequence[str] = (),
+    out: NDArray[Any] | None = None,
+) -> Volume:
+    """The volume of images that were arranged."""
+    plane, step, positions = stack.plane, stack.step, stack.positions_mm
+    shifts = _shifts(stack) if policies.tilt == "resample" else None
+    as_read = stack.is_plain and shifts is None
+    array, told = read_array(stack.slices, reading, out=out if as_read else None)
+    if not as_read:
+        if array.dtype.kind != "f":
+            raise IncorrectlyConfigured(
+                f"{policies.needs_nan} needs a float dtype, because it puts NaN or values between "
+                f"two images into the array; not {array.dtype}"
+            )
+        if not stack.is_plain:
+            array = _on_grid(array, stack.grid)
+        origin = positions[0]
+        if shifts is not None:
+            array, origin = _straightened(array, shifts, plane, positions[0])
+            along = (positions - positions[0]) @ plane.normal
+            positions = origin + along[:, None] * plane.normal
+            step = plane.normal * float(step @ plane.normal)
+        if out is not None:
+            if out.shape != array.shape:
+                raise IncorrectlyConfigured(
+                    f"out has the shape {out.shape}, the volume has {array.shape}"
+                )
+            numpy.copyto(out, array)
+            array = out
+    whole = [int(k) if k == int(k) else None for k in numpy.nan_to_num(stack.grid, nan=0.5)]
+    sources = [None if k is None else stack.slices[k].header for k in whole]
     return Volume(
         array=array,
-        affine=affine,
-        spacing_mm=spacing_mm,
-        sop_instance_uids=tuple(item.header.sop_instance_uid for item in ordered),
-        warnings=(*notes, *tolerated, *told),
-        frame_numbers=tuple(item.header.frame + 1 for item in ordered),
+        affine=plane.affine(positions[0], step),
+        spacing_mm=(float(numpy.linalg.norm(step)), plane.row_mm, plane.column_mm),
+        sop_instance_uids=tuple("" if one is None else one.sop_instance_uid for one in sources),
+        warnings=(*notes, *stack.warnings, *told),
+        frame_numbers=tuple(0 if one is None else one.frame + 1 for one in sources),
+        positions_mm=positions,
     )
 
 
-def plan(
-    headers: Sequence[ImageHeader],
-) -> tuple[list[int], NDArray[numpy.float64], tuple[float, float, float], list[str]]:
-    """Order, affine, spacing (slice, row, column) in mm and warnings of one regular stack.
+def arrange(slices: Sequence[Slice], reading: Reading, policies: Policies) -> Stack:
+    """The order, the places and the grid of one stack.
 
     The order is that of the position along the normal row x column of the orientation, ascending,
     so that the affine is right-handed; InstanceNumber and SliceLocation have no influence. The step
@@ -89,9 +225,174 @@ def plan(
 
     Raises InconsistentSeries naming the instances.
     """
-    first = headers[0]
     warnings: list[str] = []
-    for header in headers:
+    if policies.localizers == "drop":
+        slices = _without_localizers(slices, warnings)
+    for item in slices:
+        check_image(item.header)
+    slices = place(slices)
+    plane = _plane(slices, warnings)
+    normal = plane.normal
+    positions = numpy.array([item.header.position for item in slices], numpy.float64)
+    distances = positions @ normal
+    order = [int(k) for k in numpy.argsort(distances, kind="stable")]
+    order = _without_duplicates(slices, positions, distances, order, reading, policies, warnings)
+    slices = [slices[k] for k in order]
+    positions, distances = positions[order], distances[order]
+    _check_indices(slices, warnings)
+    if element_value(slices[0], _ANATOMICAL_ORIENTATION_TYPE) == "QUADRUPED":
+        warnings.append(
+            "AnatomicalOrientationType is QUADRUPED: the affine is in the axes of PS3.3 C.7.6.2.1.1 "
+            "for quadrupeds, not in LPS"
+        )
+    count = len(slices)
+    grid = numpy.arange(count, dtype=numpy.float64)
+    if count == 1:
+        step = _lone_step(slices[0].header, normal, warnings)
+        return Stack(slices, grid, positions, plane, step, tuple(warnings))
+    problem, drifts = _irregular(slices, positions, distances)
+    if not problem:
+        step = (positions[-1] - positions[0]) / (count - 1)
+    elif policies.gaps == "keep":
+        step = numpy.full(3, numpy.nan)
+        warnings.append(f"the slices are kept as they are: {problem}")
+    elif policies.gaps == "error" or drifts:
+        raise InconsistentSeries(problem)
+    else:
+        grid = _regular(slices, positions, distances, policies, problem)
+        step = (positions[-1] - positions[0]) / (len(grid) - 1)
+        positions = positions[0] + numpy.arange(len(grid))[:, None] * step
+        missing = int((grid != numpy.rint(numpy.nan_to_num(grid, nan=0.5))).sum())
+        done = "are NaN" if policies.gaps == "fill" else "were interpolated"
+        warnings.append(f"{missing} of {len(grid)} slices {done}: {problem}")
+    _check_tilt(slices, positions, normal, policies)
+    return Stack(slices, grid, positions, plane, step, tuple(warnings))
+
+
+def read_volumes(
+    slices: Sequence[Slice],
+    keywords: tuple[str, ...] | None,
+    reading: Reading,
+    policies: Policies,
+    incomplete: Incomplete = "error",
+    notes: Sequence[str] = (),
+) -> dict[Any, Volume]:
+    """A volume for each value, or tuple of values, of the attributes `keywords`, in their order.
+
+    With None the attribute is looked for; where all images have places of their own, the one volume
+    has the key None.
+
+    Raises InconsistentSeries.
+    """
+    warnings = list(notes)
+    if not slices:
+        raise InconsistentSeries(f"there is no image to make a volume of{_listed(notes)}")
+    if policies.localizers == "drop":
+        slices = _without_localizers(slices, warnings)
+    for item in slices:
+        check_image(item.header)
+    slices = place(slices)
+    if keywords is None:
+        keyword = _separating(slices)
+        if keyword is None:
+            return {None: read_volume(slices, reading, policies, notes=warnings)}
+        keywords = (keyword,)
+        warnings.append(f"split by {keyword}, which separates images at the same position")
+    groups = split(slices, keywords)
+    told = " and ".join(keywords)
+    sizes = {key: len(_places(group)) for key, group in groups.items()}
+    if len(set(sizes.values())) > 1 and incomplete != "keep":
+        each = _some([f"{key!r}: {size}" for key, size in sizes.items()], 20)
+        if incomplete == "error":
+            raise InconsistentSeries(
+                f"the volumes by {told} have different numbers of slices ({each}): an examination "
+                "that was stopped, or images that are missing? Wait for the whole series in "
+                'validate(), choose incomplete="drop" or "keep", or split by another attribute'
+            )
+        counted = list(sizes.values())
+        usual = max(set(counted), key=lambda size: (counted.count(size), size))
+        groups = {key: group for key, group in groups.items() if sizes[key] == usual}
+        left = [f"{key!r} ({size} slices)" for key, size in sizes.items() if size != usual]
+        warnings.append(
+            f"volumes with another number of slices than {usual} left out: {_some(left)}"
+        )
+    stacks = {}
+    for key, group in groups.items():
+        try:
+            stacks[key] = arrange(group, reading, policies)
+        except InconsistentSeries as error:
+            raise InconsistentSeries(f"{told} {key!r}: {error}") from error
+    return {
+        key: read_stack(stack, reading, policies, notes=warnings) for key, stack in stacks.items()
+    }
+
+
+def _places(slices: Sequence[Slice]) -> list[tuple[Any, ...]]:
+    """The places that images lie at: orientation and the position of the first image of each."""
+    by_plane: dict[Any, list[tuple[float, ...]]] = {}
+    for item in slices:
+        header = item.header
+        if header.position is None or header.orientation is None:
+            return [(k,) for k in range(len(slices))]
+        plane = tuple(round(value, 3) + 0.0 for value in header.orientation)
+        by_plane.setdefault((header.series_instance_uid, plane), []).append(header.position)
+    places: list[tuple[Any, ...]] = []
+    for (series, plane), positions in by_plane.items():
+        normal = numpy.cross(plane[:3], plane[3:])
+        distances = numpy.array(positions) @ normal
+        order = [int(k) for k in numpy.argsort(distances, kind="stable")]
+        groups = same_places(distances, order)
+        places += [(series, plane, float(distances[group[0]])) for group in groups]
+    return places
+
+
+def _separating(slices: Sequence[Slice]) -> str | None:
+    """The attribute that splits images into stacks of the same places; None where none is needed.
+
+    Attributes that split them in the same way count as one: the first of `CANDIDATES`.
+
+    Raises InconsistentSeries where there is no such attribute, or several.
+    """
+    once = {(item.header.sop_instance_uid, item.header.frame): item for item in slices}
+    unique = list(once.values())
+    if len(_places(unique)) == len(unique):
+        return None
+    values = counts(unique)
+    found: dict[frozenset[frozenset[int]], str] = {}
+    for keyword in values:
+        groups = split(unique, (keyword,))
+        first, *others = (_places(group) for group in groups.values())
+        apart = sum(len(group) for group in groups.values()) == len(first) * len(groups)
+        if apart and all(_same_places(first, other) for other in others):
+            partition = frozenset(frozenset(map(id, group)) for group in groups.values())
+            found.setdefault(partition, keyword)
+    if len(found) == 1:
+        return next(iter(found.values()))
+    told = ", ".join(f"{keyword} ({count} values)" for keyword, count in values.items())
+    if found:
+        problem = f"several attributes would separate them: {', '.join(found.values())}"
+    else:
+        problem = "no single attribute separates them into stacks of the same places"
+    raise InconsistentSeries(
+        f"{len(unique)} images from {called(unique[0].header)} on lie at {len(_places(unique))} places, "
+        f"and {problem}; choose split_by, a keyword or a tuple of keywords: those that differ are "
+        f"{told or 'none'}"
+    )
+
+
+def _same_places(one: Sequence[tuple[Any, ...]], other: Sequence[tuple[Any, ...]]) -> bool:
+    return len(one) == len(other) and all(
+        mine[:-1] == theirs[:-1] and abs(mine[-1] - theirs[-1]) <= 0.01
+        for mine, theirs in zip(one, other, strict=True)
+    )
+
+
+def _plane(slices: Sequence[Slice], warnings: list[str]) -> Plane:
+    """What all images share, after it was found to be the same."""
+    headers = [item.header for item in slices]
+    first = headers[0]
+    for item in slices:
+        header = item.header
         if header.position is None or header.orientation is None or header.pixel_spacing is None:
             missing = [
                 name
@@ -105,6 +406,7 @@ def plan(
             raise InconsistentSeries(
                 f"image {called(header)} has no {' and no '.join(missing)}: it has no "
                 "place in a volume; take it out with required_tags, or use list_grinder"
+                f"{_other_spacing(item.dataset) if 'PixelSpacing' in missing else ''}"
             )
         for attribute, name in (
             ("series_instance_uid", "SeriesInstanceUID"),
@@ -120,17 +422,17 @@ def plan(
                 raise InconsistentSeries(
                     f"images {called(first)} and {called(header)} differ in "
                     f"{name} ({theirs!r} and {mine!r}); narrow the input with required_values so that "
-                    "it holds one series"
+                    f"it holds one series{_split_remedy(name)}"
                 )
         if _kind(header) != _kind(first):
             raise InconsistentSeries(
                 f"images {called(first)} and {called(header)} differ in ImageType "
                 f"({first.image_type!r} and {header.image_type!r}); narrow the input with "
-                "required_values for ImageType"
+                f"required_values for ImageType{_split_remedy('ImageType')}"
+                f"{_localizer_remedy(first, header)}"
             )
 
     orientations = numpy.array([header.orientation for header in headers], numpy.float64)
-    positions = numpy.array([header.position for header in headers], numpy.float64)
     spacings = numpy.array([header.pixel_spacing for header in headers], numpy.float64)
     _same_for_all(headers, orientations, _DIRECTION, "ImageOrientationPatient")
     _same_for_all(headers, spacings, 1e-4 * float(spacings[0].max()), "PixelSpacing")
@@ -153,79 +455,346 @@ def plan(
         warnings.append(f"ImageOrientationPatient {orientations[0].tolist()} was normalised")
     along_row = along_row / lengths[0]
     along_column = along_column / lengths[1]
-    normal = numpy.cross(along_row, along_column)
-    normal /= numpy.linalg.norm(normal)
-
-    distances = positions @ normal
-    order = [int(k) for k in numpy.argsort(distances, kind="stable")]
-    step = _step(headers, positions, distances, order, normal, warnings)
-
-    affine = numpy.eye(4)
-    affine[:3, 0] = along_row * column_mm
-    affine[:3, 1] = along_column * row_mm
-    affine[:3, 2] = step
-    affine[:3, 3] = positions[order[0]]
-    return order, affine, (float(numpy.linalg.norm(step)), row_mm, column_mm), warnings
+    return Plane(along_row, along_column, row_mm, column_mm)
 
 
-def _step(
-    headers: Sequence[ImageHeader],
+def _without_localizers(slices: Sequence[Slice], warnings: list[str]) -> list[Slice]:
+    """The images that are no localizers, with a warning that names the others (PS3.3 C.7.6.1.1.2)."""
+    kept: list[Slice] = []
+    left: list[Slice] = []
+    for item in slices:
+        kinds = item.header.image_type.upper().split("\\")
+        (left if {"LOCALIZER", "SCOUT"}.intersection(kinds) else kept).append(item)
+    if left:
+        warnings.append(f"localizers left out: {_named([item.header for item in left])}")
+    if not kept:
+        raise InconsistentSeries(f"all images are localizers: {_named([i.header for i in left])}")
+    return kept
+
+
+def _without_duplicates(
+    slices: Sequence[Slice],
     positions: NDArray[numpy.float64],
     distances: NDArray[numpy.float64],
     order: list[int],
-    normal: NDArray[numpy.float64],
+    reading: Reading,
+    policies: Policies,
     warnings: list[str],
-) -> NDArray[numpy.float64]:
-    """The vector in mm from one slice to the next, after all steps were found equal."""
-    if len(order) == 1:
-        header = headers[0]
-        for value, name in (
-            (header.spacing_between_slices, "SpacingBetweenSlices"),
-            (header.slice_thickness, "SliceThickness"),
-        ):
-            if value is not None and abs(value) > 0:
-                warnings.append(f"one slice: its extent along the normal is its {name}")
-                return normal * abs(value)
-        warnings.append("one slice without SpacingBetweenSlices and SliceThickness: step is NaN")
-        return numpy.full(3, numpy.nan)
-
-    gaps = numpy.diff(distances[order])
-    usual = float(numpy.median(gaps))
-    duplicates = numpy.flatnonzero(gaps < max(_POSITION_MM, 1e-3 * usual))
-    if duplicates.size:
-        pairs = [
-            f"{called(headers[order[k]])} and {called(headers[order[k + 1]])}" for k in duplicates
-        ]
-        raise InconsistentSeries(
-            f"{len(pairs)} pairs of images lie at the same position: {_some(pairs)}; several time "
-            "points, echoes or reconstructions in one input? Narrow it with required_values"
+) -> list[int]:
+    """The order with one image at each place, as the policy wants it."""
+    groups = [group for group in same_places(distances, order) if len(group) > 1]
+    if not groups:
+        return order
+    dropped: set[int] = set()
+    told: list[str] = []
+    for group in groups:
+        given = sorted(group)
+        kept = given[-1] if policies.duplicates == "last" else given[0]
+        if policies.duplicates == "error":
+            raise _at_one_place(slices, groups, slices[given[0]], slices[given[1]])
+        for other in given:
+            if other == kept:
+                continue
+            one, two = slices[kept].header, slices[other].header
+            again = (one.sop_instance_uid, one.frame) == (two.sop_instance_uid, two.frame)
+            if policies.duplicates == "identical":
+                off = numpy.linalg.norm(positions[kept] - positions[other])
+                if off > 2 * _POSITION_MM or not _equal(slices[kept], slices[other], reading):
+                    raise _at_one_place(slices, groups, slices[kept], slices[other])
+            dropped.add(other)
+            if not (again and policies.duplicates == "identical"):
+                told.append(called(two))
+    if told:
+        why = "given last" if policies.duplicates == "last" else "with equal pixels"
+        warnings.append(
+            f"of several images at one place the one {why} was kept; left out: {_some(told)}"
         )
+    return [k for k in order if k not in dropped]
+
+
+def same_places(distances: NDArray[numpy.float64], order: Sequence[int]) -> list[list[int]]:
+    """The images along the normal, those at the same distance together."""
+    gaps = numpy.diff(distances[list(order)])
+    apart = gaps[gaps > _POSITION_MM]
+    usual = float(numpy.median(apart)) if apart.size else 0.0
+    groups = [[order[0]]]
+    for k, gap in zip(order[1:], gaps, strict=True):
+        if gap < max(_POSITION_MM, _SPACING_RELATIVE * usual):
+            groups[-1].append(k)
+        else:
+            groups.append([k])
+    return groups
+
+
+def _equal(one: Slice, other: Slice, reading: Reading) -> bool:
+    """Whether two images have the same values, and the same stored ones."""
+    if one.dataset is other.dataset and one.header.frame == other.header.frame:
+        return True
+    exact = replace(reading, dtype=numpy.dtype("f8"))
+    pair = read_array([one, other], exact)[0]
+    return numpy.array_equal(pair[0], pair[1], equal_nan=True)
+
+
+def _at_one_place(
+    slices: Sequence[Slice], groups: Sequence[list[int]], one: Slice, other: Slice
+) -> InconsistentSeries:
+    headers = [item.header for item in slices]
+    pairs = [
+        f"{called(headers[first])} and {called(headers[second])}"
+        for group in groups
+        for first, second in zip(sorted(group), sorted(group)[1:], strict=False)
+    ]
+    names = differing(one, other)
+    if names:
+        told = (
+            f"{called(one.header)} and {called(other.header)} differ in {', '.join(names)}: several "
+            "time points, echoes or reconstructions in one input? Narrow it with required_values, or "
+            f'use series_grinder(split_by="{names[0]}"), which gives a volume for each'
+        )
+    else:
+        told = (
+            "no attribute tells them apart that tells time points, echoes or reconstructions apart; "
+            'narrow the input with required_values, or choose duplicates="last"'
+        )
+    return InconsistentSeries(
+        f"{len(pairs)} pairs of images lie at the same position: {_some(pairs)}; {told}"
+    )
+
+
+def _lone_step(
+    header: ImageHeader, normal: NDArray[numpy.float64], warnings: list[str]
+) -> NDArray[numpy.float64]:
+    """The extent of a single slice along the normal, NaN where nothing tells it."""
+    for value, name in (
+        (header.spacing_between_slices, "SpacingBetweenSlices"),
+        (header.slice_thickness, "SliceThickness"),
+    ):
+        if value is not None and abs(value) > 0:
+            warnings.append(f"one slice: its extent along the normal is its {name}")
+            return normal * abs(value)
+    warnings.append("one slice without SpacingBetweenSlices and SliceThickness: step is NaN")
+    return numpy.full(3, numpy.nan)
+
+
+def _irregular(
+    slices: Sequence[Slice],
+    positions: NDArray[numpy.float64],
+    distances: NDArray[numpy.float64],
+) -> tuple[str, bool]:
+    """What is not regular in a stack, empty where nothing is; and whether slices drift sideways."""
+    headers = [item.header for item in slices]
+    gaps = numpy.diff(distances)
+    usual = float(numpy.median(gaps))
     tolerance = max(_POSITION_MM, _SPACING_RELATIVE * usual)
     odd = numpy.flatnonzero(numpy.abs(gaps - usual) > tolerance)
     if odd.size:
-        places = [_gap(headers, order, int(k), float(gaps[k]), usual) for k in odd]
-        raise InconsistentSeries(
+        places = [_gap(headers, int(k), float(gaps[k]), usual) for k in odd]
+        return (
             f"slices are {usual:.4g} mm apart, but {_some(places)}; an image is missing, or the "
-            "input holds more than one stack: wait for the whole series in validate(), or send the "
-            "missing images"
+            "input holds more than one stack: wait for the whole series in validate(), send the "
+            'missing images, or choose gaps="fill", "resample" or "keep"',
+            False,
         )
-    ordered = positions[order]
-    step: NDArray[numpy.float64] = (ordered[-1] - ordered[0]) / (len(order) - 1)
-    expected = ordered[0] + numpy.arange(len(order))[:, None] * step
-    drift = numpy.linalg.norm(ordered - expected, axis=1)
+    expected = numpy.linspace(positions[0], positions[-1], len(slices))
+    problem = _drift(headers, positions, expected, usual)
+    return problem, bool(problem)
+
+
+def _drift(
+    headers: Sequence[ImageHeader],
+    positions: NDArray[numpy.float64],
+    expected: NDArray[numpy.float64],
+    usual: float,
+) -> str:
+    """Which slice is not where a straight stack has it; empty where all are."""
+    drift = numpy.linalg.norm(positions - expected, axis=1)
     worst = int(numpy.argmax(drift))
-    if drift[worst] > max(_POSITION_MM, _SPACING_RELATIVE * usual) * 2:
+    if drift[worst] <= max(_POSITION_MM, _SPACING_RELATIVE * usual) * 2:
+        return ""
+    return (
+        f"image {called(headers[worst])} lies {drift[worst]:.4g} mm off the straight line through "
+        'the stack; these images are not one regular volume (gaps="keep" gives each its own place)'
+    )
+
+
+def _regular(
+    slices: Sequence[Slice],
+    positions: NDArray[numpy.float64],
+    distances: NDArray[numpy.float64],
+    policies: Policies,
+    problem: str,
+) -> NDArray[numpy.float64]:
+    """The grid of a stack with gaps, filled or resampled: see `Stack.grid`."""
+    headers = [item.header for item in slices]
+    gaps = numpy.diff(distances)
+    smallest, extent = float(gaps.min()), float(distances[-1] - distances[0])
+    if extent / smallest > _MOST_FILLED * len(slices):
         raise InconsistentSeries(
-            f"image {called(headers[order[worst]])} lies {drift[worst]:.4g} mm off the "
-            "straight line through the stack; these images are not one regular volume"
+            f"the volume would have over {_MOST_FILLED} slices for each image that is there: {problem}"
         )
-    return step
+    if policies.gaps == "resample":
+        where = (distances - distances[0]) / extent
+        drift = _drift(
+            headers,
+            positions,
+            positions[0] + where[:, None] * (positions[-1] - positions[0]),
+            smallest,
+        )
+        if drift:
+            raise InconsistentSeries(drift)
+        wanted = numpy.linspace(0.0, 1.0, int(numpy.rint(extent / smallest)) + 1)
+        grid = numpy.interp(wanted, where, numpy.arange(len(slices)))
+        nearest = numpy.rint(grid)
+        is_there = numpy.abs(wanted - where[nearest.astype(int)]) * extent <= _POSITION_MM
+        return numpy.where(is_there, nearest, grid)
+    for unit in (smallest, abs(headers[0].spacing_between_slices or 0.0)):
+        multiples = numpy.rint(gaps / unit) if unit > _POSITION_MM else numpy.zeros_like(gaps)
+        off = numpy.abs(gaps - multiples * unit)
+        size = int(multiples.sum()) + 1
+        fits = (off <= max(_POSITION_MM, _SPACING_RELATIVE * unit)).all() and multiples.all()
+        if fits and size <= _MOST_FILLED * len(slices):
+            index = numpy.concatenate([[0], numpy.cumsum(multiples)]).astype(int)
+            step = (positions[-1] - positions[0]) / (size - 1)
+            drift = _drift(headers, positions, positions[0] + index[:, None] * step, unit)
+            if drift:
+                raise InconsistentSeries(drift)
+            grid = numpy.full(size, numpy.nan)
+            grid[index] = numpy.arange(len(slices))
+            return grid
+    raise InconsistentSeries(
+        f"the distances are no whole multiples of the smallest, {smallest:.4g} mm, so there is no "
+        f'place for missing slices (gaps="resample" needs none): {problem}'
+    )
 
 
-def _gap(headers: Sequence[ImageHeader], order: list[int], k: int, gap: float, usual: float) -> str:
+def _sideways(
+    positions: NDArray[numpy.float64], normal: NDArray[numpy.float64]
+) -> tuple[float, float]:
+    """How far the last slice lies from straight above the first, and how high, in mm."""
+    way = positions[-1] - positions[0]
+    height = float(way @ normal)
+    return float(numpy.linalg.norm(way - height * normal)), height
+
+
+def _is_tilted(positions: NDArray[numpy.float64], normal: NDArray[numpy.float64]) -> bool:
+    sideways, height = _sideways(positions, normal)
+    return sideways > max(_TILT * height, 2 * _POSITION_MM)
+
+
+def _check_tilt(
+    slices: Sequence[Slice],
+    positions: NDArray[numpy.float64],
+    normal: NDArray[numpy.float64],
+    policies: Policies,
+) -> None:
+    if policies.tilt == "error" and _is_tilted(positions, normal):
+        degrees = numpy.degrees(numpy.arctan2(*_sideways(positions, normal)))
+        raise InconsistentSeries(
+            f"the slices from {called(slices[0].header)} to {called(slices[-1].header)} are tilted by "
+            f"{degrees:.1f} degrees (gantry tilt), and the axes are to be perpendicular; "
+            'tilt="resample" straightens them, tilt="keep" gives a sheared affine'
+        )
+
+
+def _shifts(stack: Stack) -> NDArray[numpy.float64] | None:
+    """How far each slice lies from straight above the first, (row, column) in pixels; None for none."""
+    plane, positions = stack.plane, stack.positions_mm
+    is_regular = not numpy.isnan(stack.step).any()
+    if len(positions) < 2 or (is_regular and not _is_tilted(positions, plane.normal)):
+        return None
+    way = positions - positions[0]
+    if is_regular:
+        way = numpy.arange(len(positions))[:, None] * stack.step
+    pixels = numpy.stack(
+        [way @ plane.along_column / plane.row_mm, way @ plane.along_row / plane.column_mm], axis=1
+    )
+    nearest = numpy.rint(pixels)
+    shifts = numpy.where(numpy.abs(pixels - nearest) < _SHIFT, nearest, pixels)
+    return shifts if shifts.any() else None
+
+
+def _straightened(
+    array: NDArray[Any],
+    shifts: NDArray[numpy.float64],
+    plane: Plane,
+    origin: NDArray[numpy.float64],
+) -> tuple[NDArray[Any], NDArray[numpy.float64]]:
+    """All slices on one grid straight above each other, and the place of its first voxel."""
+    low, high = numpy.floor(shifts.min(axis=0)), numpy.ceil(shifts.max(axis=0))
+    slices, rows, columns = array.shape[:3]
+    size = (slices, rows + int(high[0] - low[0]), columns + int(high[1] - low[1]))
+    out = numpy.full((*size, *array.shape[3:]), numpy.nan, array.dtype)
+    for k, offset in enumerate(shifts - low):
+        whole = numpy.floor(offset)
+        row_part, column_part = (offset - whole).tolist()
+        row, column = int(whole[0]), int(whole[1])
+        values = array[k].astype(numpy.float64)
+        if row_part:
+            values, row = values[1:] * (1 - row_part) + values[:-1] * row_part, row + 1
+        if column_part:
+            values = values[:, 1:] * (1 - column_part) + values[:, :-1] * column_part
+            column += 1
+        out[k, row : row + values.shape[0], column : column + values.shape[1]] = values
+    down, right = plane.along_column * plane.row_mm, plane.along_row * plane.column_mm
+    return out, origin + low[0] * down + low[1] * right
+
+
+def _on_grid(array: NDArray[Any], grid: NDArray[numpy.float64]) -> NDArray[Any]:
+    """The slices of a volume out of those of its images: copied, interpolated or NaN."""
+    out = numpy.full((len(grid), *array.shape[1:]), numpy.nan, array.dtype)
+    for k, where in enumerate(grid):
+        if numpy.isnan(where):
+            continue
+        below = int(where)
+        part = float(where) - below
+        if part:
+            out[k] = array[below].astype("f8") * (1 - part) + array[below + 1].astype("f8") * part
+        else:
+            out[k] = array[below]
+    return out
+
+
+def _check_indices(slices: Sequence[Slice], warnings: list[str]) -> None:
+    """The order that the frames of an object claim, beside that of their positions."""
+    first = slices[0].header
+    if not first.has_functional_groups:
+        return
+    found = [
+        item.header.position_index
+        for item in slices
+        if item.header.sop_instance_uid == first.sop_instance_uid
+    ]
+    indices = [index for index in found if index is not None]
+    if len(indices) != len(slices):
+        return
+    steps = numpy.diff(indices)
+    if (steps > 0).all() or (steps < 0).all():
+        return
+    usual = 1 if (steps > 0).sum() * 2 >= len(steps) else -1
+    k = int(numpy.flatnonzero(steps * usual <= 0)[0])
+    warnings.append(
+        f"the positions of {called(slices[k].header)} and {called(slices[k + 1].header)} contradict "
+        f"their dimension indices {indices[k]} and {indices[k + 1]}; the positions count"
+    )
+
+
+def _other_spacing(dataset: Any) -> str:
+    """What else a dataset says of the distance of its pixels, which is not that in the patient."""
+    names = ("ImagerPixelSpacing", "NominalScannedPixelSpacing")
+    found = [f"{name} {list(map(float, dataset.get(name)))}" for name in names if dataset.get(name)]
+    if not found:
+        return ""
+    return (
+        f"; its {' and '.join(found)} is at the detector or on the film, and is not used for the "
+        "patient: where it is right, set PixelSpacing of the datasets to it, divided by "
+        "EstimatedRadiographicMagnificationFactor"
+    )
+
+
+def _gap(headers: Sequence[ImageHeader], k: int, gap: float, usual: float) -> str:
     missing = round(gap / usual) - 1
     told = f" ({missing} missing)" if missing > 0 and abs(gap / usual - missing - 1) < 0.1 else ""
-    before, after = headers[order[k]], headers[order[k + 1]]
+    before, after = headers[k], headers[k + 1]
     return f"{gap:.4g} mm between {called(before)} and {called(after)}{told}"
 
 
@@ -238,13 +807,28 @@ def _same_for_all(
         raise InconsistentSeries(
             f"images {called(headers[0])} and {called(headers[worst])} differ in "
             f"{name} ({values[0].tolist()} and {values[worst].tolist()}); a localizer in the series? "
-            "Narrow the input with required_values"
+            f"Narrow the input with required_values{_localizer_remedy(headers[0], headers[worst])}"
         )
+
+
+def _split_remedy(name: str) -> str:
+    if name not in ("SeriesInstanceUID", "StackID", "ImageType"):
+        return ""
+    return f', or use series_grinder(split_by="{name}")'
+
+
+def _localizer_remedy(*headers: ImageHeader) -> str:
+    is_one = any("LOCALIZER" in header.image_type for header in headers)
+    return ', or leave localizers out with localizers="drop"' if is_one else ""
 
 
 def _kind(header: ImageHeader) -> tuple[str, ...]:
     """Values 1 to 3 of Image Type: original or derived, primary or secondary, what it shows."""
     return tuple(part.strip() for part in header.image_type.split("\\")[:3])
+
+
+def _named(headers: Sequence[ImageHeader]) -> str:
+    return _some([called(header) for header in headers])
 
 
 def _some(parts: Sequence[str], most: int = 5) -> str:

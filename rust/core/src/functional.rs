@@ -6,13 +6,14 @@
 //! more than the top level.
 
 use crate::error::{Error, Result};
-use crate::image::{Image, decimals};
+use crate::image::{Extra, Image, decimals};
 use crate::pixels::Lut;
 use crate::scan::{Encoding, Entry, UNDEFINED, element};
 use crate::source::Opened;
 
 pub(crate) const SHARED: u32 = 0x5200_9229;
 pub(crate) const PER_FRAME: u32 = 0x5200_9230;
+pub(crate) const DIMENSIONS: u32 = 0x0020_9222;
 
 const ITEM: u32 = 0xFFFE_E000;
 const ITEM_DELIMITER: u32 = 0xFFFE_E00D;
@@ -22,19 +23,28 @@ const MAX_DEPTH: usize = 16;
 /// Most bytes of the functional groups of one object.
 const MAX_BYTES: u64 = 1 << 28;
 
+/// Most bytes that are looked at for the Dimension Index Sequence.
+const MAX_DIMENSIONS: u64 = 1 << 16;
+/// Sequences that tell of other images: Referenced Image, Derivation Image.
+const OF_OTHERS: [u32; 2] = [0x0008_1140, 0x0008_9124];
+
 /// A part of the bytes: an item, or the value of an element.
 type Span = std::ops::Range<usize>;
 
 /// The images of all frames of an object, in the order of the file.
 ///
-/// `groups` are the two sequences, where they are present.
+/// `groups` are the two sequences and `dimensions` is the Dimension Index Sequence, where they are
+/// present.
 pub(crate) fn frames(
     image: &Image,
     source: &Opened<'_>,
     encoding: Encoding,
     groups: [Option<Entry>; 2],
+    dimensions: Option<Entry>,
 ) -> Result<Vec<Image>> {
     let [shared, per_frame] = groups;
+    // It only serves for a check, so one that cannot be understood counts as absent.
+    let place = dimensions.and_then(|entry| position_dimension(image, source, encoding, &entry));
     let mut base = image.clone();
     if let Some(entry) = shared {
         let bytes = value(image, source, &entry)?;
@@ -43,7 +53,7 @@ pub(crate) fn frames(
             encoding,
         };
         if let Some(item) = reader.items(entry.length)?.first() {
-            reader.apply(item.clone(), &mut base)?;
+            reader.apply(item.clone(), place, &mut base)?;
         }
     }
     let count = image.number_of_frames;
@@ -66,7 +76,7 @@ pub(crate) fn frames(
         }
         for item in items {
             let mut frame = base.clone();
-            reader.apply(item, &mut frame)?;
+            reader.apply(item, place, &mut frame)?;
             frames.push(frame);
         }
     } else {
@@ -130,6 +140,33 @@ pub(crate) fn modality_lut(
         return Err(wrong(&found));
     }
     Ok(Lut { first, values })
+}
+
+/// Which of the dimension indices is that of the position (PS3.3 C.7.6.17).
+fn position_dimension(
+    image: &Image,
+    source: &Opened<'_>,
+    encoding: Encoding,
+    entry: &Entry,
+) -> Option<usize> {
+    let end = entry.offset.saturating_add(match entry.length {
+        UNDEFINED => MAX_DIMENSIONS.min(image.pixel_offset.checked_sub(entry.offset)?),
+        length => u64::from(length),
+    });
+    if end > source.size() || end - entry.offset > MAX_DIMENSIONS {
+        return None;
+    }
+    let mut bytes = vec![0; (end - entry.offset) as usize];
+    source.read(entry.offset, &mut bytes).ok()?;
+    let reader = Reader {
+        bytes: &bytes,
+        encoding,
+    };
+    let items = reader.items(entry.length).ok()?;
+    items.into_iter().position(|item| {
+        let value = reader.value(item, 0x0020_9165).unwrap_or_default();
+        value.len() == 4 && matches!(encoding.tag(value), 0x0020_0032 | 0x0020_9057)
+    })
 }
 
 /// The bytes of a sequence: its own, or where its length is undefined all up to the pixel data.
@@ -290,8 +327,80 @@ impl Reader<'_> {
         decimals(value).map_err(|message| Error::invalid_at(tag, message))
     }
 
-    /// Take from one item what it says of a frame.
-    fn apply(&self, item: Span, frame: &mut Image) -> Result<()> {
+    /// Note the values of `wanted` in an item and the sequences in it: the one that lies highest, and
+    /// of several the first.
+    fn collect(
+        &self,
+        item: Span,
+        encoding: Encoding,
+        depth: usize,
+        wanted: &[u32],
+        found: &mut Vec<(usize, Extra)>,
+    ) -> Result<()> {
+        let mut sequences = Vec::new();
+        self.elements(item, encoding, depth, &mut |entry| {
+            let start = entry.offset as usize;
+            if entry.length == UNDEFINED || entry.vr == *b"SQ" || entry.vr == [0, 0] {
+                sequences.push(entry);
+            }
+            if entry.length != UNDEFINED
+                && wanted.contains(&entry.tag)
+                && let Some(value) = self.bytes.get(start..start + entry.length as usize)
+                && !found
+                    .iter()
+                    .any(|(at, other)| other.tag == entry.tag && *at <= depth)
+            {
+                found.retain(|(_, other)| other.tag != entry.tag);
+                let extra = Extra {
+                    tag: entry.tag,
+                    vr: entry.vr,
+                    value: value.to_vec(),
+                };
+                found.push((depth, extra));
+            }
+            Ok(())
+        })?;
+        for entry in sequences {
+            let start = entry.offset as usize;
+            // Without a VR, a sequence is what starts with an item. A private one may say otherwise
+            // than the public attributes, which count.
+            let starts = self.bytes.get(start..start + 8).unwrap_or_default();
+            let is_private = entry.tag >> 16 & 1 == 1;
+            if is_private
+                || OF_OTHERS.contains(&entry.tag)
+                || starts.len() < 8
+                || entry.length == 0
+                || !matches!(encoding.tag(starts), ITEM | SEQUENCE_DELIMITER)
+            {
+                continue;
+            }
+            let inner = if entry.vr == *b"UN" {
+                Encoding::IMPLICIT
+            } else {
+                encoding
+            };
+            let mut items = Vec::new();
+            self.sequence(start, entry.length, inner, depth + 1, &mut |item| {
+                items.push(item);
+            })?;
+            for item in items {
+                self.collect(item, inner, depth + 1, wanted, found)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Take from one item what it says of a frame; `place` is the dimension of the position.
+    fn apply(&self, item: Span, place: Option<usize>, frame: &mut Image) -> Result<()> {
+        if !frame.extra_tags.is_empty() {
+            let mut found = Vec::new();
+            let wanted = frame.extra_tags.clone();
+            self.collect(item.clone(), self.encoding, 0, &wanted, &mut found)?;
+            for (_, extra) in found {
+                frame.extra.retain(|other| other.tag != extra.tag);
+                frame.extra.push(extra);
+            }
+        }
         if let Some(plane) = self.nested(item.clone(), 0x0020_9113)? {
             frame.position = self.numbers(&plane, 0x0020_0032)?;
         }
@@ -324,10 +433,19 @@ impl Reader<'_> {
             }
         }
         if let Some(content) = self.nested(item, 0x0020_9111)? {
-            let value = self.value(content, 0x0020_9056)?;
+            let value = self.value(content.clone(), 0x0020_9056)?;
             let text = String::from_utf8_lossy(value);
             text.trim_matches(['\0', ' '])
                 .clone_into(&mut frame.stack_id);
+            let number = |value: &[u8], at: usize| {
+                let number = value.get(4 * at..4 * at + 4)?;
+                Some(self.encoding.u32(number, 0))
+            };
+            let indices = self.value(content.clone(), 0x0020_9157)?;
+            let in_stack = self.value(content, 0x0020_9057)?;
+            frame.position_index = place
+                .and_then(|place| number(indices, place))
+                .or_else(|| number(in_stack, 0));
         }
         Ok(())
     }

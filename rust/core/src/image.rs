@@ -72,6 +72,15 @@ pub struct Image {
     pub frame: u32,
     /// Stack ID (0020,9056) of the frame.
     pub stack_id: String,
+    /// Which slice of its stack a frame says it is: the dimension index of the position, or In-Stack
+    /// Position Number (0020,9057).
+    pub position_index: Option<u32>,
+    /// What a caller asked for besides, as far as it is there and not a sequence.
+    pub extra: Vec<Extra>,
+    /// What to look for besides in functional groups.
+    pub extra_tags: Arc<[u32]>,
+    /// The values of the dataset are encoded big endian.
+    pub big_endian: bool,
     /// Where the pixel data starts: in the source, or in `inflated`.
     pub pixel_offset: u64,
     pub pixel_length: u64,
@@ -129,15 +138,31 @@ pub struct Encoded {
     entry: Entry,
 }
 
-/// How an enhanced object is encoded, and where its functional groups lie: shared, per frame.
+/// An attribute that a caller asked for: its tag, its VR as written and its raw value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Extra {
+    pub tag: u32,
+    pub vr: [u8; 2],
+    pub value: Vec<u8>,
+}
+
+/// How an enhanced object is encoded, and where its functional groups lie: shared, per frame; and
+/// the Dimension Index Sequence.
 #[derive(Debug, Clone, Copy)]
 pub struct Groups {
     encoding: Encoding,
     groups: [Option<Entry>; 2],
+    dimensions: Option<Entry>,
 }
 
 /// Scan many objects in parallel; order and length as given, or the error of the first bad one.
 pub fn scan_images(sources: &[Source<'_>]) -> Result<Vec<Image>> {
+    scan_images_with(sources, &[])
+}
+
+/// Scan many objects as [`scan_images`] does, and keep the values of `extra_tags`.
+pub fn scan_images_with(sources: &[Source<'_>], extra_tags: &[u32]) -> Result<Vec<Image>> {
+    let extra_tags: Arc<[u32]> = extra_tags.into();
     // A header takes some ten microseconds, about as long as it takes to start a thread.
     let work = sources.iter().enumerate();
     parallel(
@@ -145,7 +170,7 @@ pub fn scan_images(sources: &[Source<'_>]) -> Result<Vec<Image>> {
         sources.len() / 16,
         Vec::new,
         |buffer, (place, source)| {
-            scan_image(*source, buffer).map_err(|error| error.in_place(place))
+            scan_one(*source, &extra_tags, buffer).map_err(|error| error.in_place(place))
         },
     )
 }
@@ -154,6 +179,10 @@ pub fn scan_images(sources: &[Source<'_>]) -> Result<Vec<Image>> {
 ///
 /// Of an object with several frames, the image tells what they have in common; see [`frames`].
 pub fn scan_image(source: Source<'_>, buffer: &mut Vec<u8>) -> Result<Image> {
+    scan_one(source, &Arc::from([]), buffer)
+}
+
+fn scan_one(source: Source<'_>, extra_tags: &Arc<[u32]>, buffer: &mut Vec<u8>) -> Result<Image> {
     scan::scan_with(source, None, buffer, |layout, kept| {
         let mut image = Attributes {
             layout: &layout,
@@ -164,8 +193,24 @@ pub fn scan_image(source: Source<'_>, buffer: &mut Vec<u8>) -> Result<Image> {
             let find = |tag| layout.find(tag).copied();
             let groups = [find(functional::SHARED), find(functional::PER_FRAME)];
             let encoding = layout.encoding();
-            image.groups = Some(Groups { encoding, groups });
+            image.groups = Some(Groups {
+                encoding,
+                groups,
+                dimensions: find(functional::DIMENSIONS),
+            });
         }
+        for tag in extra_tags.iter() {
+            if let Some(entry) = layout.find(*tag)
+                && let Some(value) = kept.value(entry)
+            {
+                image.extra.push(Extra {
+                    tag: *tag,
+                    vr: entry.vr,
+                    value: value.to_vec(),
+                });
+            }
+        }
+        image.extra_tags = Arc::clone(extra_tags);
         if let Kept::Inflated(bytes) = kept {
             image.inflated = Some(Arc::new(bytes));
         }
@@ -190,12 +235,16 @@ pub fn frames(image: &Image, source: Source<'_>) -> Result<Vec<Image>> {
         return Err(Error::invalid_at(0x0028_0008, message).of(&image.sop_instance_uid));
     }
     let made = match image.groups {
-        Some(Groups { encoding, groups }) => {
+        Some(Groups {
+            encoding,
+            groups,
+            dimensions,
+        }) => {
             let opened = match &image.inflated {
                 Some(bytes) => Opened::Bytes(bytes),
                 None => source.open()?,
             };
-            functional::frames(image, &opened, encoding, groups)
+            functional::frames(image, &opened, encoding, groups, dimensions)
         }
         None => {
             let frames = (0..image.number_of_frames).map(|frame| Image {
@@ -294,6 +343,10 @@ impl Attributes<'_> {
             frames: Arc::default(),
             frame: 0,
             stack_id: String::new(),
+            position_index: None,
+            extra: Vec::new(),
+            extra_tags: Arc::from([]),
+            big_endian: self.layout.big_endian(),
             pixel_offset: pixels.map_or(0, |entry| entry.offset),
             pixel_length: pixels
                 .filter(|entry| entry.length != UNDEFINED)

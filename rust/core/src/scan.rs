@@ -87,7 +87,7 @@ impl Encoding {
         }
     }
 
-    fn u32(self, bytes: &[u8], at: usize) -> u32 {
+    pub(crate) fn u32(self, bytes: &[u8], at: usize) -> u32 {
         if self.big {
             be32(bytes, at)
         } else {
@@ -95,7 +95,7 @@ impl Encoding {
         }
     }
 
-    fn tag(self, bytes: &[u8]) -> u32 {
+    pub(crate) fn tag(self, bytes: &[u8]) -> u32 {
         u32::from(self.u16(bytes, 0)) << 16 | u32::from(self.u16(bytes, 2))
     }
 }

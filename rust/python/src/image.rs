@@ -1,5 +1,6 @@
 //! `Image`, `scan_images` and `stack`.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use dicomnode_core::pixels::{Lut, Value};
@@ -129,6 +130,28 @@ impl Image {
     #[getter]
     fn stack_id(&self) -> &str {
         &self.image.stack_id
+    }
+
+    /// Which slice of its stack the frame says it is, None where it does not.
+    #[getter]
+    fn position_index(&self) -> Option<u32> {
+        self.image.position_index
+    }
+
+    /// VR (empty where the encoding has none) and raw value of a tag that `scan_images` was asked for.
+    fn element(&self, tag: u32) -> Option<(String, Cow<'_, [u8]>)> {
+        let extra = self.image.extra.iter().find(|extra| extra.tag == tag)?;
+        let vr = match extra.vr {
+            [0, 0] => String::new(),
+            vr => String::from_utf8_lossy(&vr).into_owned(),
+        };
+        Some((vr, Cow::Borrowed(&extra.value)))
+    }
+
+    /// The values of the dataset are big endian.
+    #[getter]
+    fn big_endian(&self) -> bool {
+        self.image.big_endian
     }
 
     #[getter]
@@ -309,15 +332,21 @@ impl Image {
 /// Scan many objects in parallel with the GIL released; order and length as given.
 ///
 /// Raises InvalidDicom or OSError for the first source that cannot be read; the message names it
-/// by SOPInstanceUID where known, else by its place in the list.
+/// by SOPInstanceUID where known, else by its place in the list. The images keep the values of
+/// `extra_tags`, and so do their frames, wherever in the functional groups these lie.
 #[pyfunction]
-pub fn scan_images(py: Python<'_>, sources: Vec<Bound<'_, PyAny>>) -> PyResult<Vec<Image>> {
+#[pyo3(signature = (sources, extra_tags = Vec::new()))]
+pub fn scan_images(
+    py: Python<'_>,
+    sources: Vec<Bound<'_, PyAny>>,
+    extra_tags: Vec<u32>,
+) -> PyResult<Vec<Image>> {
     let owners: Vec<Owner> = sources
         .iter()
         .map(Owner::of_source)
         .collect::<PyResult<_>>()?;
     let given: Vec<Source<'_>> = owners.iter().map(|owner| owner.source(py)).collect();
-    let images = detached(py, || core::scan_images(&given))?;
+    let images = detached(py, || core::scan_images_with(&given, &extra_tags))?;
     Ok(images
         .into_iter()
         .zip(owners)
