@@ -3,6 +3,7 @@
 The numbers in the names are those of the cases in the project's reference of volume readers.
 """
 
+import copy
 import math
 import subprocess
 import warnings
@@ -295,34 +296,81 @@ def test_g30_missing_at_the_end_cannot_be_seen(kind: Callable) -> None:
     assert_right(volume_grinder(kind(made[1:-1])), made[1:-1])
 
 
-def test_g8_the_same_image_twice_is_told(kind: Callable) -> None:
-    made = make_series(4, 4, 5)
+def distinct(made: list[Dataset], seed: int = 3) -> list[Dataset]:
+    """Every image with pixels of its own: small phantoms have equal slices."""
+    random = numpy.random.default_rng(seed)
+    for one in made:
+        one.PixelData = random.integers(0, 4096, one.Rows * one.Columns).astype("<u2").tobytes()
+    return made
+
+
+def test_g8_the_same_image_sent_twice_is_silent_and_with_other_pixels_an_error(
+    kind: Callable,
+) -> None:
+    made = distinct(make_series(4, 4, 5))
+    volume = volume_grinder(kind([*made, made[2]]))
+    assert_right(volume, made)
+    assert volume.warnings == ()
+    other = copy.deepcopy(made[2])
+    distinct([other], seed=4)
     with pytest.raises(InconsistentSeries, match="same position") as told:
-        volume_grinder(kind([*made, made[2]]))
+        volume_grinder(kind([*made, other]))
     assert_told(told.value, made[2])
+    volume = volume_grinder(duplicates="last")(kind([*made, other]))
+    assert_right(volume, [*made[:2], other, made[3]])
+    assert made[2].SOPInstanceUID in volume.warnings[0]
+    with pytest.raises(InconsistentSeries, match="same position"):
+        volume_grinder(duplicates="error")(kind([*made, made[2]]))
+
+
+def test_g9_another_image_with_equal_pixels_is_left_out_with_a_warning(kind: Callable) -> None:
+    made = distinct(make_series(4, 4, 5))
+    other = copy.deepcopy(made[1])
+    other.SOPInstanceUID = generate_uid()
+    volume = volume_grinder(kind([*made, other]))
+    assert_right(volume, made)
+    assert other.SOPInstanceUID in volume.warnings[0]
+    # The same pixels with another rescale are other values.
+    other.RescaleIntercept = "-1000"
+    with pytest.raises(InconsistentSeries, match="same position") as told:
+        volume_grinder(kind([*made, other]))
+    assert_told(told.value, made[1], other)
 
 
 def test_g10_two_images_at_one_place_are_told(kind: Callable) -> None:
-    made = make_series(4, 4, 5)
+    made = distinct(make_series(4, 4, 5))
     made[1].ImagePositionPatient = made[2].ImagePositionPatient
     with pytest.raises(InconsistentSeries, match="same position") as told:
         volume_grinder(kind(made))
     assert_told(told.value, made[1], made[2])
+    assert "no attribute tells them apart" in str(told.value)
 
 
-def test_g35_two_time_points_are_told(kind: Callable) -> None:
-    made, later = make_series(4, 4, 5), make_series(4, 4, 5)
+@pytest.mark.parametrize(
+    ("keyword", "values"),
+    [
+        ("EchoTime", ("2.5", "5")), ("TemporalPositionIdentifier", ("1", "2")),
+        ("AcquisitionNumber", ("1", "2")), ("KVP", ("80", "140")),
+    ],
+)  # fmt: skip
+def test_g10_g35_the_error_tells_which_attribute_would_split(
+    kind: Callable, keyword: str, values: tuple[str, str]
+) -> None:
+    made = distinct(make_series(4, 4, 5))
+    later = distinct([copy.deepcopy(one) for one in made], seed=4)
     for one, other in zip(made, later, strict=True):
-        other.SeriesInstanceUID, other.FrameOfReferenceUID = (
-            one.SeriesInstanceUID, one.FrameOfReferenceUID,
-        )  # fmt: skip
-    with pytest.raises(InconsistentSeries, match="time points") as told:
+        other.SOPInstanceUID = generate_uid()
+        setattr(one, keyword, values[0])
+        setattr(other, keyword, values[1])
+    with pytest.raises(InconsistentSeries, match=f'split_by="{keyword}"') as told:
         volume_grinder(kind([*made, *later]))
     assert_told(told.value, made[0], later[0])
+    assert "time points" in str(told.value)
+    assert "4 pairs" in str(told.value)
 
 
 def test_all_images_at_one_place_are_told(kind: Callable) -> None:
-    made = make_series(3, 4, 5)
+    made = distinct(make_series(3, 4, 5))
     for one in made:
         one.ImagePositionPatient = [0, 0, 0]
     with pytest.raises(InconsistentSeries, match="same position"):
@@ -489,6 +537,7 @@ def test_g7_g24_g40_an_image_without_a_place_is_an_error(
         volume_grinder(kind(made))
     assert_told(told.value, made[2])
     assert "list_grinder" in str(told.value)
+    assert ("ImagerPixelSpacing [1.0, 1.0]" in str(told.value)) == (keyword == "PixelSpacing")
 
 
 @pytest.mark.parametrize("spacing", [["0", "1"], ["-1", "1"]])

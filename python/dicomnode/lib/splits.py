@@ -170,7 +170,7 @@ def _plain(value: Any, vr: str) -> Any:
     """A value of pydicom as a number, text, date or time of Python, or a tuple of them."""
     if isinstance(value, str | PersonName):
         text = str(value).strip(" \0")
-        return _TIMES[vr](text) if text and vr in _TIMES else text or None
+        return _FROM_TEXT[vr](text) if text and vr in _FROM_TEXT else text or None
     if isinstance(value, Decimal | float):
         return float(value)
     if isinstance(value, int):
@@ -193,7 +193,10 @@ def _whole_time(text: str) -> datetime:
     )  # fmt: skip
 
 
-_TIMES: dict[str, Callable[[str], Any]] = {
+# What pydicom leaves a text is no number where it should be one.
+_FROM_TEXT: dict[str, Callable[[str], Any]] = {
+    "DS": float,
+    "IS": int,
     "DA": lambda text: date(*DA(text).timetuple()[:3]),
     "TM": _time,
     "DT": _whole_time,

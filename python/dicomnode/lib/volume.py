@@ -20,6 +20,7 @@ from dicomnode.lib.splits import counts, differing, element_value, split
 
 # Tolerances in millimetres, and for direction cosines and relative spacing without unit.
 _POSITION_MM = 1e-3
+_SAME_PLACE_MM = 1e-2
 _SPACING_RELATIVE = 0.01
 _DIRECTION = 1e-4
 # Shear of a stack relative to its length, above which it counts as tilted.
@@ -382,7 +383,7 @@ def _separating(slices: Sequence[Slice]) -> str | None:
 
 def _same_places(one: Sequence[tuple[Any, ...]], other: Sequence[tuple[Any, ...]]) -> bool:
     return len(one) == len(other) and all(
-        mine[:-1] == theirs[:-1] and abs(mine[-1] - theirs[-1]) <= 0.01
+        mine[:-1] == theirs[:-1] and abs(mine[-1] - theirs[-1]) <= _SAME_PLACE_MM
         for mine, theirs in zip(one, other, strict=True)
     )
 
@@ -519,7 +520,7 @@ def same_places(distances: NDArray[numpy.float64], order: Sequence[int]) -> list
     usual = float(numpy.median(apart)) if apart.size else 0.0
     groups = [[order[0]]]
     for k, gap in zip(order[1:], gaps, strict=True):
-        if gap < max(_POSITION_MM, _SPACING_RELATIVE * usual):
+        if gap < max(_POSITION_MM, min(_SPACING_RELATIVE * usual, _SAME_PLACE_MM)):
             groups[-1].append(k)
         else:
             groups.append([k])
