@@ -269,9 +269,7 @@ def diffusion(group: Dataset, number: int) -> None:
     group.MRDiffusionSequence = [
         item(
             DiffusionBValue=500.0 * number,
-            DiffusionGradientDirectionSequence=[
-                item(DiffusionGradientOrientation=[0.0, 1.0, 0.0])
-            ],
+            DiffusionGradientDirectionSequence=[item(DiffusionGradientOrientation=[0.0, 1.0, 0.0])],
         )
     ]
 

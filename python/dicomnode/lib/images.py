@@ -182,8 +182,9 @@ class Slice:
 
 
 # What tells where frames lie, besides the attributes of ImageHeader: AnatomicalOrientationType,
-# InConcatenationNumber, InConcatenationTotalNumber, ConcatenationUID, ConcatenationFrameOffsetNumber.
-_LAYOUT_TAGS = (0x00102210, 0x00209161, 0x00209162, 0x00209163, 0x00209228)
+# InConcatenationNumber, InConcatenationTotalNumber, ConcatenationUID, ConcatenationFrameOffsetNumber,
+# ReferencedSegmentNumber.
+_LAYOUT_TAGS = (0x00102210, 0x00209161, 0x00209162, 0x00209163, 0x00209228, 0x0062000B)
 
 
 def read_slices(

@@ -30,6 +30,7 @@ _SHIFT = 0.01
 # Slices of a filled or resampled volume for each image that is there.
 _MOST_FILLED = 16
 _ANATOMICAL_ORIENTATION_TYPE = 0x00102210
+_SEGMENTATION, _SEGMENT = "1.2.840.10008.5.1.4.1.1.66.4", 0x0062000B
 
 #: What happens with slices that are not equally far apart.
 Gaps: TypeAlias = Literal["error", "fill", "resample", "keep"]
@@ -432,6 +433,16 @@ def _plane(slices: Sequence[Slice], warnings: list[str]) -> Plane:
                 f"required_values for ImageType{_split_remedy('ImageType')}"
                 f"{_localizer_remedy(first, header)}"
             )
+
+        if header.sop_class_uid == _SEGMENTATION:
+            theirs, mine = (element_value(one, _SEGMENT) for one in (slices[0], item))
+            if mine != theirs:
+                raise InconsistentSeries(
+                    f"images {called(first)} and {called(header)} are of different segments "
+                    f"({theirs!r} and {mine!r}); use "
+                    'series_grinder(split_by="ReferencedSegmentNumber", gaps="fill", '
+                    'incomplete="keep"), which gives a volume for each'
+                )
 
     orientations = numpy.array([header.orientation for header in headers], numpy.float64)
     spacings = numpy.array([header.pixel_spacing for header in headers], numpy.float64)
