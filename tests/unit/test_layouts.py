@@ -1,5 +1,6 @@
 """Objects that tell in a way of their own where their slices lie: mosaics, NM, concatenations."""
 
+import contextlib
 import copy
 import gzip
 import io
@@ -17,6 +18,8 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import generate_uid
+from tests.unit.test_multiframe import OBLIQUE, enhanced, item, made, same
+from tests.unit.test_volume import distinct
 
 from dicomnode.errors import InconsistentSeries, UnsupportedImage
 from dicomnode.lib.dicom import LazyDataset, encode
@@ -24,8 +27,6 @@ from dicomnode.lib.grinders import numpy_grinder, series_grinder, volume_grinder
 from dicomnode.lib.layouts import csa_fields
 from dicomnode.lib.volume import Volume
 from dicomnode.testing import make_series
-from tests.unit.test_multiframe import OBLIQUE, enhanced, item, made, same
-from tests.unit.test_volume import distinct
 
 
 def lazy(datasets: Iterable[Dataset]) -> list[Dataset]:
@@ -174,7 +175,7 @@ def test_g58_a_mosaic_that_does_not_tell_its_slices_is_an_error(
     one = mosaic(distinct(make_series(7, 9, 11)))
     change(one)
     for grinder in (volume_grinder, numpy_grinder, series_grinder):
-        with pytest.raises(InconsistentSeries, match="mosaic|SliceNormalVector") as told:
+        with pytest.raises(InconsistentSeries, match=r"mosaic|SliceNormalVector") as told:
             grinder(kind([one]))
         assert one.SOPInstanceUID in str(told.value)
 
@@ -188,10 +189,8 @@ def test_g58_a_damaged_csa_header_is_an_error_and_never_a_crash(newer: bool) -> 
         broken = bytearray(data)
         for place in random.integers(0, len(data), 4):
             broken[place] = random.integers(0, 256)
-        try:
+        with contextlib.suppress(ValueError, struct.error):
             csa_fields(bytes(broken[: random.integers(0, len(data) + 1)]))
-        except (ValueError, struct.error):
-            pass
 
 
 def nibabel_files() -> list[Path]:

@@ -7,12 +7,12 @@ from typing import Any
 import numpy
 import pytest
 from pydicom.dataset import Dataset
+from tests.unit.test_volume import distinct, slow_values
 
 from dicomnode.errors import InconsistentSeries, IncorrectlyConfigured
 from dicomnode.lib.dicom import LazyDataset, encode, load
 from dicomnode.lib.grinders import numpy_grinder, volume_grinder
 from dicomnode.testing import make_series
-from tests.unit.test_volume import distinct, slow_values
 
 
 def at(heights: list[float], shift: float = 0.0) -> list[Dataset]:

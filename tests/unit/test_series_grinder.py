@@ -3,7 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable, Iterable
-from datetime import date, datetime, time, timedelta, timezone
+from datetime import UTC, date, datetime, time, timedelta, timezone
 from typing import Any
 
 import numpy
@@ -11,14 +11,14 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ImplicitVRLittleEndian, generate_uid
+from tests.unit.test_multiframe import enhanced, item
+from tests.unit.test_volume import distinct
 
 from dicomnode.errors import InconsistentSeries, IncorrectlyConfigured, InvalidDicom
 from dicomnode.lib.dicom import LazyDataset, encode
 from dicomnode.lib.grinders import series_grinder, volume_grinder
 from dicomnode.lib.volume import Volume
 from dicomnode.testing import make_series
-from tests.unit.test_multiframe import enhanced, item
-from tests.unit.test_volume import distinct
 
 
 def lazy(datasets: Iterable[Dataset]) -> list[Dataset]:
@@ -149,8 +149,8 @@ def test_g41_g42_times_are_compared_with_their_date_and_zone(kind: Callable) -> 
             one.AcquisitionDate, one.AcquisitionTime, one.TimezoneOffsetFromUTC = day, hour, zone
     found = series_grinder(kind(mixed(made)), split_by="AcquisitionDateTime")
     assert list(found) == [
-        datetime(2025, 12, 31, 23, 59, tzinfo=timezone.utc),
-        datetime(2026, 1, 1, 0, 1, tzinfo=timezone.utc),
+        datetime(2025, 12, 31, 23, 59, tzinfo=UTC),
+        datetime(2026, 1, 1, 0, 1, tzinfo=UTC),
         datetime(2026, 1, 1, 1, 2, 0, 250_000, tzinfo=timezone(timedelta(hours=1))),
     ]
     for volume, series in zip(found.values(), made, strict=True):
@@ -181,8 +181,6 @@ def ge(one: Dataset, value: float, _: list[float]) -> None:
 def philips(one: Dataset, value: float, direction: list[float]) -> None:
     one.private_block(0x2001, "Philips Imaging DD 001", create=True).add_new(0x03, "FL", value)
     block = one.private_block(0x2005, "Philips MR Imaging DD 001", create=True)
-    for k in range(0xA0):
-        block.create = True
     for k, part in enumerate(direction):
         block.add_new(0xB0 + k, "FL", part)
 
@@ -310,7 +308,7 @@ def test_g42_g43_g44_g57_frames_are_split_by_their_functional_groups(
                 for one_item in element.value:
                     one_item.is_undefined_length_sequence_item = True
     if keys is None:
-        with pytest.raises(InconsistentSeries, match="different numbers of slices|same position"):
+        with pytest.raises(InconsistentSeries, match=r"different numbers of slices|same position"):
             series_grinder(kind([one]), split_by=split_by)
         return
     found = series_grinder(kind([one]), split_by=split_by)
@@ -359,7 +357,7 @@ def test_g48_stacks_of_different_planes_are_volumes_of_their_own(kind: Callable)
             item(ImageOrientationPatient=single.ImageOrientationPatient)
         ]
     del one.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
-    with pytest.raises(InconsistentSeries, match="different numbers of slices.*'1': 7"):
+    with pytest.raises(InconsistentSeries, match=r"different numbers of slices.*'1': 7"):
         series_grinder(kind([one]), split_by="StackID")
     found = series_grinder(kind([one]), split_by="StackID", incomplete="keep")
     assert list(found) == ["1", "2"]
@@ -453,7 +451,7 @@ def test_a_value_that_is_none_names_the_image() -> None:
 def test_g42_g50_volumes_of_unequal_length_are_told_or_left_out(kind: Callable) -> None:
     made = tagged("TemporalPositionIdentifier", [1, 2, 3])
     given = kind([one for one in mixed(made.values()) if one is not made[3][-1]])
-    with pytest.raises(InconsistentSeries, match="different numbers of slices.*1: 4; 2: 4; 3: 3"):
+    with pytest.raises(InconsistentSeries, match=r"different numbers of slices.*1: 4; 2: 4; 3: 3"):
         series_grinder(given, split_by="TemporalPositionIdentifier")
     found = series_grinder(given, split_by="TemporalPositionIdentifier", incomplete="drop")
     assert list(found) == [1, 2]
