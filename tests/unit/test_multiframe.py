@@ -1,6 +1,8 @@
 """Objects of several frames: the right frame at the right place, whatever order they lie in."""
 
 import copy
+import gzip
+import subprocess
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -250,7 +252,83 @@ def test_frames_of_pydicoms_own_files_are_what_pydicom_decodes() -> None:
     assert checked >= 3
 
 
-def test_a_series_is_not_derived_from_frames_yet_and_says_so() -> None:
-    one = LazyDataset(encode(enhanced(made()))[0])
-    with pytest.raises(UnsupportedImage, match="multi-frame"):
+def test_g51_a_real_enhanced_mr_is_what_dcm2niix_reads(
+    peer: Callable[[str], str], tmp_path: Path
+) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    packed = Path(nibabel.__file__).parent / "nicom" / "tests" / "data" / "philips_mprage.dcm.gz"
+    data = gzip.decompress(packed.read_bytes())
+    volume = volume_grinder([LazyDataset(data)])
+    (tmp_path / "one.dcm").write_bytes(data)
+    subprocess.run(
+        [peer("dcm2niix"), "-b", "n", "-f", "out", "-o", tmp_path, tmp_path],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (path,) = tmp_path.glob("*.nii")
+    image = nibabel.load(path)
+    assert sorted(image.shape) == sorted(volume.shape)
+    # To the voxels of the other reader, whatever way it turned them.
+    back = numpy.linalg.inv(image.affine) @ numpy.diag([-1, -1, 1, 1]) @ volume.affine
+    values = image.get_fdata()
+    k, row, column = numpy.indices(volume.shape)[:, ::7, ::5, ::5].reshape(3, -1)
+    places = (back @ numpy.stack([column, row, k, numpy.ones_like(k)]))[:3]
+    index = numpy.rint(places).astype(int)
+    numpy.testing.assert_allclose(places, index, atol=0.02)
+    numpy.testing.assert_allclose(values[tuple(index)], volume.array[k, row, column], rtol=1e-4)
+    assert volume.affine[:3, :3].any()
+
+
+MR_CLASSES = ("1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.4.4")
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize(
+    ("sop_class", "expected"),
+    [
+        ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2"),
+        ("1.2.840.10008.5.1.4.1.1.2.2", "1.2.840.10008.5.1.4.1.1.2"),
+        *((one, "1.2.840.10008.5.1.4.1.1.4") for one in MR_CLASSES),
+    ],
+)
+def test_w1_g51_frames_give_a_classic_series_with_the_geometry_of_each(
+    sop_class: str, expected: str, lazy: bool, peer: Callable[[str], str], tmp_path: Path
+) -> None:
+    one = enhanced(make_series(7, 9, 11, orientation=OBLIQUE), [3, 0, 6, 1, 5, 2, 4])
+    one.SOPClassUID, one.Modality = sop_class, "MR" if sop_class in MR_CLASSES else "CT"
+    for k, group in enumerate(one.PerFrameFunctionalGroupsSequence):
+        group.MREchoSequence = [item(EffectiveEchoTime=2.5 + k)]
+        group.CTXRayDetailsSequence = [item(KVP="80")]
+    del one.KVP
+    given = [LazyDataset(encode(one)[0])] if lazy else [one]
+    volume = volume_grinder(given)
+    results = list(derive_series(volume.array + 1, given))
+    back = volume_grinder([LazyDataset(encode(result)[0]) for result in results])
+    numpy.testing.assert_array_equal(back.array, volume.array + 1)
+    numpy.testing.assert_allclose(back.affine, volume.affine, atol=1e-6)
+    assert {result.SOPClassUID for result in results} == {expected}
+    for k, result in enumerate(results):
+        (reference,) = result.SourceImageSequence
+        assert reference.ReferencedSOPInstanceUID == one.SOPInstanceUID
+        assert reference.ReferencedFrameNumber == volume.frame_numbers[k]
+        assert "PerFrameFunctionalGroupsSequence" not in result
+        assert "NumberOfFrames" not in result
+        assert result.SliceThickness == 2.5
+        if sop_class in MR_CLASSES:
+            assert result.EchoTime == 1.5 + volume.frame_numbers[k]
+        else:
+            assert result.KVP == 80
+    for k, result in enumerate(results):
+        path = tmp_path / f"{k}.dcm"
+        path.write_bytes(encode(result)[0])
+        told = subprocess.run(
+            [peer("dciodvfy"), path], capture_output=True, text=True, check=False
+        ).stderr
+        assert not [line for line in told.splitlines() if line.startswith("Error")], told
+
+
+def test_a_series_is_not_derived_from_other_frames() -> None:
+    one = enhanced(made())
+    one.SOPClassUID = "1.2.840.10008.5.1.4.1.1.130"
+    with pytest.raises(UnsupportedImage, match="Enhanced PET") as told:
         list(derive_series(volume_grinder([one]).array, [one]))
+    assert one.SOPInstanceUID in str(told.value)

@@ -512,6 +512,18 @@ def test_g1_an_object_that_is_no_image_is_left_out_and_told(kind: Callable) -> N
     assert_told(told.value, report)
 
 
+def test_g13_a_dicomdir_is_ignored(kind: Callable, real_data: Path) -> None:
+    made = make_series(4, 4, 5)
+    directory = Dataset()
+    directory.SOPClassUID, directory.SOPInstanceUID = "1.2.840.10008.1.3.10", generate_uid()
+    volume = volume_grinder(kind([made[0], directory, *made[1:]]))
+    assert_right(volume, made)
+    assert volume.warnings == ()
+    folder = real_data / "ct-tilt-54"
+    with_directory = [*load(folder), LazyDataset(str(folder / "DIRFILE"))]
+    assert volume_grinder(with_directory).warnings == ()
+
+
 def test_g2_an_image_without_pixels_is_an_error(kind: Callable) -> None:
     made = make_series(4, 4, 5)
     del made[2].PixelData

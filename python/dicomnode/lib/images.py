@@ -227,7 +227,10 @@ def read_slices(
             slices += [Slice(frame, dataset) for frame in header.frames()]
         elif header.pixel_tag or header.rows:
             slices.append(Slice(header, dataset))
-        elif header.sop_class_uid != MEDIA_STORAGE_DIRECTORY:
+        elif (
+            header.sop_class_uid != MEDIA_STORAGE_DIRECTORY
+            and "DirectoryRecordSequence" not in dataset
+        ):
             notes.append(
                 f"{header.sop_instance_uid} ({UID(header.sop_class_uid).name}) is no image, left out"
             )

@@ -13,12 +13,11 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from dicomnode.errors import InconsistentSeries, UnsupportedImage
+from dicomnode.errors import InconsistentSeries
 from dicomnode.lib.images import ImageHeader, Slice, called
 from dicomnode.lib.splits import element_value
 
 _NUCLEAR_MEDICINE = ("1.2.840.10008.5.1.4.1.1.20", "1.2.840.10008.5.1.4.1.1.5")
-_WHOLE_SLIDES = "1.2.840.10008.5.1.4.1.1.77.1.6"
 _CSA_CREATOR = "SIEMENS CSA HEADER"
 _MOST_CSA_TAGS, _MOST_CSA_ITEMS = 1024, 4096
 
@@ -27,18 +26,12 @@ def place(slices: Sequence[Slice]) -> list[Slice]:
     """The slices with their places in the patient: mosaics are cut, vectors are followed.
 
     Raises InconsistentSeries for a part of a concatenation that is missing, for a mosaic without its
-    CSA header and for a vector or an attribute that is missing; UnsupportedImage for what is no
-    volume.
+    CSA header and for a vector or an attribute that is missing.
     """
     placed: list[Slice] = []
     parts: dict[str, dict[str, Slice]] = {}
     for item in slices:
         header = item.header
-        if header.sop_class_uid == _WHOLE_SLIDES:
-            raise UnsupportedImage(
-                f"image {called(header)} is a whole slide of microscopy, which is no volume; use "
-                'list_grinder, or numpy_grinder(order="given") for its tiles'
-            )
         if header.has_functional_groups and header.frame == 0:
             concatenation = element_value(item, 0x00209161)
             if concatenation:

@@ -24,11 +24,22 @@ from pydicom.filereader import read_dataset
 from pydicom.filewriter import write_dataset
 from pydicom.sequence import Sequence
 from pydicom.tag import BaseTag
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    EnhancedMRImageStorage,
+    ExplicitVRLittleEndian,
+    LegacyConvertedEnhancedCTImageStorage,
+    LegacyConvertedEnhancedMRImageStorage,
+    MRImageStorage,
+    generate_uid,
+)
 from pydicom.valuerep import format_number_as_ds
 
 from dicomnode.errors import InconsistentSeries, InvalidDataset, UnsupportedImage
-from dicomnode.lib.images import ImageHeader, Reading, read_slices
+from dicomnode.lib.images import ImageHeader, Reading, Slice, called, read_slices
+from dicomnode.lib.splits import tags_of, value_of
 from dicomnode.lib.volume import Policies, arrange
 
 # What stays true of an image that was computed from another (patient, study, equipment, frame of
@@ -45,6 +56,35 @@ _KEPT_KEYWORDS = (
     "PositionReferenceIndicator", "SliceLocation", "PixelSpacing", "LossyImageCompression",
     "LossyImageCompressionRatio", "LossyImageCompressionMethod",
 )  # fmt: skip
+# The single-frame class of an enhanced or legacy converted one.
+_CLASSIC = {
+    EnhancedCTImageStorage: CTImageStorage,
+    LegacyConvertedEnhancedCTImageStorage: CTImageStorage,
+    EnhancedMRImageStorage: MRImageStorage,
+    LegacyConvertedEnhancedMRImageStorage: MRImageStorage,
+}
+# What a single-frame image says of its acquisition, and where a frame says it.
+_FRAME_KEYWORDS = {
+    "KVP": ("KVP",),
+    "RepetitionTime": ("RepetitionTime",),
+    "EchoTime": ("EchoTime", "EffectiveEchoTime"),
+    "EchoTrainLength": ("EchoTrainLength",),
+    "FlipAngle": ("FlipAngle",),
+    "ScanOptions": ("ScanOptions",),
+    "MRAcquisitionType": ("MRAcquisitionType",),
+    "TemporalPositionIdentifier": ("TemporalPositionIdentifier", "TemporalPositionIndex"),
+    "DiffusionBValue": ("DiffusionBValue",),
+    "AcquisitionNumber": ("AcquisitionNumber",),
+    "PatientPosition": ("PatientPosition",),
+}
+_FRAME_TAGS = tags_of({place for places in _FRAME_KEYWORDS.values() for place in places})
+# What has to be there, be it empty (PS3.3 C.8.2.1, C.8.3.1).
+_TYPE_2 = {
+    CTImageStorage: ("KVP", "AcquisitionNumber"),
+    MRImageStorage: (
+        "RepetitionTime", "EchoTime", "EchoTrainLength", "ScanOptions", "MRAcquisitionType",
+    ),
+}  # fmt: skip
 _KEPT = frozenset(tag_for_keyword(keyword) for keyword in _KEPT_KEYWORDS)
 _KEPT_GROUPS = (0x0018, 0x0054)
 # The longest texts of the value representations LO and ST (PS3.5 section 6.2).
@@ -66,7 +106,8 @@ def derive_series(
     `array` has the axes (slice, row, column) in the order of `numpy_grinder`: along the slice
     normal. `images` are the datasets that it was made from, in any order. Each result is in the
     source's study and frame of reference, refers to its source (SourceImageSequence, PS3.3
-    C.7.6.1.1.4), and has new SeriesInstanceUID and SOPInstanceUID.
+    C.7.6.1.1.4), and has new SeriesInstanceUID and SOPInstanceUID. Of the frames of an enhanced or
+    legacy converted CT or MR the results are single-frame images, with the geometry of each frame.
 
     Values that the source's own slope and intercept can hold exactly are stored so, whole numbers in
     a range of 16 bits exactly with a slope of one; others with one slope and intercept for the whole
@@ -79,7 +120,7 @@ def derive_series(
 
     Raises InconsistentSeries where shape and images do not fit, InvalidDataset for values that are
     not finite or not real numbers, too wide a range, a text that is too long, and an image without
-    SOPClassUID or SOPInstanceUID.
+    SOPClassUID or SOPInstanceUID, UnsupportedImage for frames of other objects.
     """
     for text, most, name in (
         (series_description, _LO_CHARACTERS, "SeriesDescription"),
@@ -98,17 +139,13 @@ def derive_series(
         raise InvalidDataset(
             f"SeriesNumber has to be a whole number below 2^31, not {series_number!r}"
         )
-    slices, _ = read_slices(images)
+    slices, _ = read_slices(images, _FRAME_TAGS)
     if not slices:
         raise InconsistentSeries("there is no image to derive a series from")
-    for item in slices:
-        if item.header.number_of_frames > 1 or item.header.has_functional_groups:
-            raise UnsupportedImage(
-                f"image {item.header.sop_instance_uid} is a multi-frame object, from which a series is "
-                "not derived yet; make the results from its datasets by hand"
-            )
-    if len(slices) > 1:
+    if len(slices) > 1 or "MOSAIC" in slices[0].header.image_type:
         slices = arrange(slices, Reading(), Policies()).slices
+    for item in slices:
+        _check_source(item)
     first = slices[0].header
     expected = (len(slices), first.rows, first.columns)
     if array.shape != expected:
@@ -132,6 +169,8 @@ def derive_series(
                 "SOPInstanceUID, so a result cannot refer to it"
             )
         result = _copy(item.dataset)
+        if _is_frame(item):
+            _describe_frame(result, item)
         result.update(shared)
         if not is_ascii:
             result.SpecificCharacterSet = "ISO_IR 192"
@@ -148,9 +187,56 @@ def derive_series(
         reference = Dataset()
         reference.ReferencedSOPClassUID = header.sop_class_uid
         reference.ReferencedSOPInstanceUID = header.sop_instance_uid
+        if _is_frame(item):
+            reference.ReferencedFrameNumber = header.frame + 1
         result.SourceImageSequence = Sequence([reference])
         result.add_new(0x7FE00010, "OW", storing.stored(array[k]).tobytes())
         yield result
+
+
+def _is_frame(item: Slice) -> bool:
+    return item.header.number_of_frames > 1 or item.header.has_functional_groups
+
+
+def _check_source(item: Slice) -> None:
+    header = item.header
+    is_enhanced = header.has_functional_groups and header.sop_class_uid in _CLASSIC
+    if item.whole is not None or (_is_frame(item) and not is_enhanced):
+        raise UnsupportedImage(
+            f"image {called(header)} is a frame of {UID(header.sop_class_uid).name}, from which a "
+            "series is not derived; enhanced and legacy converted CT and MR are. Make the results from "
+            "its datasets by hand"
+        )
+
+
+def _describe_frame(result: Dataset, item: Slice) -> None:
+    """Make the copy of an enhanced object a classic image of one of its frames."""
+    header = item.header
+    result.SOPClassUID = _CLASSIC[header.sop_class_uid]
+    for keyword, values in (
+        ("ImagePositionPatient", header.position),
+        ("ImageOrientationPatient", header.orientation),
+        ("PixelSpacing", header.pixel_spacing),
+        ("SliceThickness", header.slice_thickness),
+        ("SpacingBetweenSlices", header.spacing_between_slices),
+    ):
+        if values is not None:
+            parts = values if isinstance(values, tuple) else (values,)
+            texts = [format_number_as_ds(part) for part in parts]
+            setattr(result, keyword, texts if len(texts) > 1 else texts[0])
+    for keyword, places in _FRAME_KEYWORDS.items():
+        found = (value_of(item, place) for place in places)
+        value = next((value for value in found if value is not None), None)
+        is_wanted = keyword in _TYPE_2[result.SOPClassUID]
+        if value is not None:
+            is_text = not isinstance(value, float)
+            setattr(result, keyword, value if is_text else format_number_as_ds(value))
+        elif is_wanted and keyword not in result:
+            setattr(result, keyword, None)
+    if result.SOPClassUID == MRImageStorage:
+        # Of an enhanced object this is told in other words: "research mode" and "none" say nothing.
+        result.setdefault("ScanningSequence", "RM")
+        result.setdefault("SequenceVariant", "NONE")
 
 
 @dataclass(frozen=True)
