@@ -18,6 +18,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import (
     EnhancedCTImageStorage,
     PositronEmissionTomographyImageStorage,
+    generate_uid,
 )
 
 from dicomnode.testing import make_series
@@ -316,7 +317,7 @@ def _one_object(number: str, name: str, stack: list[Made], **options: Any) -> Ca
 
 
 def enhanced(slices: Sequence[Dataset]) -> Dataset:
-    """Slices as the frames of one Enhanced CT object, in their order (PS3.3 A.38.1)."""
+    """Axial slices as the frames of one Enhanced CT object, in their order (PS3.3 A.38.1)."""
     first = slices[0]
     one = copy.deepcopy(first)
     for keyword in (
@@ -325,10 +326,9 @@ def enhanced(slices: Sequence[Dataset]) -> Dataset:
     ):  # fmt: skip
         delattr(one, keyword)
     one.SOPClassUID = EnhancedCTImageStorage
-    one.SOPInstanceUID = f"{first.SeriesInstanceUID}.1"
     one.ImageType = ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]
     one.NumberOfFrames = len(slices)
-    organization = f"{first.SeriesInstanceUID}.2"
+    organization = generate_uid(entropy_srcs=[str(first.SOPInstanceUID)])
     one.DimensionOrganizationSequence = [_item(DimensionOrganizationUID=organization)]
     one.DimensionIndexSequence = [
         _item(
