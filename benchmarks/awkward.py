@@ -315,10 +315,19 @@ def table(columns: dict[str, Reader]) -> tuple[list[list[str]], dict[str, Verdic
     return rows, ours
 
 
+def summary(rows: Sequence[Sequence[str]]) -> list[str]:
+    """How often each reader is right, refuses and is wrong: a last row of the table."""
+    counts = []
+    for column in zip(*rows[1:], strict=True):
+        words = [cell.split(" ", 1)[0].strip("*:;") for cell in column]
+        counts.append(" / ".join(str(words.count(word)) for word in ("PASS", "ERR", "WRONG")))
+    return ["", "PASS / ERR / WRONG", *counts[2:]]
+
+
 def main() -> None:
     """Print the table and dicomnode's messages."""
     rows, ours = table(readers())
-    head, *lines = rows
+    head, *lines = [*rows, summary(rows)]
     print("| " + " | ".join(head) + " |")
     print("|" + "---|" * len(head))
     for line in lines:

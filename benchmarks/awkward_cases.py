@@ -198,17 +198,17 @@ def _sent_again() -> Case:
 
 
 def _tilt() -> Case:
-    """The table moves along z, the image planes are tilted. The field is even in all directions.
+    """The table moves along z, the image planes are tilted.
 
-    So a reader may also resample to an upright volume.
+    Values grow evenly in all directions, so that a reader may also resample to an upright volume.
     """
-    angle = math.radians(20)
+    angle = math.radians(-20)
     orientation = (1.0, 0.0, 0.0, 0.0, math.cos(angle), math.sin(angle))
     column, row = numpy.meshgrid(numpy.arange(SIZE), numpy.arange(SIZE))
     stack = []
     for mm in REGULAR:
         y, z = 0.75 * row * math.cos(angle), mm + 0.75 * row * math.sin(angle)
-        stored = numpy.rint(1000 + 40 * 0.75 * column + 90 * y + 60 * z).astype(numpy.int64)
+        stored = numpy.rint(1500 + 40 * 0.75 * column + 90 * y + 60 * z).astype(numpy.int64)
         stack.append(
             one_slice(
                 "10",
@@ -216,7 +216,7 @@ def _tilt() -> Case:
                 stored,
                 orientation=orientation,
                 along=(0, 0, 1),
-                GantryDetectorTilt="20",
+                GantryDetectorTilt="-20",
             )
         )
     return _case("10", "gantry tilt of 20 degrees", stack, tolerance=2.0)

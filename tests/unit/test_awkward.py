@@ -123,4 +123,7 @@ def test_the_table_has_a_row_for_each_case_and_a_column_for_each_reader() -> Non
     assert [row[0] for row in rows[1:]] == list(CASES) == list(ours)
     assert rows[0][2:] == ["dicomnode", "again"]
     assert all(len(row) == 4 for row in rows)
+    words = [one.word for one in ours.values()]
+    told = f"{words.count('PASS')} / {words.count('ERR')} / 0"
+    assert awkward.summary(rows)[2:] == [told, told]
     assert not [number for number, one in ours.items() if one.word == "WRONG"]
