@@ -95,10 +95,8 @@ class Bench:
         return [many.together({n: self._ask(many, folder) for n, folder in folders.items()})]
 
     def _cine(self) -> list[Table]:
-        tiny = self._made("cine", cine.write, 2, 16, 16)
-        if not cine.is_supported(tiny):
-            return []
-        return [self._ask(cine, self._made("cine", cine.write, *self._sizes.cine), tiny)]
+        folder = self._made("cine", cine.write, *self._sizes.cine)
+        return [self._ask(cine, folder, self._made("cine", cine.write, 2, 16, 16))]
 
     def _real_folder(self) -> Path | None:
         folder = self._folder / "real"

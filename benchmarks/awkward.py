@@ -135,7 +135,7 @@ def _dcm2niix() -> dict[str, Reader]:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             names = sorted(Path(out).glob("*.nii"))
             if not names:
-                raise Refused(done.stdout.strip().splitlines()[-1:])
+                raise Refused(" ".join(done.stdout.split()[-20:]))
             return [each for name in names for each in _nifti(nibabel.load(name))]
 
     return {f"dcm2niix {told.stdout.split()[-1].removeprefix('v')}": read}

@@ -18,7 +18,6 @@ from pydicom.uid import JPEGBaseline8Bit, UltrasoundMultiFrameImageStorage
 
 from benchmarks.series import paths_of
 from benchmarks.timing import Peer
-from dicomnode.errors import UnsupportedImage
 from dicomnode.lib.dicom import load
 from dicomnode.lib.grinders import numpy_grinder
 from dicomnode.testing import make_series, write_series
@@ -60,15 +59,6 @@ def write(folder: Path, frames: int, rows: int, columns: int) -> Path:
     one.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
     write_series([one], folder)
     return folder
-
-
-def is_supported(folder: Path) -> bool:
-    """Whether dicomnode takes colour."""
-    try:
-        numpy_grinder(load(folder), order="given")
-    except UnsupportedImage:
-        return False
-    return True
 
 
 def peers(folder: Path) -> list[Peer]:

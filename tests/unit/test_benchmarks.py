@@ -58,8 +58,7 @@ def test_every_peer_gives_the_reference_of_an_enhanced_object(tmp_path: Path) ->
 def test_every_peer_gives_the_reference_of_a_cine(tmp_path: Path) -> None:
     pytest.importorskip("imagecodecs")
     folder = cine.write(tmp_path / "cine", 3, 48, 64)
-    if cine.is_supported(folder):
-        answered(cine, folder)
+    answered(cine, folder)
     wanted = cine.reference(folder)
     assert cine.same(wanted.copy(), wanted)
     assert not cine.same(wanted[..., ::-1], wanted)
