@@ -1,6 +1,7 @@
 """`python -m benchmarks`: all questions, or `--only` one; `--quick` is a smoke test."""
 
 import argparse
+import functools
 import os
 import platform
 import sys
@@ -9,7 +10,20 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-from benchmarks import compressed, grind_files, grind_memory, header_scan, real_ct, receive, series
+from benchmarks import (
+    cine,
+    compressed,
+    grind_enhanced,
+    grind_files,
+    grind_memory,
+    grind_mr,
+    grind_pet,
+    header_scan,
+    many,
+    real_ct,
+    receive,
+    series,
+)
 from benchmarks.timing import Question, Table
 from benchmarks.timing import answer as answer_question
 
@@ -19,6 +33,10 @@ class Sizes:
 
     def __init__(self, quick: bool) -> None:
         self.slices, self.matrix = (12, 64) if quick else (300, 512)
+        self.pet = (12, 64, 64) if quick else (644, 400, 400)
+        self.mr = (12, 32, 32) if quick else (180, 256, 256)
+        self.cine = (6, 48, 64) if quick else (120, 480, 640)
+        self.instances = (10, 20, 40) if quick else (1250, 5000, 20_000)
         self.small_images = 100 if quick else 1000
         self.sent = 8 if quick else 140
         self.repeats = 2 if quick else 9
@@ -41,21 +59,44 @@ class Bench:
             "grind_files": lambda: [self._ask(grind_files, self._ct())],
             "grind_memory": lambda: [self._ask(grind_memory, self._ct())],
             "real_ct": self._real,
+            "grind_pet": lambda: [self._ask(grind_pet, self._series("PT", *self._sizes.pet))],
+            "grind_mr": lambda: [self._ask(grind_mr, self._series("MR", *self._sizes.mr))],
+            "grind_enhanced": self._enhanced,
+            "many": self._many,
             "compressed": self._compressed,
+            "cine": self._cine,
             "receive": self._receive,
             "receive_small": self._receive_small,
         }
 
-    def _made(self, name: str, slices: int, matrix: int) -> Path:
-        folder = self._folder / name
-        return folder if folder.exists() else series.write(folder, slices, matrix, matrix)
+    def _made(self, name: str, write: Callable[..., Path], *size: int) -> Path:
+        folder = self._folder / "-".join(map(str, (name, *size)))
+        return folder if folder.exists() else write(folder, *size)
+
+    def _series(self, kind: str, slices: int, rows: int, columns: int) -> Path:
+        write = functools.partial(series.write, kind=kind)
+        return self._made(kind, write, slices, rows, columns)
 
     def _ct(self) -> Path:
-        return self._made("ct", self._sizes.slices, self._sizes.matrix)
+        return self._series("CT", self._sizes.slices, self._sizes.matrix, self._sizes.matrix)
 
-    def _ask(self, question: Question, folder: Path) -> Table:
-        tiny = self._made("tiny", 3, 16) if self._sizes.memory else None
+    def _ask(self, question: Question, folder: Path, tiny: Path | None = None) -> Table:
+        """A table; with its column of memory, for which `tiny` is a small folder of the kind."""
+        tiny = (tiny or self._series("CT", 3, 16, 16)) if self._sizes.memory else None
         return answer_question(question, folder, self._sizes.repeats, tiny)
+
+    def _enhanced(self) -> list[Table]:
+        sizes, write = self._sizes, series.write_enhanced
+        folder = self._made("enhanced", write, sizes.slices, sizes.matrix, sizes.matrix)
+        return [self._ask(grind_enhanced, folder, self._made("enhanced", write, 3, 16, 16))]
+
+    def _many(self) -> list[Table]:
+        folders = {count: self._series("CT", count, 32, 32) for count in self._sizes.instances}
+        return [many.together({n: self._ask(many, folder) for n, folder in folders.items()})]
+
+    def _cine(self) -> list[Table]:
+        folder = self._made("cine", cine.write, *self._sizes.cine)
+        return [self._ask(cine, folder, self._made("cine", cine.write, 2, 16, 16))]
 
     def _real_folder(self) -> Path | None:
         folder = self._folder / "real"
@@ -81,11 +122,11 @@ class Bench:
         sizes = self._sizes
         folder, kind = (None if sizes.quick else self._real_folder()), "real CT slices"
         if folder is None:
-            folder, kind = self._made("sent", sizes.sent, sizes.matrix), "CT slices"
+            folder, kind = self._series("CT", sizes.sent, sizes.matrix, sizes.matrix), "CT slices"
         return self._send(folder, kind)
 
     def _receive_small(self) -> list[Table]:
-        images = self._made("images", self._sizes.small_images, 64)
+        images = self._series("CT", self._sizes.small_images, 64, 64)
         return self._send(images, "images of 64 x 64")
 
     def _send(self, folder: Path, kind: str) -> list[Table]:

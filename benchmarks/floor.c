@@ -9,8 +9,8 @@
 typedef struct {
     const char **paths;
     const int64_t *offsets;
-    int64_t files, values, start, step;
-    float slope, intercept;
+    int64_t slices, values, start, step;
+    const float *slopes, *intercepts;
     float *out;
     int failed;
 } job;
@@ -21,14 +21,14 @@ enum { PART = 256 << 10 };
 static void *work(void *given) {
     job *j = given;
     uint16_t *buffer = malloc(PART);
-    for (int64_t k = j->start; buffer && k < j->files; k += j->step) {
+    for (int64_t k = j->start; buffer && k < j->slices; k += j->step) {
         int file = open(j->paths[k], O_RDONLY | O_CLOEXEC);
-        float *out = j->out + k * j->values;
+        float *out = j->out + k * j->values, slope = j->slopes[k], intercept = j->intercepts[k];
         int64_t left = j->values * 2, offset = j->offsets[k];
         while (file >= 0 && left > 0) {
             ssize_t got = pread(file, buffer, left < PART ? left : PART, offset);
             if (got <= 0 || got % 2) break;
-            for (ssize_t i = 0; i < got / 2; i++) out[i] = buffer[i] * j->slope + j->intercept;
+            for (ssize_t i = 0; i < got / 2; i++) out[i] = buffer[i] * slope + intercept;
             out += got / 2;
             offset += got;
             left -= got;
@@ -41,15 +41,16 @@ static void *work(void *given) {
     return NULL;
 }
 
-/* Unsigned 16 bit little endian files into out, slice k from paths[k]; 0 where all is well. */
-int floor_stack(const char **paths, const int64_t *offsets, int64_t files, int64_t values,
-                float slope, float intercept, float *out, int threads) {
+/* Unsigned 16 bit little endian cells into out, slice k from offsets[k] of paths[k]; 0 where all is
+   well. */
+int floor_stack(const char **paths, const int64_t *offsets, int64_t slices, int64_t values,
+                const float *slopes, const float *intercepts, float *out, int threads) {
     pthread_t ids[64];
     job jobs[64];
     int failed = 0;
     if (threads < 1 || threads > 64) return 1;
     for (int t = 0; t < threads; t++) {
-        job one = {paths, offsets, files, values, t, threads, slope, intercept, out, 0};
+        job one = {paths, offsets, slices, values, t, threads, slopes, intercepts, out, 0};
         jobs[t] = one;
         if (t && pthread_create(&ids[t], NULL, work, &jobs[t])) return 1;
     }

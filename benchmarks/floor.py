@@ -37,19 +37,19 @@ def stacker(
     """A function that reads one series, in the order given; None where that cannot be.
 
     Into fresh memory, or again and again into `out`. Knows only unsigned 16 bit little endian
-    pixels without foreign bits and one slope for all.
+    pixels without foreign bits.
     """
     found = library()
     if found is None:
         return None
     heads = [pydicom.dcmread(path, stop_before_pixels=True) for path in paths]
     first = heads[0]
-    rescale = float(first.RescaleSlope), float(first.RescaleIntercept)
     for head in heads:
         kind = (head.BitsAllocated, head.PixelRepresentation, head.file_meta.TransferSyntaxUID)
-        slope = float(head.RescaleSlope), float(head.RescaleIntercept)
-        if kind != (16, 0, "1.2.840.10008.1.2.1") or slope != rescale:
+        if kind != (16, 0, "1.2.840.10008.1.2.1"):
             return None
+    slopes = _floats([head.RescaleSlope for head in heads])
+    intercepts = _floats([head.RescaleIntercept for head in heads])
     shape = (len(paths), first.Rows, first.Columns)
     values = first.Rows * first.Columns
     names = _strings(paths)
@@ -62,8 +62,8 @@ def stacker(
             offsets,
             ctypes.c_int64(len(paths)),
             ctypes.c_int64(values),
-            ctypes.c_float(rescale[0]),
-            ctypes.c_float(rescale[1]),
+            slopes,
+            intercepts,
             ctypes.c_void_p(target.ctypes.data),
             threads,
         ):
@@ -107,6 +107,10 @@ def memcpy(megabytes: int) -> Callable[[], None] | None:
 
 def _strings(paths: Sequence[Path]) -> Any:
     return (ctypes.c_char_p * len(paths))(*(str(path).encode() for path in paths))
+
+
+def _floats(values: Sequence[float]) -> Any:
+    return (ctypes.c_float * len(values))(*map(float, values))
 
 
 def _pixel_offset(path: Path) -> int:

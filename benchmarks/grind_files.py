@@ -20,6 +20,7 @@ from benchmarks.series import (
 from benchmarks.timing import Peer
 from dicomnode.lib.dicom import load
 from dicomnode.lib.grinders import numpy_grinder, volume_grinder
+from dicomnode.lib.volume import Volume
 
 TITLE = "CT series from files to float32, rescaled, in slice order"
 
@@ -30,16 +31,47 @@ same = same_volume
 def peers(folder: Path) -> list[Peer]:
     """Ours first."""
     datasets = load(folder)
+    ordered = in_slice_order(folder)
+    first = pydicom.dcmread(ordered[0], stop_before_pixels=True)
+    reused = numpy.ones((len(ordered), first.Rows, first.Columns), numpy.float32)
     return [
         Peer("dicomnode volume_grinder(load(folder))", lambda: volume_grinder(load(folder))),
         Peer("dicomnode volume_grinder(datasets)", lambda: volume_grinder(datasets)),
         Peer("dicomnode numpy_grinder(datasets)", lambda: numpy_grinder(datasets)),
+        Peer("dicomnode volume_grinder(datasets, out=...)", lambda: _into(datasets, reused)),
         *_dicomsdl(folder),
+        *_by_hand(folder),
         Peer("pydicom pixel_array, preallocated", lambda: _pydicom_preallocated(folder)),
         Peer("pydicom pixel_array, numpy.stack", lambda: _pydicom_naive(folder)),
         *_simpleitk(folder),
-        *_floors(folder),
+        *_floors(ordered, reused),
     ]
+
+
+def _into(datasets: list[pydicom.Dataset], out: Array) -> Volume:
+    return volume_grinder(datasets, out=out)
+
+
+def _by_hand(folder: Path) -> list[Peer]:
+    """Headers by pydicom, pixels as they are: no other bits, no other byte order, no codec."""
+
+    def run(threads: int) -> Array:
+        datasets = _pydicom_sorted(folder)
+        first = datasets[0]
+        kind = "<i2" if first.PixelRepresentation else "<u2"
+        out = numpy.empty((len(datasets), first.Rows, first.Columns), numpy.float32)
+
+        def read(part: range) -> None:
+            for k in part:
+                stored = numpy.frombuffer(datasets[k].PixelData, kind).reshape(out[k].shape)
+                numpy.multiply(stored, numpy.float32(datasets[k].RescaleSlope), out=out[k])
+                out[k] += numpy.float32(datasets[k].RescaleIntercept)
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(read, [range(k, len(datasets), threads) for k in range(threads)]))
+        return out
+
+    return [Peer("pydicom + numpy.frombuffer by hand, 2 threads", lambda: run(2))]
 
 
 def _pydicom_sorted(folder: Path) -> list[pydicom.FileDataset]:
@@ -127,13 +159,9 @@ def _simpleitk(folder: Path) -> list[Peer]:
     ]
 
 
-def _floors(folder: Path) -> list[Peer]:
+def _floors(ordered: list[Path], reused: Array) -> list[Peer]:
     """Readers in C that know order and offsets, and one copy of as much memory as the result."""
-    ordered = in_slice_order(folder)
-    first = pydicom.dcmread(ordered[0], stop_before_pixels=True)
-    shape = (len(ordered), first.Rows, first.Columns)
-    copy = floor.memcpy(max(1, int(numpy.prod(shape)) * 4 >> 20))
-    reused = numpy.ones(shape, numpy.float32)
+    copy = floor.memcpy(max(1, reused.nbytes >> 20))
     found = [
         ("floor: C, 2 threads", floor.stacker(ordered, 2)),
         ("floor: C, 1 thread", floor.stacker(ordered, 1)),

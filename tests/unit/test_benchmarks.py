@@ -3,12 +3,18 @@
 import shutil
 from pathlib import Path
 
+import pydicom
 import pytest
 from benchmarks import (
+    cine,
     floor,
+    grind_enhanced,
     grind_files,
     grind_memory,
+    grind_mr,
+    grind_pet,
     header_scan,
+    many,
     real_ct,
     receive,
     series,
@@ -21,12 +27,59 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return series.write(tmp_path_factory.mktemp("benchmarks") / "ct", 5, 8, 12)
 
 
-@pytest.mark.parametrize("question", [header_scan, grind_files, grind_memory, real_ct])
-def test_every_peer_gives_the_reference(question: timing.Question, folder: Path) -> None:
+def answered(question: timing.Question, folder: Path) -> timing.Table:
+    """A table in which every peer was right."""
     table = timing.answer(question, folder, repeats=1, tiny=None)
     assert {row.name: row.wrong for row in table.rows if row.wrong} == {}
     assert all(len(row.seconds) == 1 for row in table.rows)
     assert table.rows[0].name.startswith("dicomnode")
+    return table
+
+
+@pytest.mark.parametrize("question", [header_scan, grind_files, grind_memory, real_ct])
+def test_every_peer_gives_the_reference(question: timing.Question, folder: Path) -> None:
+    answered(question, folder)
+
+
+@pytest.mark.parametrize(("question", "kind"), [(grind_pet, "PT"), (grind_mr, "MR")])
+def test_every_peer_gives_the_reference_of_a_kind(
+    question: timing.Question, kind: str, tmp_path: Path
+) -> None:
+    folder = series.write(tmp_path / kind, 5, 8, 12, kind)
+    slopes = {float(pydicom.dcmread(path).RescaleSlope) for path in series.paths_of(folder)}
+    assert len(slopes) == (5 if kind == "PT" else 1)
+    answered(question, folder)
+
+
+def test_every_peer_gives_the_reference_of_an_enhanced_object(tmp_path: Path) -> None:
+    answered(grind_enhanced, series.write_enhanced(tmp_path / "enhanced", 5, 8, 12))
+
+
+def test_every_peer_gives_the_reference_of_a_cine(tmp_path: Path) -> None:
+    pytest.importorskip("imagecodecs")
+    folder = cine.write(tmp_path / "cine", 3, 48, 64)
+    answered(cine, folder)
+    wanted = cine.reference(folder)
+    assert cine.same(wanted.copy(), wanted)
+    assert not cine.same(wanted[..., ::-1], wanted)
+
+
+def test_dicomnode_rounds_the_slopes_of_a_pet_once(tmp_path: Path) -> None:
+    folder = series.write(tmp_path / "PT", 5, 8, 12, "PT")
+    wanted = grind_pet.reference(folder)
+    for peer in grind_pet.peers(folder):
+        if peer.name.startswith("dicomnode"):
+            assert series.same_volume(peer.run(), wanted)
+    wanted[0, 0, 0] *= 1 + 1e-6
+    assert not grind_pet.same(grind_pet.peers(folder)[0].run(), wanted)
+
+
+def test_what_one_instance_costs_is_told(folder: Path) -> None:
+    table = many.together({5: answered(many, folder), 10: answered(many, folder)})
+    row = table.rows[1]
+    assert row.name == f"10 instances, {many.peers(folder)[0].name}"
+    assert row.extra == (f"{row.median * 1e6 / 10:.1f}", "")
+    assert "us/instance" in table.markdown()
 
 
 def test_wrong_values_are_reported_and_not_timed(
