@@ -194,6 +194,14 @@ class Image:
         """Rescale Slope or Rescale Intercept is present and not empty."""
 
     @property
+    def units(self) -> str:
+        """What rescaled values are measured in, such as HU or BQML; empty where unknown.
+
+        Units (0054,1001), Dose Units (3004,0002) or Rescale Type (0028,1054); HU where a CT Image has
+        none of them, unless it is a localizer or multi-energy (PS3.3 C.8.2.1).
+        """
+
+    @property
     def position(self) -> tuple[float, float, float] | None:
         """Image Position (Patient), mm."""
 

@@ -148,11 +148,13 @@ class VolumeOptions(PolicyOptions, total=False):
     """The options of `volume_grinder`."""
 
     out: NDArray[Any] | None
+    padding: bool
 
 
-class ArrayOptions(VolumeOptions, total=False):
+class ArrayOptions(PolicyOptions, total=False):
     """The options of `numpy_grinder`."""
 
+    out: NDArray[Any] | None
     order: Order
 
 
@@ -172,7 +174,7 @@ class ArrayGrinder:
     out: NDArray[Any] | None = None
 
     def __call__(self, datasets: Iterable[Dataset], /) -> NDArray[Any]:
-        slices, notes = read_slices(datasets)
+        slices, notes = read_slices(datasets, values=self.reading.values)
         is_stack = len(slices) != 1 or "MOSAIC" in slices[0].header.image_type
         if self.order == "position" and is_stack:
             volume = read_volume(slices, self.reading, self.policies, notes=notes, out=self.out)
@@ -192,10 +194,13 @@ class VolumeGrinder:
     reading: Reading = field(default_factory=Reading)
     policies: Policies = field(default_factory=Policies)
     out: NDArray[Any] | None = None
+    padding: bool = False
 
     def __call__(self, datasets: Iterable[Dataset], /) -> Volume:
-        slices, notes = read_slices(datasets)
-        return read_volume(slices, self.reading, self.policies, notes=notes, out=self.out)
+        slices, notes = read_slices(datasets, values=self.reading.values)
+        return read_volume(
+            slices, self.reading, self.policies, notes=notes, out=self.out, padding=self.padding
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +214,7 @@ class SeriesGrinder:
 
     def __call__(self, datasets: Iterable[Dataset], /) -> dict[Any, Volume]:
         keywords = CANDIDATES if self.split_by is None else keywords_of(self.split_by)
-        slices, notes = read_slices(datasets, tags_of(keywords))
+        slices, notes = read_slices(datasets, tags_of(keywords), self.reading.values)
         asked = None if self.split_by is None else keywords
         return read_volumes(slices, asked, self.reading, self.policies, self.incomplete, notes)
 
@@ -239,10 +244,13 @@ def numpy_grinder(
     `numpy_grinder(datasets)` grinds. `numpy_grinder(dtype=numpy.int16)` returns a grinder.
 
     The array is float32 unless `dtype` says otherwise, C-contiguous and yours to write to. Values
-    are RescaleSlope * stored + RescaleIntercept of each image (PS3.3 C.11.1), or with
-    `values="stored"` the stored ones. Slices are in the order of their position along the slice
-    normal, and have to form one regular stack; `order="InstanceNumber"` and `order="given"` are for
-    images that have no place in the patient. A single image needs none.
+    are RescaleSlope * stored + RescaleIntercept of each image (PS3.3 C.11.1), with `values="stored"`
+    the stored ones, with `"real_world"` those of the RealWorldValueMappingSequence (PS3.3
+    C.7.6.16.2.11; NaN where it leaves a stored value out), with `"suv"` standardized uptake values of
+    PET by body weight, in g/ml; these two never guess what an image does not say. Slices are in the
+    order of their position along the slice normal, and have to form one regular stack;
+    `order="InstanceNumber"` and `order="given"` are for images that have no place in the patient. A
+    single image needs none.
 
     Of colour images the array is (slice, row, column, sample), in the integer type that they are
     stored in. YBR becomes RGB (PS3.3 C.7.6.3.1.2) unless `color="raw"`. Values of PALETTE COLOR images
@@ -258,8 +266,8 @@ def numpy_grinder(
     after an error is not defined.
 
     Raises InconsistentSeries (gap, duplicate, mixed series), UnsupportedImage (a video),
-    InvalidDataset (an integer dtype cannot hold the values exactly), and IncorrectlyConfigured at
-    once for another dtype or order.
+    InvalidDataset (an integer dtype cannot hold the values exactly; an attribute that real-world
+    values or SUV need is missing), and IncorrectlyConfigured at once for another dtype or order.
     """
     _one_of("order", order, Order)
     reading = _reading(dtype, values, color, out)
@@ -284,19 +292,26 @@ def volume_grinder(
     localizers: Localizers = "error",
     tilt: Tilt = "keep",
     out: NDArray[Any] | None = None,
+    padding: bool = False,
 ) -> Volume | VolumeGrinder:
     """All images as one `Volume`: the array, its affine (LPS, mm), spacing and the slices' UIDs.
 
     `volume_grinder(datasets)` grinds. `volume_grinder(dtype=numpy.int16)` returns a grinder. The
     rules for values, order and `out` are those of `numpy_grinder`, those for what is not one plain
     stack those of `dicomnode.lib.volume.Policies`; every image needs ImagePositionPatient,
-    ImageOrientationPatient and PixelSpacing.
+    ImageOrientationPatient and PixelSpacing. `Volume.units` tells what the values are. With
+    `padding=True`, `Volume.padding` is True where PixelPaddingValue and PixelPaddingRangeLimit say
+    that there was nothing to measure; the array still has the values.
 
     Raises InconsistentSeries, UnsupportedImage, InvalidDataset, IncorrectlyConfigured.
     """
     reading = _reading(dtype, values, color, out)
     policies = _policies(reading, gaps, duplicates, localizers, tilt)
-    grinder = VolumeGrinder(reading, policies, out)
+    if padding and policies.needs_nan:
+        raise IncorrectlyConfigured(
+            f"padding=True tells of stored values, and {policies.needs_nan} makes others; choose one"
+        )
+    grinder = VolumeGrinder(reading, policies, out, padding)
     return grinder if datasets is _LATER else grinder(datasets)
 
 

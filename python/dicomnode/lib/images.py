@@ -7,7 +7,7 @@ in the compiled core, which decodes compressed ones on the way.
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -33,6 +33,16 @@ from dicomnode.lib.dicom import (
     encode,
     untouched_source,
 )
+from dicomnode.lib.quantities import (
+    Scale,
+    modality_lut_type,
+    padding_of,
+    real_world_scales,
+    suv_scales,
+)
+
+# Values that are read at a time where a second look at the stored ones is needed.
+_PART = 1 << 21
 
 
 class ImageHeader(Protocol):
@@ -76,6 +86,8 @@ class ImageHeader(Protocol):
     def intercept(self) -> float: ...
     @property
     def has_rescale(self) -> bool: ...
+    @property
+    def units(self) -> str: ...
     @property
     def position(self) -> tuple[float, float, float] | None: ...
     @property
@@ -127,6 +139,7 @@ class _PlainHeader:
     slope: float
     intercept: float
     has_rescale: bool
+    units: str
     position: tuple[float, float, float] | None
     orientation: tuple[float, float, float, float, float, float] | None
     pixel_spacing: tuple[float, float] | None
@@ -142,8 +155,9 @@ class _PlainHeader:
     position_index: int | None = None
 
 
-#: What the numbers of an array are: rescaled (PS3.3 C.11.1), or as they are stored.
-Values: TypeAlias = Literal["rescaled", "stored"]
+#: What the numbers of an array are: rescaled (PS3.3 C.11.1), as they are stored, by the real-world
+#: value mapping (PS3.3 C.7.6.16.2.11), or SUV by body weight.
+Values: TypeAlias = Literal["rescaled", "stored", "real_world", "suv"]
 #: What images of several samples become: RGB where they are YBR; the samples as they are; RGB also
 #: where they are indices of a palette.
 Color: TypeAlias = Literal["rgb", "raw", "palette"]
@@ -173,12 +187,23 @@ class Slice:
     whole: ImageHeader | None = None
     #: Row and column in `whole` where the pixels start.
     corner: tuple[int, int] = (0, 0)
+    #: Stands in for the rescale of the header.
+    scale: Scale | None = None
+
+    @property
+    def units(self) -> str:
+        """What its values are measured in unless they are the stored ones; empty where unknown."""
+        if self.scale is not None:
+            return self.scale.units
+        if self.header.has_modality_lut:
+            return modality_lut_type(self.dataset)
+        return self.header.units
 
     def moved(self, corner: tuple[int, int] = (0, 0), **changes: Any) -> "Slice":
         """The same pixels, or a part of them, with other attributes."""
         values = {one.name: getattr(self.header, one.name) for one in fields(_PlainHeader)}
         header = _PlainHeader(**{**values, **changes})
-        return Slice(header, self.dataset, self.header, corner)
+        return Slice(header, self.dataset, self.header, corner, self.scale)
 
 
 # What tells where frames lie, besides the attributes of ImageHeader: AnatomicalOrientationType,
@@ -188,7 +213,7 @@ _LAYOUT_TAGS = (0x00102210, 0x00209161, 0x00209162, 0x00209163, 0x00209228, 0x00
 
 
 def read_slices(
-    datasets: Iterable[Dataset], extra_tags: Sequence[int] = ()
+    datasets: Iterable[Dataset], extra_tags: Sequence[int] = (), values: Values = "rescaled"
 ) -> tuple[list[Slice], list[str]]:
     """The images among datasets, in their order, and a note for each object that is none.
 
@@ -198,7 +223,8 @@ def read_slices(
     Lazy datasets of a node or of `dicomnode.lib.dicom.load` are scanned by the compiled core, in
     parallel; of any other dataset the attributes are read here.
 
-    Raises InvalidDicom and InvalidDataset for an image whose attributes cannot be understood.
+    Raises InvalidDicom and InvalidDataset for an image whose attributes cannot be understood, or that
+    lacks what `values` need.
     """
     if isinstance(datasets, str | os.PathLike) or not isinstance(datasets, Iterable):
         raise InvalidDataset(
@@ -234,7 +260,14 @@ def read_slices(
             notes.append(
                 f"{header.sop_instance_uid} ({UID(header.sop_class_uid).name}) is no image, left out"
             )
-    return slices, notes
+    if values == "real_world":
+        scales = real_world_scales([(item.dataset, item.header.frame) for item in slices])
+    elif values == "suv":
+        scales, told = suv_scales([item.dataset for item in slices])
+        notes += told
+    else:
+        return slices, notes
+    return [replace(item, scale=scale) for item, scale in zip(slices, scales, strict=True)], notes
 
 
 def _header(dataset: Dataset, tags: Sequence[int]) -> ImageHeader:
@@ -299,18 +332,30 @@ def read_array(
     if any(item.whole is not None for item in slices):
         return _read_parts(slices, reading, out)
     is_palette = first.photometric_interpretation == _PALETTE
-    if is_palette and reading.color == "palette":
+    wants_rgb = is_palette and reading.color == "palette"
+    has_scale = reading.values != "stored" and any(item.scale is not None for item in slices)
+    if has_scale and (wants_rgb or first.samples_per_pixel > 1):
+        raise UnsupportedImage(
+            f'image {first.sop_instance_uid} is to be colour, which has no values="{reading.values}"'
+        )
+    if wants_rgb:
         return _read_palette(slices, out)
     samples = () if first.samples_per_pixel == 1 else (first.samples_per_pixel,)
     out = _output(
         (len(slices), first.rows, first.columns, *samples), reading.dtype or _own_type(slices), out
     )
-    notes = _core.stack(
-        [_core_image(item) for item in slices],
-        out,
-        reading.values == "rescaled",
-        reading.color != "raw",
-    )
+    is_direct = not has_scale or all(_maps_all(item) for item in slices)
+    notes: list[str] = []
+    if is_direct:
+        notes = _core.stack(
+            [_core_image(item) for item in slices],
+            out,
+            reading.values != "stored",
+            reading.color != "raw",
+        )
+    # A codestream that contradicts its header may hold other stored values than that allows.
+    if has_scale and (notes or not is_direct):
+        notes = _map(slices, out)
     if is_palette:
         notes.append(
             f"{first.sop_instance_uid}: values are indices of a palette; color='palette' gives RGB"
@@ -322,7 +367,7 @@ def _read_parts(
     slices: Sequence[Slice], reading: Reading, out: NDArray[Any] | None
 ) -> tuple[NDArray[Any], list[str]]:
     """The pixels of images that are a part of another, or tell another place than that."""
-    wholes = [Slice(item.whole or item.header, item.dataset) for item in slices]
+    wholes = [Slice(item.whole or item.header, item.dataset, scale=item.scale) for item in slices]
     numbers: dict[int, int] = {}
     for item in wholes:
         numbers.setdefault(id(item.header), len(numbers))
@@ -341,6 +386,81 @@ def _read_parts(
     if out.shape != shape:
         raise IncorrectlyConfigured(f"out has the shape {out.shape}, the images are {shape}")
     return numpy.stack(parts, out=out), notes
+
+
+def read_padding(slices: Sequence[Slice]) -> NDArray[numpy.bool_]:
+    """Where stored values are padding (PS3.3 C.7.5.1.1.2), as (slice, row, column).
+
+    False throughout an image that declares no padding. `read_array` has accepted these slices.
+    """
+    first = slices[0].header
+    if first.samples_per_pixel > 1:
+        raise UnsupportedImage(f"image {first.sop_instance_uid} is colour, which has no padding")
+    padding = numpy.zeros((len(slices), first.rows, first.columns), numpy.bool_)
+    ranges = [padding_of(item.dataset) for item in slices]
+    if any(found is not None for found in ranges):
+        for k, stored, _ in _stored(slices):
+            if (found := ranges[k]) is not None:
+                numpy.logical_and(stored >= found[0], stored <= found[1], out=padding[k])
+    return padding
+
+
+def _stored(
+    slices: Sequence[Slice],
+) -> Iterator[tuple[int, NDArray[numpy.float64], list[str]]]:
+    """Which slice, its stored values, and notes of its part; a few are in memory at a time."""
+    first = slices[0].header
+    step = max(1, _PART // (first.rows * first.columns))
+    for start in range(0, len(slices), step):
+        part = slices[start : start + step]
+        values, notes = read_array(part, Reading(numpy.dtype(numpy.float64), "stored"))
+        for k, one in enumerate(values):
+            yield start + k, one, notes if k == 0 else []
+
+
+def _maps_all(item: Slice) -> bool:
+    """Whether each value that the header allows to be stored is mapped by one slope."""
+    header, scale = item.header, item.scale
+    if scale is None:
+        return True
+    if scale.table is not None or header.pixel_tag != _PIXEL_DATA:
+        return False
+    lowest = -(1 << header.bits_stored >> 1) if header.pixel_representation == 1 else 0
+    highest = lowest + (1 << header.bits_stored) - 1
+    return scale.first <= lowest and highest <= scale.last
+
+
+def _map(slices: Sequence[Slice], out: NDArray[Any]) -> list[str]:
+    """Fill `out` with values that are mapped by a table, or not all of them; and notes.
+
+    What is not mapped is NaN; an integer dtype, which has none, raises InvalidDataset.
+    """
+    notes: list[str] = []
+    unmapped = 0
+    for k, stored, told in _stored(slices):
+        notes += told
+        header, scale = slices[k].header, slices[k].scale or Scale("")
+        is_mapped = (stored >= scale.first) & (stored <= scale.last)
+        if scale.table is None:
+            values = numpy.where(is_mapped, stored * scale.slope + scale.intercept, numpy.nan)
+        else:
+            places = numpy.where(is_mapped, stored - scale.first, 0).astype(numpy.intp)
+            values = numpy.where(is_mapped, scale.values[places], numpy.nan)
+        unmapped += values.size - int(numpy.count_nonzero(is_mapped))
+        with numpy.errstate(invalid="ignore", over="ignore"):
+            out[k] = values
+        is_held = ~numpy.isinf(out[k]) if out.dtype.kind == "f" else out[k] == values
+        if not is_held.all():
+            raise InvalidDataset(
+                f"image {called(header)} has real-world values that {out.dtype} cannot hold, or stored "
+                "values without one; use float64"
+            )
+    if unmapped:
+        notes.append(
+            f"{called(slices[0].header)}: {unmapped} values of these images are NaN: the real-world "
+            "value mapping leaves them out"
+        )
+    return notes
 
 
 def _output(
@@ -435,9 +555,14 @@ def check_image(header: ImageHeader) -> None:
 
 
 def _core_image(item: Slice) -> _core.Image:
-    """The image as the core reads it."""
-    if isinstance(item.header, _core.Image):
-        return item.header
+    """The image as the core reads it, with the scale in place of its rescale."""
+    image = item.header if isinstance(item.header, _core.Image) else _borrowed(item)
+    scale = item.scale
+    return image if scale is None else image.with_values(scale.slope, scale.intercept)
+
+
+def _borrowed(item: Slice) -> _core.Image:
+    """An image whose pixels are those of a dataset that a user made or changed."""
     header, dataset = item.header, item.dataset
     big_endian = header.transfer_syntax == "1.2.840.10008.1.2.2"
     pixels = dataset.PixelData
@@ -459,6 +584,20 @@ def _core_image(item: Slice) -> _core.Image:
         sop_instance_uid=header.sop_instance_uid,
         transfer_syntax="" if header.is_native else header.transfer_syntax,
     )
+
+
+def _units(text: Callable[[str], str], has_rescale: bool) -> str:
+    """What rescaled values are measured in, as the core tells it (see `_core.Image.units`)."""
+    for keyword in ("Units", "DoseUnits", "RescaleType"):
+        if units := text(keyword).strip():
+            return units
+    is_hounsfield = (
+        has_rescale
+        and text("SOPClassUID") == "1.2.840.10008.5.1.4.1.1.2"
+        and text("MultienergyCTAcquisition") != "YES"
+        and text("ImageType").split("\\")[2:3] != ["LOCALIZER"]
+    )
+    return "HU" if is_hounsfield else ""
 
 
 def _plain_header(dataset: Dataset) -> _PlainHeader:
@@ -518,6 +657,7 @@ def _plain_header(dataset: Dataset) -> _PlainHeader:
             slope=1.0 if slope is None else slope,
             intercept=0.0 if intercept is None else intercept,
             has_rescale=slope is not None or intercept is not None,
+            units=_units(text, slope is not None or intercept is not None),
             position=reals("ImagePositionPatient", 3),
             orientation=reals("ImageOrientationPatient", 6),
             pixel_spacing=reals("PixelSpacing", 2),

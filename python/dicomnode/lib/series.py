@@ -54,7 +54,7 @@ _KEPT_KEYWORDS = (
     "PatientSize", "PatientWeight", "StudyInstanceUID", "StudyID", "AcquisitionNumber",
     "ImagePositionPatient", "ImageOrientationPatient", "FrameOfReferenceUID", "Laterality",
     "PositionReferenceIndicator", "SliceLocation", "PixelSpacing", "LossyImageCompression",
-    "LossyImageCompressionRatio", "LossyImageCompressionMethod",
+    "LossyImageCompressionRatio", "LossyImageCompressionMethod", "CorrectedImage",
 )  # fmt: skip
 # The single-frame class of an enhanced or legacy converted one.
 _CLASSIC = {
@@ -90,6 +90,8 @@ _KEPT_GROUPS = (0x0018, 0x0054)
 # The longest texts of the value representations LO and ST (PS3.5 section 6.2).
 _LO_CHARACTERS, _ST_CHARACTERS = 64, 1024
 _DS_CHARACTERS = 16
+# Units (0054,1001) of PET, where they have another name than elsewhere.
+_PET_UNITS = {"g/ml": "GML", "US": "NONE"}
 
 
 def derive_series(
@@ -114,7 +116,8 @@ def derive_series(
     series, off by at most half a step.
 
     `rescale_type` is the RescaleType of the values, such as "US" (unspecified) for a mask; None
-    means "HU" for CT, and none for other modalities.
+    means "HU" for CT, and none for other modalities. Of PET it becomes the Units ("g/ml" is GML, "US"
+    NONE), which without it are those of the source: of SUV give `rescale_type=volume.units`.
 
     The datasets are made one by one, as the caller takes them: leave `array` as it is until then.
 
@@ -342,7 +345,11 @@ def _shared(
     shared.HighBit = 15
     shared.PixelRepresentation = 1 if storing.pixel_type is numpy.int16 else 0
     shared.RescaleIntercept, shared.RescaleSlope = storing.intercept, storing.slope
-    if rescale_type:
+    if rescale_type and header.modality == "PT":
+        shared.Units = _PET_UNITS.get(rescale_type, rescale_type)
+        if shared.Units == "GML":
+            shared.SUVType = "BW"
+    elif rescale_type:
         shared.RescaleType = rescale_type
     encoded = DicomBytesIO()
     encoded.is_implicit_VR, encoded.is_little_endian = False, True

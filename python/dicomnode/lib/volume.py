@@ -14,7 +14,15 @@ import numpy
 from numpy.typing import NDArray
 
 from dicomnode.errors import InconsistentSeries, IncorrectlyConfigured
-from dicomnode.lib.images import ImageHeader, Reading, Slice, called, check_image, read_array
+from dicomnode.lib.images import (
+    ImageHeader,
+    Reading,
+    Slice,
+    called,
+    check_image,
+    read_array,
+    read_padding,
+)
 from dicomnode.lib.layouts import place
 from dicomnode.lib.splits import counts, differing, element_value, split
 
@@ -88,6 +96,10 @@ class Volume:
     `frame_numbers[k]` the frame in it (of a mosaic, the tile), from 1; "" and 0 for a slice that no
     image gave. `positions_mm[k]` is where the first voxel of `array[k]` is, LPS, as the image says.
     `warnings` tells what was tolerated or left out.
+
+    `units` is what the values are measured in: HU, BQML, GY, a UCUM code; empty where the images do not
+    say, and for stored values. `padding` is True where a stored value is padding (PS3.3
+    C.7.5.1.1.2), with the axes of `array`; None unless it was asked for.
     """
 
     array: NDArray[Any]
@@ -97,6 +109,8 @@ class Volume:
     warnings: tuple[str, ...] = ()
     frame_numbers: tuple[int, ...] = ()
     positions_mm: NDArray[numpy.float64] = field(default_factory=lambda: numpy.empty((0, 3)))
+    units: str = ""
+    padding: NDArray[numpy.bool_] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -157,6 +171,7 @@ def read_volume(
     *,
     notes: Sequence[str] = (),
     out: NDArray[Any] | None = None,
+    padding: bool = False,
 ) -> Volume:
     """One volume of all images, in the order of their position along the slice normal.
 
@@ -167,7 +182,8 @@ def read_volume(
     policies = policies or Policies()
     if not slices:
         raise InconsistentSeries(f"there is no image to make a volume of{_listed(notes)}")
-    return read_stack(arrange(slices, reading, policies), reading, policies, notes=notes, out=out)
+    stack = arrange(slices, reading, policies)
+    return read_stack(stack, reading, policies, notes=notes, out=out, padding=padding)
 
 
 def read_stack(
@@ -177,11 +193,13 @@ def read_stack(
     *,
     notes: Sequence[str] = (),
     out: NDArray[Any] | None = None,
+    padding: bool = False,
 ) -> Volume:
-    """The volume of images that were arranged."""
+    """The volume of images that were arranged; `padding` needs policies that add no slices."""
     plane, step, positions = stack.plane, stack.step, stack.positions_mm
     shifts = _shifts(stack) if policies.tilt == "resample" else None
     as_read = stack.is_plain and shifts is None
+    units = "" if reading.values == "stored" else _units(stack.slices)
     array, told = read_array(stack.slices, reading, out=out if as_read else None)
     if not as_read:
         if array.dtype.kind != "f":
@@ -214,7 +232,21 @@ def read_stack(
         warnings=(*notes, *stack.warnings, *told),
         frame_numbers=tuple(0 if one is None else one.frame + 1 for one in sources),
         positions_mm=positions,
+        units=units,
+        padding=read_padding(stack.slices) if padding else None,
     )
+
+
+def _units(slices: Sequence[Slice]) -> str:
+    first = slices[0]
+    for item in slices:
+        if item.units != first.units:
+            raise InconsistentSeries(
+                f"images {called(first.header)} and {called(item.header)} differ in the units of "
+                f"their values ({first.units!r} and {item.units!r}: RescaleType, Units or DoseUnits); "
+                "narrow the input with required_values"
+            )
+    return first.units
 
 
 def arrange(slices: Sequence[Slice], reading: Reading, policies: Policies) -> Stack:

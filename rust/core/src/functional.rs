@@ -419,6 +419,8 @@ impl Reader<'_> {
             frame.has_rescale = slope.is_some() || intercept.is_some();
             frame.slope = slope.map_or(1.0, |[number]| number);
             frame.intercept = intercept.map_or(0.0, |[number]| number);
+            let units = String::from_utf8_lossy(self.value(rescale, 0x0028_1054)?).into_owned();
+            frame.units = units.trim_matches(['\0', ' ']).to_owned();
         }
         // CT, MR and PET Image Frame Type Sequence.
         for tag in [0x0018_9329, 0x0018_9226, 0x0018_9751] {

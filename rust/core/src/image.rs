@@ -14,6 +14,9 @@ use crate::scan::{self, Encoding, Entry, Kept, Layout, UNDEFINED};
 use crate::source::{Opened, Source};
 use crate::stack::parallel;
 
+/// CT Image Storage.
+const CT_IMAGE: &str = "1.2.840.10008.5.1.4.1.1.2";
+
 /// What stacking needs to know of one image.
 #[derive(Debug, Clone, Default)]
 pub struct Image {
@@ -40,6 +43,8 @@ pub struct Image {
     pub intercept: f64,
     /// Rescale Slope or Rescale Intercept is present and not empty.
     pub has_rescale: bool,
+    /// What rescaled values are measured in, such as HU or BQML; empty where the object does not say.
+    pub units: String,
     /// Image Position (Patient), mm.
     pub position: Option<[f64; 3]>,
     /// Image Orientation (Patient).
@@ -296,6 +301,7 @@ impl Attributes<'_> {
             encoding,
             entry: *entry,
         });
+        let has_rescale = slope.is_some() || intercept.is_some();
         Ok(Image {
             sop_instance_uid,
             sop_class_uid: self.text(0x0008_0016)?,
@@ -319,7 +325,8 @@ impl Attributes<'_> {
             number_of_frames: frames,
             slope: slope.unwrap_or(1.0),
             intercept: intercept.unwrap_or(0.0),
-            has_rescale: slope.is_some() || intercept.is_some() || modality_lut.is_some(),
+            has_rescale: has_rescale || modality_lut.is_some(),
+            units: self.units(has_rescale)?,
             position: self.decimals(0x0020_0032)?,
             orientation: self.decimals(0x0020_0037)?,
             pixel_spacing: self.decimals(0x0028_0030)?,
@@ -357,6 +364,22 @@ impl Attributes<'_> {
                 && pixels.is_some_and(|entry| entry.vr() != "OB"),
             inflated: None,
         })
+    }
+
+    /// Units (0054,1001) of PET, Dose Units (3004,0002), or Rescale Type (0028,1054). Where a CT Image
+    /// has none these are Hounsfield units (PS3.3 C.8.2.1), unless it is a localizer or multi-energy.
+    fn units(&self, has_rescale: bool) -> Result<String> {
+        for tag in [0x0054_1001, 0x3004_0002, 0x0028_1054] {
+            let text = self.text(tag)?;
+            if !text.is_empty() {
+                return Ok(text);
+            }
+        }
+        let is_hounsfield = has_rescale
+            && self.text(0x0008_0016)? == CT_IMAGE
+            && self.text(0x0018_9361)? != "YES"
+            && self.text(0x0008_0008)?.split('\\').nth(2).map(str::trim) != Some("LOCALIZER");
+        Ok(if is_hounsfield { "HU" } else { "" }.to_owned())
     }
 
     /// The value of an element that is present and not empty.

@@ -267,6 +267,12 @@ impl Image {
         self.image.intercept
     }
 
+    /// What rescaled values are measured in, such as HU or BQML; empty where the object does not say.
+    #[getter]
+    fn units(&self) -> &str {
+        &self.image.units
+    }
+
     /// Image Position (Patient), mm.
     #[getter]
     fn position(&self) -> Option<(f64, f64, f64)> {
