@@ -215,7 +215,7 @@ def _check_source(item: Slice) -> None:
 def _describe_frame(result: Dataset, item: Slice) -> None:
     """Make the copy of an enhanced object a classic image of one of its frames."""
     header = item.header
-    result.SOPClassUID = _CLASSIC[header.sop_class_uid]
+    result.SOPClassUID = _CLASSIC[UID(header.sop_class_uid)]
     for keyword, values in (
         ("ImagePositionPatient", header.position),
         ("ImageOrientationPatient", header.orientation),
