@@ -1,6 +1,6 @@
 """Every case that a reader of volumes has to get right is a test with its number in the name.
 
-G1 to G64 are about geometry, P1 to P28 about pixels; CONTRIBUTING tells what they are.
+G1 to G64 are about geometry, P1 to P28 about pixels; docs/awkward-series.md tells what they are.
 """
 
 import ast
