@@ -1,4 +1,7 @@
-"""Do time and memory grow with the number of instances, and with nothing else?"""
+"""Do time and memory grow with the number of instances, and with nothing else?
+
+The loop over dicomsdl opens all files before it orders them, which a system allows for so many only.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
