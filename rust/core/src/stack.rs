@@ -469,6 +469,10 @@ impl Place {
         let bytes = match slice.image.open(slice.source)? {
             Opened::Bytes(bytes) => bytes,
             file @ Opened::File { .. } => {
+                let left = file.size().saturating_sub(self.offset);
+                if left < self.bytes {
+                    return Err(short(self.bytes, left));
+                }
                 buffer.resize(size, 0);
                 let mut done = 0;
                 while done < self.bytes {
