@@ -20,6 +20,7 @@ __all__ = [
     "debug_build",
     "is_dicom",
     "jpeg_has_simd",
+    "load",
     "scan",
     "scan_images",
     "stack",
@@ -246,14 +247,29 @@ def codecs() -> list[tuple[str, str, str, str, str]]:
 def jpeg_has_simd() -> bool:
     """Whether the JPEG decoder was built with its SIMD code."""
 
-def scan_images(sources: list[Source], extra_tags: Sequence[int] = ...) -> list[Image]:
+def scan_images(sources: Sequence[Source | Image], extra_tags: Sequence[int] = ...) -> list[Image]:
     """Scan many objects in parallel with the GIL released; order and length as given.
 
     The images keep the values of `extra_tags`, and so do their frames, wherever in the functional
-    groups these lie: see `Image.element`.
+    groups these lie: see `Image.element`. An Image stands for its source, and is returned itself
+    unless its file was changed since or it was scanned for other tags.
 
     Raises InvalidDicom or OSError for the first source that cannot be read; the message names it
     by SOPInstanceUID where known, else by its place in the list.
+    """
+
+def load(
+    paths: list[str], extra_tags: Sequence[int] = ...
+) -> tuple[list[tuple[str, Image | None]], list[str]]:
+    """The objects in files, and in folders and everything below them; and the files left out.
+
+    An object is its path and its Image, None where that has to be scanned when it is needed: its
+    attributes cannot be understood, it is deflated, or its file was changed just now. A folder's
+    files come in the order of their names, before those of the folders in it. `extra_tags` as in
+    `scan_images`.
+
+    Raises InvalidDicom for a damaged object, an empty file that is called like an image, and a file
+    given by name that is no object; OSError.
     """
 
 def is_dicom(path: str) -> bool:

@@ -252,6 +252,31 @@ def test_scan_images_keeps_order_and_names_the_first_bad_source():
         _core.scan_images(sources)
 
 
+def test_scan_images_returns_an_image_itself_until_its_file_changes(tmp_path):
+    path = tmp_path / "a.dcm"
+    data = Path(pydicom.data.get_testdata_file("CT_small.dcm")).read_bytes()
+    path.write_bytes(data)
+    first, of_bytes = _core.scan_images([str(path), data])
+    again = _core.scan_images([first, str(path), of_bytes])
+    assert again[0] is first
+    assert again[1] is not first
+    assert again[2] is of_bytes
+    (other,) = _core.scan_images([first], [0x00080060])
+    assert other is not first
+    time = path.stat().st_ctime_ns
+    while path.stat().st_ctime_ns == time:
+        # A file system counts in steps of some milliseconds.
+        path.write_bytes(data.replace(b"-1024", b"-2024"))
+    (changed,) = _core.scan_images([first])
+    assert (first.intercept, changed.intercept) == (-1024, -2024)
+    path.write_bytes(data[:-10000])
+    with pytest.raises(InvalidDicom, match=r"PixelData"):
+        _core.scan_images([first])
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.dcm"):
+        _core.scan_images([first])
+
+
 def test_missing_file_is_an_os_error_with_its_name(tmp_path):
     missing = str(tmp_path / "missing")
     for call in (_core.scan, _core.is_dicom, lambda path: _core.scan_images([path])):

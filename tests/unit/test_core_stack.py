@@ -1,10 +1,12 @@
 """Stacking against a numpy version that follows the rule one step at a time."""
 
+import os
 import re
 import struct
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,17 +191,33 @@ def test_surplus_pixel_data_is_ignored_and_missing_is_refused():
         one(cells[:-2], 2, 3)
 
 
-def test_file_that_shrank_since_the_scan_is_refused(tmp_path):
+@pytest.mark.parametrize("length", [0, -4, 4])
+@pytest.mark.parametrize("syntax", [LITTLE, "1.2.840.10008.1.2.5"])
+def test_file_that_was_changed_since_the_scan_is_refused(tmp_path, length, syntax):
     file = tmp_path / "a.dcm"
-    data = part10(bytes(12), 2, 3)
+    if syntax == LITTLE:
+        data = part10(bytes(12), 2, 3)
+    else:
+        data = Path(get_testdata_file("MR_small_RLE.dcm")).read_bytes()
     file.write_bytes(data)
     images = _core.scan_images([str(file)])
-    file.write_bytes(data[:-4])
-    with pytest.raises(InvalidDicom, match="at least 12 bytes, found 8"):
-        _core.stack(images, np.empty((1, 2, 3), "u2"))
+    out = np.empty((1, images[0].rows, images[0].columns), "i2")
+    _core.stack(images, out)
+    file.write_bytes(data[:length] if length < 0 else data + bytes(length))
+    os.utime(file, (1, 1))
+    with pytest.raises(InvalidDicom, match="changed since; load it again"):
+        _core.stack(images, out)
     file.unlink()
     with pytest.raises(FileNotFoundError):
-        _core.stack(images, np.empty((1, 2, 3), "u2"))
+        _core.stack(images, out)
+
+
+def test_file_that_gets_another_link_since_the_scan_is_the_same(tmp_path):
+    file = tmp_path / "a.dcm"
+    file.write_bytes(part10(bytes(12), 2, 3))
+    images = _core.scan_images([str(file)])
+    os.link(file, tmp_path / "b.dcm")
+    _core.stack(images, np.empty((1, 2, 3), "u2"))
 
 
 @pytest.mark.parametrize(

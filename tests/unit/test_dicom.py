@@ -5,7 +5,7 @@ import io
 import os
 import pickle
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy
@@ -17,6 +17,7 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import generate_uid
 
+from dicomnode import _core
 from dicomnode.errors import InvalidDataset, InvalidDicom
 from dicomnode.lib import dicom
 from dicomnode.lib.dicom import (
@@ -31,9 +32,11 @@ from dicomnode.lib.dicom import (
     scan,
     tag_name,
     tag_of,
+    to_scan,
     untouched_source,
 )
 from dicomnode.lib.grinders import numpy_grinder, volume_grinder
+from dicomnode.lib.images import read_slices
 from dicomnode.testing import make_series, write_series
 
 
@@ -283,6 +286,144 @@ def test_a_named_file_has_to_exist_and_to_be_dicom(tmp_path: Path) -> None:
         load(text)
     with pytest.raises(FileNotFoundError, match=r"missing\.dcm"):
         load(tmp_path / "missing.dcm")
+
+
+def test_load_names_the_file_that_is_no_dicom(tmp_path: Path) -> None:
+    paths = write_series(make_series(2, 2, 2), tmp_path)
+    (tmp_path / "a.txt").write_text("no DICOM at all " * 20)
+    with pytest.raises(InvalidDicom, match=r"a\.txt: expected a DICOM object"):
+        load([*paths, tmp_path / "a.txt"])
+
+
+def slow_walk(folder: Path) -> Iterator[str]:
+    """What `load` finds in a folder without damage: one file after the other, in Python."""
+    for directory, names, files in os.walk(folder):
+        names.sort()
+        for name in sorted(files):
+            path = Path(directory, name)
+            if not path.is_file():
+                continue
+            try:
+                header = scan(str(path))
+            except InvalidDicom:
+                continue
+            if 0x00041220 not in header:
+                yield str(path)
+
+
+def test_load_finds_what_a_slow_walk_finds(tmp_path: Path) -> None:
+    files = write_series(make_series(8, 2, 2), tmp_path / "b")
+    for number, name in enumerate(["a/z.dcm", "a/B/1", "a.b/1", "a-b/1", ".hidden/1", "é/1", "0"]):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(files[number].read_bytes())
+    for name in ("a/notes", "a/empty.txt", ".hidden/lock", "b/.lock.dcm"):
+        (tmp_path / name).write_text("" if "otes" not in name else "taken on a Monday")
+    directory = Path(get_testdata_file("DICOMDIR"))
+    (tmp_path / "b" / "DICOMDIR").write_bytes(directory.read_bytes())
+    (tmp_path / "link.dcm").symlink_to(files[-1])
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "pipe.dcm")
+    (tmp_path / "link to pipe").symlink_to(tmp_path / "pipe.dcm")
+    wanted = list(slow_walk(tmp_path))
+    assert len(wanted) == 16
+    assert [one.source for one in load(tmp_path)] == wanted
+    assert [one.source for one in load(f"{tmp_path}//./")] == wanted
+
+
+def test_load_of_the_current_folder_gives_plain_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_series(make_series(1, 2, 2), tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    assert [one.source for one in load(".")] == list(slow_walk(Path())) == ["a/0001.dcm"]
+
+
+def test_a_pipe_that_is_named_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InvalidDicom, match="pipe is not a regular file"):
+        load(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("suffix", ["", ".", ".dcm", ".DICOM", ".ima"])
+def test_an_empty_file_that_is_called_like_an_image_is_damaged(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"image{suffix}").touch()
+    with pytest.raises(InvalidDicom, match=r"image.* is damaged: .* take it out of the folder"):
+        load(tmp_path)
+
+
+def test_load_reads_an_image_whose_attributes_are_wrong_and_grinding_tells(tmp_path: Path) -> None:
+    (path,) = write_series(make_series(1, 2, 2), tmp_path)
+    path.write_bytes(path.read_bytes().replace(b"-1024", b"-10x4"))
+    (lazy,) = load(tmp_path)
+    with pytest.raises(InvalidDicom, match="RescaleIntercept"):
+        numpy_grinder([lazy])
+
+
+def image_of(path: Path) -> _core.Image:
+    (image,) = _core.scan_images([str(path)])
+    return image
+
+
+def test_load_keeps_the_scan_of_a_file_that_has_rested() -> None:
+    """Files of a package are older than the two seconds that a file system may count in."""
+    path = get_testdata_file("CT_small.dcm")
+    (lazy,) = load(path)
+    image = to_scan(lazy)
+    assert isinstance(image, _core.Image)
+    slices, _ = read_slices([lazy])
+    assert slices[0].header is image
+    assert slices[0].header.slope == image_of(Path(path)).slope
+
+
+def test_load_keeps_no_scan_of_a_file_that_was_just_written(stored: Path) -> None:
+    """Its time would not tell a change that follows at once."""
+    (lazy,) = load(stored)
+    assert to_scan(lazy) == str(stored)
+
+
+@pytest.mark.parametrize("way", ["in place", "another file", "with its old times"])
+def test_a_file_that_is_replaced_after_loading_is_ground_as_it_is_now(
+    way: str, stored: Path
+) -> None:
+    lazy = LazyDataset(str(stored), image_of(stored))
+    before = numpy_grinder([lazy])
+    times = stored.stat()
+    changed = stored.read_bytes().replace(b"-1024", b"-2024")
+    if way == "another file":
+        stored.unlink()
+    stored.write_bytes(changed)
+    while stored.stat().st_ctime_ns == times.st_ctime_ns:
+        # A file system counts in steps of some milliseconds.
+        stored.write_bytes(changed)
+    if way == "with its old times":
+        os.utime(stored, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert stored.stat().st_size == times.st_size
+    numpy.testing.assert_array_equal(numpy_grinder([lazy]), before - 1000)
+    stored.unlink()
+    with pytest.raises(FileNotFoundError, match=stored.name):
+        numpy_grinder([lazy])
+
+
+def test_a_change_of_a_loaded_dataset_counts_more_than_its_scan(stored: Path) -> None:
+    lazy = LazyDataset(str(stored), image_of(stored))
+    before = numpy_grinder([lazy])
+    lazy.RescaleIntercept = "-2024"
+    numpy.testing.assert_array_equal(numpy_grinder([lazy]), before - 1000)
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))]
+)
+def test_a_copy_of_a_loaded_dataset_is_equal_and_scanned_again(
+    stored: Path, duplicate: Callable[[Dataset], Dataset]
+) -> None:
+    lazy = LazyDataset(str(stored), image_of(stored))
+    other = duplicate(lazy)
+    assert not is_read(other)
+    assert to_scan(other) == str(stored)
+    numpy.testing.assert_array_equal(numpy_grinder([other]), numpy_grinder([lazy]))
+    assert other == lazy == LazyDataset(str(stored))
 
 
 # Names

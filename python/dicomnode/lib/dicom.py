@@ -12,7 +12,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -28,6 +28,7 @@ from pydicom.filewriter import write_dataset
 from pydicom.tag import BaseTag, Tag, TagType
 from pydicom.uid import PYDICOM_IMPLEMENTATION_UID, UID
 
+from dicomnode import _core
 from dicomnode._core import Header as Header
 from dicomnode._core import is_dicom as is_dicom
 from dicomnode._core import scan as scan
@@ -56,9 +57,13 @@ _IMAGE_TAGS: Final = (
     0x00280103, 0x00281052, 0x00281053, 0x00281054, 0x00189361, 0x00541001, 0x30040002,
     0x3004000C, 0x3004000E,
 )  # fmt: skip
+# What tells where frames lie, besides the attributes of ImageHeader: AnatomicalOrientationType,
+# InConcatenationNumber, InConcatenationTotalNumber, ConcatenationUID, ConcatenationFrameOffsetNumber,
+# ReferencedSegmentNumber.
+LAYOUT_TAGS: Final = (
+    0x00102210, 0x00209161, 0x00209162, 0x00209163, 0x00209228, 0x0062000B,
+)  # fmt: skip
 _IMAGE_SEQUENCES: Final = (0x00283000, 0x52009229, 0x52009230)
-# What images are called, which may have no suffix at all.
-_IMAGE_SUFFIXES: Final = ("", ".dcm", ".dicom", ".ima")
 # Values longer than this stay in the file until they are asked for.
 _DEFER_BYTES: Final = 16 * 1024
 
@@ -69,13 +74,24 @@ class LazyDataset(FileDataset):
     Behaves as the `FileDataset` that `pydicom.dcmread` returns. The header is read on the first
     access, pixel data on the first access to it. A change made to it is kept, and grinders see it.
 
-    Parameters: `source` is the path of a Part 10 file, or the bytes of one.
+    Parameters: `source` is the path of a Part 10 file, or the bytes of one. `image` is what the
+    compiled core found in it, where it was scanned already.
     """
 
-    def __init__(self, source: Source) -> None:
+    # Not in `__dict__`, which is what is compared and copied: a copy is scanned again.
+    __slots__ = ("_image",)
+    _image: _core.Image | None
+
+    def __init__(self, source: Source, image: _core.Image | None = None) -> None:
         self.__dict__["_source"] = source
+        object.__setattr__(self, "_image", image)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_image":
+            return None
         state = self.__dict__
         if "_dict" not in state and not name.startswith("__"):
             _read(self)
@@ -138,6 +154,16 @@ def untouched_source(dataset: Dataset, extra_tags: Iterable[int] = ()) -> Source
     return dataset.source
 
 
+def to_scan(dataset: Dataset, extra_tags: Iterable[int] = ()) -> Source | _core.Image | None:
+    """What the compiled core has to scan instead of a dataset: its untouched source, or the image
+    that was found in it before, whose file is looked at again.
+    """
+    source = untouched_source(dataset, extra_tags)
+    if source is not None and isinstance(dataset, LazyDataset) and dataset._image is not None:
+        return dataset._image
+    return source
+
+
 def load(
     paths_or_folder: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
 ) -> list[Dataset]:
@@ -153,49 +179,10 @@ def load(
     """
     if isinstance(paths_or_folder, str | os.PathLike):
         paths_or_folder = [paths_or_folder]
-    datasets: list[Dataset] = []
-    for given in paths_or_folder:
-        path = Path(given)
-        if path.is_dir():
-            datasets += [LazyDataset(str(file)) for file in _walk(path)]
-        elif not path.exists():
-            raise FileNotFoundError(f"no such file or folder: {path}")
-        else:
-            scan(str(path))
-            datasets.append(LazyDataset(str(path)))
-    return datasets
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    def fail(error: OSError) -> None:
-        raise error
-
-    for directory, names, files in os.walk(folder, onerror=fail):
-        names.sort()
-        for name in sorted(files):
-            path = Path(directory, name)
-            if not path.is_symlink() and not path.is_file():
-                # A pipe, a socket, a device.
-                continue
-            try:
-                header = scan(str(path))
-            except InvalidDicom as error:
-                is_image = is_dicom(str(path)) or (
-                    path.suffix.lower() in _IMAGE_SUFFIXES
-                    and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-                    and not path.stat().st_size
-                )
-                if is_image:
-                    raise InvalidDicom(
-                        f"{path} is damaged: {error}; a series is not read without it: send or copy "
-                        "it again, or take it out of the folder"
-                    ) from error
-                logger.debug("%s is no DICOM object, left out", path)
-                continue
-            sop_class = header_text(header, 0x00080016)
-            if 0x00041220 in header or sop_class == MEDIA_STORAGE_DIRECTORY:
-                continue
-            yield path
+    objects, left_out = _core.load([str(Path(given)) for given in paths_or_folder], LAYOUT_TAGS)
+    for path in left_out:
+        logger.debug("%s is no DICOM object, left out", path)
+    return [LazyDataset(path, image) for path, image in objects]
 
 
 def read(source: Source) -> Dataset:

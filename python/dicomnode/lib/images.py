@@ -27,11 +27,12 @@ from dicomnode.errors import (
     UnsupportedImage,
 )
 from dicomnode.lib.dicom import (
+    LAYOUT_TAGS,
     MEDIA_STORAGE_DIRECTORY,
     PIXEL_TAGS,
     READ_ERRORS,
     encode,
-    untouched_source,
+    to_scan,
 )
 from dicomnode.lib.quantities import (
     Scale,
@@ -206,12 +207,6 @@ class Slice:
         return Slice(header, self.dataset, self.header, corner, self.scale)
 
 
-# What tells where frames lie, besides the attributes of ImageHeader: AnatomicalOrientationType,
-# InConcatenationNumber, InConcatenationTotalNumber, ConcatenationUID, ConcatenationFrameOffsetNumber,
-# ReferencedSegmentNumber.
-_LAYOUT_TAGS = (0x00102210, 0x00209161, 0x00209162, 0x00209163, 0x00209228, 0x0062000B)
-
-
 def read_slices(
     datasets: Iterable[Dataset], extra_tags: Sequence[int] = (), values: Values = "rescaled"
 ) -> tuple[list[Slice], list[str]]:
@@ -238,8 +233,8 @@ def read_slices(
                 f"expected a Dataset, found {type(one).__name__}; read files with "
                 "dicomnode.lib.dicom.load"
             )
-    tags = (*_LAYOUT_TAGS, *extra_tags)
-    sources = [untouched_source(dataset, tags) for dataset in given]
+    tags = (*LAYOUT_TAGS, *extra_tags)
+    sources = [to_scan(dataset, tags) for dataset in given]
     scanned = iter(_core.scan_images([one for one in sources if one is not None], tags))
     slices: list[Slice] = []
     notes: list[str] = []

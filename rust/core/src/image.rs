@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::functional;
 use crate::pixels::Lut;
 use crate::scan::{self, Encoding, Entry, Kept, Layout, UNDEFINED};
-use crate::source::{Opened, Source};
+use crate::source::{Opened, Source, Stamp};
 use crate::stack::parallel;
 
 /// CT Image Storage.
@@ -94,6 +94,8 @@ pub struct Image {
     pub swapped_pairs: bool,
     /// The object, where it was deflated.
     pub inflated: Option<Arc<Vec<u8>>>,
+    /// The state of the file that this was scanned from.
+    pub stamp: Option<Stamp>,
 }
 
 impl Image {
@@ -103,14 +105,38 @@ impl Image {
             _ if self.lut.is_some() => Ok(self.lut.clone()),
             None => Ok(None),
             Some(Encoded { encoding, entry }) => {
-                let opened = match &self.inflated {
-                    Some(bytes) => Opened::Bytes(bytes),
-                    None => source.open()?,
-                };
+                let opened = self.open(source)?;
                 functional::modality_lut(self, &opened, encoding, entry)
                     .map(Arc::new)
                     .map(Some)
             }
+        }
+    }
+
+    /// Open the object that this was scanned from.
+    ///
+    /// Errors: [`Error::InvalidDicom`] for a file that was changed since; [`Error::Io`].
+    pub(crate) fn open<'a>(&'a self, source: Source<'a>) -> Result<Opened<'a>> {
+        if let Some(bytes) = &self.inflated {
+            return Ok(Opened::Bytes(bytes));
+        }
+        let opened = source.open()?;
+        if let (Opened::File { stamp, .. }, Some(scanned)) = (&opened, &self.stamp)
+            && !stamp.is_same_content(scanned)
+        {
+            return Err(Error::invalid(
+                "expected the file whose header was read, found that it was changed since; load it \
+                 again",
+            ));
+        }
+        Ok(opened)
+    }
+
+    /// Whether a scan of `source` would find the same again.
+    fn is_current(&self, source: Source<'_>) -> Result<bool> {
+        match source {
+            Source::Bytes(_) => Ok(true),
+            Source::File(path) => Ok(self.stamp == Some(Stamp::now(path)?)),
         }
     }
 
@@ -162,20 +188,34 @@ pub struct Groups {
 
 /// Scan many objects in parallel; order and length as given, or the error of the first bad one.
 pub fn scan_images(sources: &[Source<'_>]) -> Result<Vec<Image>> {
-    scan_images_with(sources, &[])
+    let given: Vec<_> = sources.iter().map(|source| (*source, None)).collect();
+    Ok(scan_changed(&given, &[])?.into_iter().flatten().collect())
 }
 
-/// Scan many objects as [`scan_images`] does, and keep the values of `extra_tags`.
-pub fn scan_images_with(sources: &[Source<'_>], extra_tags: &[u32]) -> Result<Vec<Image>> {
+/// Scan objects again whose file is no longer in the state that an earlier scan found, or that were
+/// scanned for other `extra_tags`; None for an image that still holds. Values of `extra_tags` are kept.
+///
+/// Order, length and errors as with [`scan_images`].
+pub fn scan_changed(
+    given: &[(Source<'_>, Option<&Image>)],
+    extra_tags: &[u32],
+) -> Result<Vec<Option<Image>>> {
     let extra_tags: Arc<[u32]> = extra_tags.into();
     // A header takes some ten microseconds, about as long as it takes to start a thread.
-    let work = sources.iter().enumerate();
+    let work = given.iter().enumerate();
     parallel(
         work,
-        sources.len() / 16,
+        given.len() / 16,
         Vec::new,
-        |buffer, (place, source)| {
-            scan_one(*source, &extra_tags, buffer).map_err(|error| error.in_place(place))
+        |buffer, (place, (source, known))| {
+            let is_current = known.map_or(Ok(false), |image| {
+                Ok(image.extra_tags == extra_tags && image.is_current(*source)?)
+            });
+            let scanned = is_current.and_then(|is_current| match is_current {
+                true => Ok(None),
+                false => scan_one(*source, &extra_tags, buffer).map(Some),
+            });
+            scanned.map_err(|error| error.in_place(place))
         },
     )
 }
@@ -189,38 +229,45 @@ pub fn scan_image(source: Source<'_>, buffer: &mut Vec<u8>) -> Result<Image> {
 
 fn scan_one(source: Source<'_>, extra_tags: &Arc<[u32]>, buffer: &mut Vec<u8>) -> Result<Image> {
     scan::scan_with(source, None, buffer, |layout, kept| {
-        let mut image = Attributes {
-            layout: &layout,
-            kept: &kept,
-        }
-        .image()?;
-        if image.has_functional_groups {
-            let find = |tag| layout.find(tag).copied();
-            let groups = [find(functional::SHARED), find(functional::PER_FRAME)];
-            let encoding = layout.encoding();
-            image.groups = Some(Groups {
-                encoding,
-                groups,
-                dimensions: find(functional::DIMENSIONS),
-            });
-        }
-        for tag in extra_tags.iter() {
-            if let Some(entry) = layout.find(*tag)
-                && let Some(value) = kept.value(entry)
-            {
-                image.extra.push(Extra {
-                    tag: *tag,
-                    vr: entry.vr,
-                    value: value.to_vec(),
-                });
-            }
-        }
-        image.extra_tags = Arc::clone(extra_tags);
+        let mut image = image_of(&layout, &kept, extra_tags)?;
         if let Kept::Inflated(bytes) = kept {
             image.inflated = Some(Arc::new(bytes));
         }
         Ok(image)
     })
+}
+
+/// The image of an object that was scanned; it does not have its inflated bytes yet.
+pub(crate) fn image_of(layout: &Layout, kept: &Kept<'_>, extra_tags: &Arc<[u32]>) -> Result<Image> {
+    let mut image = Attributes { layout, kept }.image()?;
+    if image.has_functional_groups {
+        let find = |tag| layout.find(tag).copied();
+        let groups = [find(functional::SHARED), find(functional::PER_FRAME)];
+        let encoding = layout.encoding();
+        image.groups = Some(Groups {
+            encoding,
+            groups,
+            dimensions: find(functional::DIMENSIONS),
+        });
+    }
+    for tag in extra_tags.iter() {
+        if let Some(entry) = layout.find(*tag)
+            && let Some(value) = kept.value(entry)
+        {
+            image.extra.push(Extra {
+                tag: *tag,
+                vr: entry.vr,
+                value: value.to_vec(),
+            });
+        }
+    }
+    image.extra_tags = Arc::clone(extra_tags);
+    Ok(image)
+}
+
+/// A text attribute of an object that was scanned, without padding; empty where absent.
+pub(crate) fn text_of(layout: &Layout, kept: &Kept<'_>, tag: u32) -> Result<String> {
+    Attributes { layout, kept }.text(tag)
 }
 
 /// One image for each frame of an object, in the order of the file.
@@ -232,7 +279,7 @@ pub fn frames(image: &Image, source: Source<'_>) -> Result<Vec<Image>> {
     // No frame takes less than a bit, or a fragment.
     let size = match source {
         _ if image.is_native => image.pixel_length.saturating_mul(8),
-        source => source.open()?.size() / 8,
+        source => image.open(source)?.size() / 8,
     };
     if u64::from(image.number_of_frames) > size.max(1) {
         let count = image.number_of_frames;
@@ -245,10 +292,7 @@ pub fn frames(image: &Image, source: Source<'_>) -> Result<Vec<Image>> {
             groups,
             dimensions,
         }) => {
-            let opened = match &image.inflated {
-                Some(bytes) => Opened::Bytes(bytes),
-                None => source.open()?,
-            };
+            let opened = image.open(source)?;
             functional::frames(image, &opened, encoding, groups, dimensions)
         }
         None => {
@@ -363,6 +407,7 @@ impl Attributes<'_> {
                 && bits_allocated == 8
                 && pixels.is_some_and(|entry| entry.vr() != "OB"),
             inflated: None,
+            stamp: self.kept.stamp(),
         })
     }
 

@@ -9,6 +9,7 @@
 //! |---|---|
 //! | [`scan`] | where the top-level elements of one object lie |
 //! | [`image`] | the attributes that stacking needs, out of a scanned header |
+//! | [`folder`] | which files are objects |
 //! | [`pixels`] | stored bytes to values of an output type |
 //! | [`stack`] | many images into one array, in parallel |
 //! | `functional` | what an enhanced object says of each frame |
@@ -22,6 +23,7 @@ pub mod codec;
 pub mod color;
 pub mod encapsulated;
 pub mod error;
+pub mod folder;
 mod functional;
 pub mod image;
 pub mod pixels;

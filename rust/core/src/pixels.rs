@@ -383,12 +383,23 @@ fn run<T: Value>(conversion: &mut Conversion, bytes: &[u8], out: &mut [T]) {
     if conversion.way == Way::Copy {
         return copy(format, bytes, out);
     }
+    if T::FLOAT && conversion.way == Way::Own {
+        // Most images are this: one loop without a block, because nothing is looked at twice. The
+        // bound of this way keeps the stored values within i32.
+        let (slope, intercept) = (
+            T::from_f64(conversion.slope),
+            T::from_f64(conversion.intercept),
+        );
+        return expand(format, bytes, out, |bits| {
+            T::affine(bits.cast_signed(), slope, intercept)
+        });
+    }
     let mut block = [0_u32; BLOCK];
     // A block is an even number of values, so swapped pairs do not straddle two blocks.
     let cells = bytes.chunks(BLOCK * format.cell());
     for (cells, out) in cells.zip(out.chunks_mut(BLOCK)) {
         let (stored, _) = block.split_at_mut(out.len());
-        expand(format, cells, stored);
+        expand(format, cells, stored, |bits| bits);
         if format.stored == 32 && !format.signed {
             write(conversion, stored, out, i64::from, f64::from);
         } else {
@@ -422,56 +433,58 @@ fn copy<T: Value>(format: Format, bytes: &[u8], out: &mut [T]) {
     }
 }
 
-/// Stored values as 32 bit integers, sign-extended where signed.
+/// `each` of the stored values as 32 bit integers, sign-extended where signed.
 ///
 /// Shifting left until the high bit is the top one, then right until the low bit is the bottom one
 /// (arithmetically where signed), drops foreign bits on both sides and extends the sign.
 #[inline(always)]
-fn expand(format: Format, cells: &[u8], stored: &mut [u32]) {
+fn expand<O>(format: Format, cells: &[u8], out: &mut [O], each: impl Fn(u32) -> O) {
     let left = 31 - format.high_bit;
     let right = 32 - format.stored;
     if format.signed {
-        cut(format, cells, stored, |raw| {
-            ((raw << left).cast_signed() >> right).cast_unsigned()
+        cut(format, cells, out, |raw| {
+            each(((raw << left).cast_signed() >> right).cast_unsigned())
         });
     } else {
-        cut(format, cells, stored, |raw| (raw << left) >> right);
+        cut(format, cells, out, |raw| each((raw << left) >> right));
     }
 }
 
 #[inline(always)]
-fn cut(format: Format, cells: &[u8], stored: &mut [u32], bits: impl Fn(u32) -> u32) {
+fn cut<O>(format: Format, cells: &[u8], out: &mut [O], value: impl Fn(u32) -> O) {
     match (format.allocated, format.big_endian) {
         (8, _) if format.swapped_pairs => {
-            for (stored, pair) in stored.chunks_mut(2).zip(cells.chunks_exact(2)) {
-                for (stored, cell) in stored.iter_mut().zip(pair.iter().rev()) {
-                    *stored = bits(u32::from(*cell));
+            for (out, pair) in out.chunks_mut(2).zip(cells.chunks_exact(2)) {
+                for (out, cell) in out.iter_mut().zip(pair.iter().rev()) {
+                    *out = value(u32::from(*cell));
                 }
             }
         }
         (8, _) => {
-            for (stored, cell) in stored.iter_mut().zip(cells) {
-                *stored = bits(u32::from(*cell));
+            for (out, cell) in out.iter_mut().zip(cells) {
+                *out = value(u32::from(*cell));
             }
         }
         (16, false) => {
-            for (stored, cell) in stored.iter_mut().zip(cells.chunks_exact(2)) {
-                *stored = bits(u32::from(u16::from_le_bytes([cell[0], cell[1]])));
+            for (out, cell) in out.iter_mut().zip(cells.chunks_exact(2)) {
+                *out = value(u32::from(u16::from_le_bytes([cell[0], cell[1]])));
             }
         }
         (16, true) => {
-            for (stored, cell) in stored.iter_mut().zip(cells.chunks_exact(2)) {
-                *stored = bits(u32::from(u16::from_be_bytes([cell[0], cell[1]])));
+            for (out, cell) in out.iter_mut().zip(cells.chunks_exact(2)) {
+                *out = value(u32::from(u16::from_be_bytes([cell[0], cell[1]])));
             }
         }
         (_, false) => {
-            for (stored, cell) in stored.iter_mut().zip(cells.chunks_exact(4)) {
-                *stored = bits(u32::from_le_bytes([cell[0], cell[1], cell[2], cell[3]]));
+            for (out, cell) in out.iter_mut().zip(cells.chunks_exact(4)) {
+                let cell = [cell[0], cell[1], cell[2], cell[3]];
+                *out = value(u32::from_le_bytes(cell));
             }
         }
         (_, true) => {
-            for (stored, cell) in stored.iter_mut().zip(cells.chunks_exact(4)) {
-                *stored = bits(u32::from_be_bytes([cell[0], cell[1], cell[2], cell[3]]));
+            for (out, cell) in out.iter_mut().zip(cells.chunks_exact(4)) {
+                let cell = [cell[0], cell[1], cell[2], cell[3]];
+                *out = value(u32::from_be_bytes(cell));
             }
         }
     }
@@ -488,14 +501,8 @@ fn write<T: Value>(
 ) {
     let (slope, intercept) = (conversion.slope, conversion.intercept);
     match conversion.way {
-        Way::Own => {
-            // The bound of this way keeps the stored values within i32.
-            let (slope, intercept) = (T::from_f64(slope), T::from_f64(intercept));
-            for (out, bits) in out.iter_mut().zip(stored) {
-                *out = T::affine(bits.cast_signed(), slope, intercept);
-            }
-        }
-        Way::Double => {
+        // `run` does the first of them itself.
+        Way::Own | Way::Double => {
             for (out, bits) in out.iter_mut().zip(stored) {
                 *out = T::from_f64(double(*bits) * slope + intercept);
             }

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use flate2::{Decompress, FlushDecompress, Status};
 
 use crate::error::{Error, Result};
-use crate::source::{self, Source, ended};
+use crate::source::{self, Source, Stamp, ended};
 
 /// Float Pixel Data, Double Float Pixel Data, Pixel Data (PS3.3 C.7.6.3, C.7.6.24).
 pub const FLOAT_PIXEL_DATA: u32 = 0x7FE0_0008;
@@ -41,7 +41,7 @@ const MAX_ITEMS: usize = 1_000_000;
 /// Most elements inside items.
 const MAX_NESTED: usize = 10_000_000;
 /// First read of a file.
-const FIRST_READ: usize = 64 << 10;
+const FIRST_READ: usize = 16 << 10;
 /// First read after a value that was skipped.
 const NEXT_READ: usize = 4 << 10;
 /// Most that a window of a file grows by in one step.
@@ -375,7 +375,7 @@ fn cut<'a>(bytes: &'a [u8], offset: u64, entry: &Entry) -> Option<&'a [u8]> {
 }
 
 fn read_value(path: &Path, entry: &Entry) -> Result<Vec<u8>> {
-    let (file, size) = source::open(path)?;
+    let (file, stamp) = source::open(path)?;
     let gone = |found: u64| {
         let expected = entry.length;
         Error::invalid_at(
@@ -383,7 +383,7 @@ fn read_value(path: &Path, entry: &Entry) -> Result<Vec<u8>> {
             format!("expected {expected} bytes, found {found} in the file"),
         )
     };
-    let left = size.saturating_sub(entry.offset);
+    let left = stamp.size.saturating_sub(entry.offset);
     if left < u64::from(entry.length) {
         return Err(gone(left));
     }
@@ -427,13 +427,13 @@ pub fn scan(source: Source<'_>, transfer_syntax: Option<&str>) -> Result<Header>
 
 /// Whether a file starts like a DICOM object: the Part 10 prefix, or a plausible first element.
 pub fn is_dicom(path: &Path) -> Result<bool> {
-    let (file, size) = source::open(path)?;
+    let (file, stamp) = source::open(path)?;
     let mut start = [0; 132];
     let found = source::read_at(&file, path, 0, &mut start)?;
     let start = start.get(..found).unwrap_or_default();
     Ok(start.get(128..132) == Some(b"DICM")
         || start.starts_with(b"DICM")
-        || guess(start, size).is_some())
+        || guess(start, stamp.size).is_some())
 }
 
 /// What a scan knows besides the layout, while its source is at hand.
@@ -444,6 +444,14 @@ pub(crate) enum Kept<'a> {
 }
 
 impl Kept<'_> {
+    /// The state of the file that was scanned and that its values still have to be read from.
+    pub(crate) fn stamp(&self) -> Option<Stamp> {
+        match self {
+            Kept::Windows(windows) => Some(windows.stamp),
+            Kept::Whole(_) | Kept::Inflated(_) => None,
+        }
+    }
+
     /// The value of an element if it is in memory; long values of files are not.
     pub(crate) fn value(&self, entry: &Entry) -> Option<&[u8]> {
         match self {
@@ -515,7 +523,7 @@ impl Input for &[u8] {
 pub(crate) struct Windows<'a> {
     path: &'a Path,
     file: File,
-    size: u64,
+    stamp: Stamp,
     /// The current window is the first `have` bytes of `buffer`; it starts at `base`.
     base: u64,
     have: usize,
@@ -525,11 +533,11 @@ pub(crate) struct Windows<'a> {
 
 impl<'a> Windows<'a> {
     fn open(path: &'a Path, buffer: Vec<u8>) -> Result<Self> {
-        let (file, size) = source::open(path)?;
+        let (file, stamp) = source::open(path)?;
         let mut windows = Windows {
             path,
             file,
-            size,
+            stamp,
             base: 0,
             have: 0,
             buffer,
@@ -541,7 +549,7 @@ impl<'a> Windows<'a> {
 
     /// Make the current window at least `length` long, or as long as the file allows.
     fn grow(&mut self, length: usize) -> Result<()> {
-        let left = usize::try_from(self.size - self.base).unwrap_or(usize::MAX);
+        let left = usize::try_from(self.stamp.size - self.base).unwrap_or(usize::MAX);
         let length = length.min(left);
         if self.buffer.len() < length {
             let more = length - self.buffer.len();
@@ -578,7 +586,7 @@ impl<'a> Windows<'a> {
 
 impl Input for Windows<'_> {
     fn size(&self) -> u64 {
-        self.size
+        self.stamp.size
     }
 
     fn bytes(&mut self, offset: u64, length: usize) -> Result<&[u8]> {

@@ -1,7 +1,7 @@
 //! Where the bytes of an object are: a file that is read in place, or memory that is borrowed.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::fs::{File, Metadata};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use crate::error::{Error, Result};
@@ -21,8 +21,8 @@ impl<'a> Source<'a> {
         match self {
             Source::Bytes(bytes) => Ok(Opened::Bytes(bytes)),
             Source::File(path) => {
-                let (file, size) = open(path)?;
-                Ok(Opened::File { file, path, size })
+                let (file, stamp) = open(path)?;
+                Ok(Opened::File { file, path, stamp })
             }
         }
     }
@@ -34,7 +34,7 @@ pub enum Opened<'a> {
     File {
         file: File,
         path: &'a Path,
-        size: u64,
+        stamp: Stamp,
     },
     Bytes(&'a [u8]),
 }
@@ -43,7 +43,7 @@ impl<'a> Opened<'a> {
     /// Bytes in all.
     pub fn size(&self) -> u64 {
         match self {
-            Opened::File { size, .. } => *size,
+            Opened::File { stamp, .. } => stamp.size,
             Opened::Bytes(bytes) => bytes.len() as u64,
         }
     }
@@ -78,14 +78,56 @@ impl<'a> Opened<'a> {
     }
 }
 
+/// What the operating system tells of one state of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stamp {
+    pub(crate) size: u64,
+    device: u64,
+    inode: u64,
+    /// Nanoseconds since 1970 when the content, and when the content or anything else, was changed.
+    modified: i64,
+    changed: i64,
+}
+
+impl Stamp {
+    /// The state of a file now.
+    pub(crate) fn now(path: &Path) -> Result<Self> {
+        let meta = path.metadata().map_err(|error| Error::io(path, error))?;
+        Ok(Stamp::new(&meta))
+    }
+
+    fn new(meta: &Metadata) -> Self {
+        let nanoseconds = |seconds: i64, rest: i64| seconds.saturating_mul(1_000_000_000) + rest;
+        Stamp {
+            size: meta.len(),
+            device: meta.dev(),
+            inode: meta.ino(),
+            modified: nanoseconds(meta.mtime(), meta.mtime_nsec()),
+            changed: nanoseconds(meta.ctime(), meta.ctime_nsec()),
+        }
+    }
+
+    /// Whether the file was last changed so long before `time` (nanoseconds since 1970) that a later
+    /// change has another stamp: file systems count in steps of up to two seconds.
+    pub(crate) fn is_older_than(&self, time: i64) -> bool {
+        time.saturating_sub(self.changed.max(self.modified)) > 2_000_000_000
+    }
+
+    /// Whether the content seems to be the same. Links to a file may come and go meanwhile, and
+    /// some network file systems number files anew.
+    pub(crate) fn is_same_content(&self, other: &Stamp) -> bool {
+        (self.size, self.modified) == (other.size, other.modified)
+    }
+}
+
 pub(crate) fn ended(offset: u64) -> Error {
     Error::invalid(format!(
         "expected more bytes at offset {offset}, found the end"
     ))
 }
 
-/// Open a file and tell its size; what is not a regular file is not DICOM.
-pub(crate) fn open(path: &Path) -> Result<(File, u64)> {
+/// Open a file and tell its state; what is not a regular file is not DICOM.
+pub(crate) fn open(path: &Path) -> Result<(File, Stamp)> {
     let file = File::open(path).map_err(|error| Error::io(path, error))?;
     let meta = file.metadata().map_err(|error| Error::io(path, error))?;
     if meta.is_dir() {
@@ -98,7 +140,7 @@ pub(crate) fn open(path: &Path) -> Result<(File, u64)> {
             path.display()
         )));
     }
-    Ok((file, meta.len()))
+    Ok((file, Stamp::new(&meta)))
 }
 
 /// Read at an offset until `into` is full or the file ends; how much was read.

@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::pixels::{Conversion, Format, Lut, Value};
 use crate::scan::{DOUBLE_FLOAT_PIXEL_DATA, FLOAT_PIXEL_DATA, PIXEL_DATA, UNDEFINED};
-use crate::source::{self, Source};
+use crate::source::{self, Opened, Source};
 
 /// Bytes of a file that are read and converted at a time.
 const PART: usize = 256 << 10;
@@ -466,22 +466,21 @@ impl Place {
         size: usize,
         each: &mut dyn FnMut(usize, &[u8]),
     ) -> Result<()> {
-        let bytes = match (&slice.image.inflated, slice.source) {
-            (Some(bytes), _) => bytes.as_slice(),
-            (None, Source::Bytes(bytes)) => bytes,
-            (None, Source::File(path)) => {
-                let (file, _) = source::open(path)?;
+        let bytes = match slice.image.open(slice.source)? {
+            Opened::Bytes(bytes) => bytes,
+            file @ Opened::File { .. } => {
+                let left = file.size().saturating_sub(self.offset);
+                if left < self.bytes {
+                    return Err(short(self.bytes, left));
+                }
                 buffer.resize(size, 0);
                 let mut done = 0;
                 while done < self.bytes {
                     let part = (self.bytes - done).min(size as u64) as usize;
                     let part = buffer.get_mut(..part).unwrap_or_default();
-                    let found = source::read_at(&file, path, self.offset + done, part)?;
-                    if found < part.len() {
-                        return Err(short(self.bytes, done + found as u64));
-                    }
+                    file.read(self.offset + done, part)?;
                     each(done as usize, part);
-                    done += found as u64;
+                    done += part.len() as u64;
                 }
                 return Ok(());
             }
@@ -498,11 +497,7 @@ impl Place {
 
     /// Read the whole frame.
     fn fill(&self, slice: &Slice<'_>, into: &mut [u8]) -> Result<()> {
-        let opened = match &slice.image.inflated {
-            Some(bytes) => Source::Bytes(bytes),
-            None => slice.source,
-        };
-        opened.open()?.read(self.offset, into)
+        slice.image.open(slice.source)?.read(self.offset, into)
     }
 }
 
@@ -536,7 +531,7 @@ fn decode_frame(
     into: &mut Decoded,
 ) -> Result<()> {
     let image = slice.image;
-    let source = slice.source.open()?;
+    let source = image.open(slice.source)?;
     let found;
     let frames = match image.frames.get() {
         Some(frames) => frames,

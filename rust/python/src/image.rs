@@ -1,8 +1,11 @@
-//! `Image`, `scan_images` and `stack`.
+//! `Image`, `scan_images`, `load` and `stack`.
 
 use std::borrow::Cow;
+use std::ffi::OsString;
+use std::path::Path;
 use std::sync::Arc;
 
+use dicomnode_core::folder::{self, Found};
 use dicomnode_core::pixels::{Lut, Value};
 use dicomnode_core::source::Source;
 use dicomnode_core::stack::{Matrix, Reading, Slice};
@@ -12,6 +15,12 @@ use pyo3::prelude::*;
 
 use crate::errors::{detached, exception};
 use crate::memory::{Dtype, Out, Owner};
+
+/// Files that are scanned before a signal such as Ctrl-C is looked at.
+const INTERRUPTIBLE: usize = 1024;
+
+/// Path and image of an object.
+type Loaded = (OsString, Option<Image>);
 
 /// What stacking needs to know of one single-frame or multi-frame image, and its source.
 #[pyclass(frozen, module = "dicomnode._core")]
@@ -337,30 +346,85 @@ impl Image {
 
 /// Scan many objects in parallel with the GIL released; order and length as given.
 ///
+/// An Image stands for its source, and is returned itself unless its file was changed since or it
+/// was scanned for other tags.
+///
 /// Raises InvalidDicom or OSError for the first source that cannot be read; the message names it
 /// by SOPInstanceUID where known, else by its place in the list. The images keep the values of
 /// `extra_tags`, and so do their frames, wherever in the functional groups these lie.
 #[pyfunction]
 #[pyo3(signature = (sources, extra_tags = Vec::new()))]
-pub fn scan_images(
-    py: Python<'_>,
-    sources: Vec<Bound<'_, PyAny>>,
+pub fn scan_images<'py>(
+    py: Python<'py>,
+    sources: Vec<Bound<'py, PyAny>>,
     extra_tags: Vec<u32>,
-) -> PyResult<Vec<Image>> {
-    let owners: Vec<Owner> = sources
+) -> PyResult<Vec<Bound<'py, Image>>> {
+    let owners: Vec<Arc<Owner>> = sources
         .iter()
-        .map(Owner::of_source)
-        .collect::<PyResult<_>>()?;
-    let given: Vec<Source<'_>> = owners.iter().map(|owner| owner.source(py)).collect();
-    let images = detached(py, || core::scan_images_with(&given, &extra_tags))?;
-    Ok(images
-        .into_iter()
-        .zip(owners)
-        .map(|(image, owner)| Image {
-            image,
-            owner: Arc::new(owner),
+        .map(|source| match source.cast::<Image>() {
+            Ok(image) => Ok(Arc::clone(&image.get().owner)),
+            Err(_) => Owner::of_source(source).map(Arc::new),
         })
-        .collect())
+        .collect::<PyResult<_>>()?;
+    let given: Vec<(Source<'_>, Option<&core::Image>)> = sources
+        .iter()
+        .zip(&owners)
+        .map(|(source, owner)| {
+            let known = source.cast::<Image>().ok();
+            (owner.source(py), known.map(|known| &known.get().image))
+        })
+        .collect();
+    let scanned = detached(py, || core::scan_changed(&given, &extra_tags))?;
+    scanned
+        .into_iter()
+        .zip(&sources)
+        .zip(owners)
+        .map(|((scanned, source), owner)| match scanned {
+            Some(image) => Bound::new(py, Image { image, owner }),
+            None => Ok(source.cast::<Image>()?.clone()),
+        })
+        .collect()
+}
+
+/// The objects in files, and in folders and everything below them; and the files left out.
+///
+/// An object is its path and its Image, None where that has to be scanned when it is needed.
+///
+/// Raises InvalidDicom for a damaged object, or OSError.
+#[pyfunction]
+#[pyo3(signature = (paths, extra_tags = Vec::new()))]
+pub fn load(
+    py: Python<'_>,
+    paths: Vec<OsString>,
+    extra_tags: Vec<u32>,
+) -> PyResult<(Vec<Loaded>, Vec<OsString>)> {
+    let (mut objects, mut others) = (Vec::new(), Vec::new());
+    let mut files = Vec::new();
+    for path in paths {
+        py.check_signals()?;
+        files.extend(detached(py, || folder::candidates(Path::new(&path)))?);
+    }
+    for part in files.chunks(INTERRUPTIBLE) {
+        py.check_signals()?;
+        let found = detached(py, || folder::scan_files(part, &extra_tags))?;
+        for (file, found) in part.iter().zip(found) {
+            let path = file.path.clone();
+            match found {
+                Found::Image(image) => {
+                    let owner = Arc::new(Owner::Path(path.clone()));
+                    let image = Image {
+                        image: *image,
+                        owner,
+                    };
+                    objects.push((path.into(), Some(image)));
+                }
+                Found::Object => objects.push((path.into(), None)),
+                Found::Other => others.push(path.into()),
+                Found::Directory => {}
+            }
+        }
+    }
+    Ok((objects, others))
 }
 
 /// Write the pixels of `images[k]` to `out[k]`, in parallel over images, the GIL released.

@@ -21,7 +21,7 @@ mod _core {
     #[pymodule_export]
     use crate::header::{Header, is_dicom, scan};
     #[pymodule_export]
-    use crate::image::{Image, scan_images, stack};
+    use crate::image::{Image, load, scan_images, stack};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
