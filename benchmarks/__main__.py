@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks import (
     cine,
     compressed,
+    eager,
     grind_enhanced,
     grind_files,
     grind_memory,
@@ -67,6 +68,7 @@ class Bench:
             "cine": self._cine,
             "receive": self._receive,
             "receive_small": self._receive_small,
+            "eager": self._eager,
         }
 
     def _made(self, name: str, write: Callable[..., Path], *size: int) -> Path:
@@ -128,6 +130,19 @@ class Bench:
     def _receive_small(self) -> list[Table]:
         images = self._series("CT", self._sizes.small_images, 64, 64)
         return self._send(images, "images of 64 x 64")
+
+    def _eager(self) -> list[Table]:
+        sizes = self._sizes
+        native = self._folder / "eager"
+        source = (None if sizes.quick else self._real_folder()) or self._ct()
+        eager.lengthen(source, native, sizes.slices)
+        tables = []
+        for name in eager.SYNTAXES:
+            folder = self._folder / f"eager-{name}"
+            folder = eager.compress(native, folder, name, sizes.slices)
+            title = f"{sizes.slices} CT slices, {name or 'uncompressed'}"
+            tables += eager.answer(title, folder, sizes.receive_repeats)
+        return tables
 
     def _send(self, folder: Path, kind: str) -> list[Table]:
         title = f"Receiving {len(series.paths_of(folder))} {kind} over one association"

@@ -23,7 +23,8 @@ from benchmarks.series import paths_of
 from benchmarks.timing import Row, Table, cpu_seconds, memory_mb
 
 _SLOW_SECONDS = 20.0
-_LOG = """log4cplus.rootLogger = INFO, console
+#: What dcmtk's programs log, and how, with a clock.
+LOG = """log4cplus.rootLogger = INFO, console
 log4cplus.appender.console = log4cplus::ConsoleAppender
 log4cplus.appender.console.logToStdErr = true
 log4cplus.appender.console.ImmediateFlush = true
@@ -99,7 +100,7 @@ class Storescp(Receiver):
         assert found is not None
         process = subprocess.Popen(
             [found, *self._options, "-od", str(folder), str(port)],
-            env=_environment(self._no_delay),
+            env=environment(self._no_delay),
             text=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -197,10 +198,10 @@ def _run(receiver: Receiver, sender: str, folder: Path) -> tuple[float, float, f
 
 def _send(sender: str, port: int, paths: Sequence[Path], place: Path) -> float:
     config = place / "log.cfg"
-    config.write_text(_LOG)
+    config.write_text(LOG)
     done = subprocess.run(
         [sender, "-lc", str(config), "127.0.0.1", str(port), *map(str, paths)],
-        env=_environment(no_delay=True),
+        env=environment(no_delay=True),
         capture_output=True,
         text=True,
         check=False,
@@ -217,6 +218,7 @@ def _send(sender: str, port: int, paths: Sequence[Path], place: Path) -> float:
     return (end - start).total_seconds() % 86400
 
 
-def _environment(no_delay: bool) -> dict[str, str]:
+def environment(no_delay: bool) -> dict[str, str]:
+    """That of a program of dcmtk, with or without Nagle's algorithm."""
     kept = {name: value for name, value in os.environ.items() if name != "TCP_NODELAY"}
     return {**kept, "TCP_NODELAY": "1"} if no_delay else kept

@@ -75,22 +75,27 @@ class LazyDataset(FileDataset):
     access, pixel data on the first access to it. A change made to it is kept, and grinders see it.
 
     Parameters: `source` is the path of a Part 10 file, or the bytes of one. `image` is what the
-    compiled core found in it, where it was scanned already.
+    compiled core found in it, where it was scanned already; `decoded` may have its pixels (a
+    `dicomnode.lib.images.Decoded`).
     """
 
-    # Not in `__dict__`, which is what is compared and copied: a copy is scanned again.
-    __slots__ = ("_image",)
+    # Not in `__dict__`, which is what is compared and copied: a copy is scanned and decoded again.
+    __slots__ = ("_decoded", "_image")
     _image: _core.Image | None
+    _decoded: Any
 
-    def __init__(self, source: Source, image: _core.Image | None = None) -> None:
+    def __init__(
+        self, source: Source, image: _core.Image | None = None, decoded: Any = None
+    ) -> None:
         self.__dict__["_source"] = source
         object.__setattr__(self, "_image", image)
+        object.__setattr__(self, "_decoded", decoded)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_image":
+        if name in ("_image", "_decoded"):
             return None
         state = self.__dict__
         if "_dict" not in state and not name.startswith("__"):
@@ -103,6 +108,11 @@ class LazyDataset(FileDataset):
     def source(self) -> Source:
         """The path or the bytes this dataset is read from."""
         return self.__dict__["_source"]  # type: ignore[no-any-return]
+
+    @property
+    def decoded(self) -> Any:
+        """What may have the pixels of the source already; mostly None."""
+        return self._decoded
 
 
 def _read(dataset: LazyDataset) -> None:

@@ -52,17 +52,23 @@ def list_grinder(datasets: Iterable[Dataset]) -> list[Dataset]:
     return list(datasets)
 
 
-def many_meta_grinder(*grinders: Grinder) -> Grinder:
+@dataclass(frozen=True, eq=False)
+class ManyGrinder:
+    """What `many_meta_grinder(...)` returns."""
+
+    grinders: tuple[Grinder, ...]
+
+    def __call__(self, datasets: Iterable[Dataset], /) -> list[Any]:
+        kept = list(datasets)
+        return [grinder(kept) for grinder in self.grinders]
+
+
+def many_meta_grinder(*grinders: Grinder) -> ManyGrinder:
     """A grinder that returns a list with the result of each of `grinders`.
 
     Each of them sees all the images, also where a true iterator comes in.
     """
-
-    def many_grinder(datasets: Iterable[Dataset]) -> list[Any]:
-        kept = list(datasets)
-        return [grinder(kept) for grinder in grinders]
-
-    return many_grinder
+    return ManyGrinder(grinders)
 
 
 def tag_meta_grinder(tags: Iterable[TagType], optional: bool = False) -> Grinder:
@@ -368,6 +374,20 @@ def series_grinder(
     policies = _policies(reading, gaps, duplicates, localizers, tilt)
     grinder = SeriesGrinder(split_by, reading, policies, incomplete)
     return grinder if datasets is _LATER else grinder(datasets)
+
+
+def reading_of(grinder: object) -> Reading | None:
+    """How a grinder reads pixels, where that is known before it is called; else None.
+
+    Of several grinders, that of the first that reads any.
+    """
+    if grinder is numpy_grinder or grinder is volume_grinder:
+        return Reading()
+    if isinstance(grinder, ArrayGrinder | VolumeGrinder):
+        return grinder.reading if grinder.out is None else None
+    if isinstance(grinder, ManyGrinder):
+        return next(filter(None, map(reading_of, grinder.grinders)), None)
+    return None
 
 
 def _one_of(name: str, value: object, literal: Any) -> None:

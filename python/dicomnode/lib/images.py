@@ -31,6 +31,8 @@ from dicomnode.lib.dicom import (
     MEDIA_STORAGE_DIRECTORY,
     PIXEL_TAGS,
     READ_ERRORS,
+    LazyDataset,
+    Source,
     encode,
     to_scan,
 )
@@ -163,7 +165,7 @@ Values: TypeAlias = Literal["rescaled", "stored", "real_world", "suv"]
 #: where they are indices of a palette.
 Color: TypeAlias = Literal["rgb", "raw", "palette"]
 
-_PALETTE = "PALETTE COLOR"
+PALETTE = "PALETTE COLOR"
 _WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 _PIXEL_DATA, _FLOAT_PIXEL_DATA, _DOUBLE_FLOAT_PIXEL_DATA = PIXEL_TAGS
 
@@ -207,6 +209,26 @@ class Slice:
         return Slice(header, self.dataset, self.header, corner, self.scale)
 
 
+class Decoded(Protocol):
+    """Images that were decoded before they are asked for; see `dicomnode.lib.arena`."""
+
+    def headers(self, source: Source) -> list[ImageHeader] | None:
+        """The headers of the frames of an image; None where it is not among these."""
+
+    def take(
+        self,
+        headers: Sequence[ImageHeader],
+        reading: Reading,
+        shape: tuple[int, ...],
+        dtype: numpy.dtype[Any],
+    ) -> tuple[NDArray[Any], list[str]] | None:
+        """The array of images with these very headers, and what `fill` noted of each.
+
+        None where they are not here, or were decoded in another way than `reading`, or to another
+        shape or dtype of each.
+        """
+
+
 def read_slices(
     datasets: Iterable[Dataset], extra_tags: Sequence[int] = (), values: Values = "rescaled"
 ) -> tuple[list[Slice], list[str]]:
@@ -235,10 +257,22 @@ def read_slices(
             )
     tags = (*LAYOUT_TAGS, *extra_tags)
     sources = [to_scan(dataset, tags) for dataset in given]
-    scanned = iter(_core.scan_images([one for one in sources if one is not None], tags))
+    # What was decoded before was scanned without the values of extra tags.
+    known = [
+        None if extra_tags else _known_headers(*one) for one in zip(given, sources, strict=True)
+    ]
+    unknown = [
+        source
+        for source, headers in zip(sources, known, strict=True)
+        if source is not None and headers is None
+    ]
+    scanned = iter(_core.scan_images(unknown, tags))
     slices: list[Slice] = []
     notes: list[str] = []
-    for dataset, source in zip(given, sources, strict=True):
+    for dataset, source, headers in zip(given, sources, known, strict=True):
+        if headers is not None:
+            slices += [Slice(header, dataset) for header in headers]
+            continue
         header: ImageHeader = _header(dataset, tags) if source is None else next(scanned)
         if (
             isinstance(header, _core.Image)
@@ -287,6 +321,16 @@ def _header(dataset: Dataset, tags: Sequence[int]) -> ImageHeader:
     return image
 
 
+def _decoded(dataset: Dataset) -> Decoded | None:
+    return dataset.decoded if isinstance(dataset, LazyDataset) else None
+
+
+def _known_headers(dataset: Dataset, source: object) -> list[ImageHeader] | None:
+    decoded = _decoded(dataset)
+    is_untouched = source is not None and isinstance(dataset, LazyDataset)
+    return decoded.headers(dataset.source) if decoded and is_untouched else None
+
+
 def called(header: ImageHeader) -> str:
     """What a message calls an image: its UID, and which frame it is where there are several."""
     frame = f" (frame {header.frame + 1})" if header.number_of_frames > 1 else ""
@@ -326,7 +370,7 @@ def read_array(
             )
     if any(item.whole is not None for item in slices):
         return _read_parts(slices, reading, out)
-    is_palette = first.photometric_interpretation == _PALETTE
+    is_palette = first.photometric_interpretation == PALETTE
     wants_rgb = is_palette and reading.color == "palette"
     has_scale = reading.values != "stored" and any(item.scale is not None for item in slices)
     if has_scale and (wants_rgb or first.samples_per_pixel > 1):
@@ -335,22 +379,18 @@ def read_array(
         )
     if wants_rgb:
         return _read_palette(slices, out)
-    samples = () if first.samples_per_pixel == 1 else (first.samples_per_pixel,)
-    out = _output(
-        (len(slices), first.rows, first.columns, *samples), reading.dtype or _own_type(slices), out
-    )
-    is_direct = not has_scale or all(_maps_all(item) for item in slices)
-    notes: list[str] = []
-    if is_direct:
-        notes = _core.stack(
-            [_core_image(item) for item in slices],
-            out,
-            reading.values != "stored",
-            reading.color != "raw",
-        )
-    # A codestream that contradicts its header may hold other stored values than that allows.
-    if has_scale and (notes or not is_direct):
-        notes = _map(slices, out)
+    shape, dtype = place_of(slices, reading)
+    decoded = None if has_scale or out is not None else _decoded(slices[0].dataset)
+    taken = decoded and decoded.take([item.header for item in slices], reading, shape, dtype)
+    if taken:
+        out, notes = taken
+    else:
+        out = _output((len(slices), *shape), dtype, out)
+        is_direct = not has_scale or all(_maps_all(item) for item in slices)
+        notes = fill(slices, reading, out) if is_direct else []
+        # A codestream that contradicts its header may hold other stored values than that allows.
+        if has_scale and (notes or not is_direct):
+            notes = _map(slices, out)
     if is_palette:
         notes.append(
             f"{first.sop_instance_uid}: values are indices of a palette; color='palette' gives RGB"
@@ -458,6 +498,25 @@ def _map(slices: Sequence[Slice], out: NDArray[Any]) -> list[str]:
     return notes
 
 
+def place_of(
+    slices: Sequence[Slice], reading: Reading
+) -> tuple[tuple[int, ...], numpy.dtype[Any]]:
+    """Shape and dtype of what each of these images is in their array."""
+    first = slices[0].header
+    samples = () if first.samples_per_pixel == 1 else (first.samples_per_pixel,)
+    return (first.rows, first.columns, *samples), reading.dtype or _own_type(slices)
+
+
+def fill(slices: Sequence[Slice], reading: Reading, out: NDArray[Any]) -> list[str]:
+    """Read and decode the pixels of images into an array; a note for each that contradicts itself."""
+    return _core.stack(
+        [_core_image(item) for item in slices],
+        out,
+        reading.values != "stored",
+        reading.color != "raw",
+    )
+
+
 def _output(
     shape: tuple[int, ...], dtype: numpy.dtype[Any], out: NDArray[Any] | None
 ) -> NDArray[Any]:
@@ -473,7 +532,7 @@ def _kind(header: ImageHeader) -> str:
     photometric = header.photometric_interpretation
     if header.samples_per_pixel > 1:
         return f"colour of {header.samples_per_pixel} samples"
-    return photometric if photometric in (_PALETTE, "MONOCHROME1") else "MONOCHROME2"
+    return photometric if photometric in (PALETTE, "MONOCHROME1") else "MONOCHROME2"
 
 
 def _own_type(slices: Sequence[Slice]) -> numpy.dtype[Any]:

@@ -124,6 +124,8 @@ class Reception:
     most_bytes: int
     #: The user's filter, None where it was not overridden; gets a lazy dataset.
     accept: Callable[[Dataset], bool] | None
+    #: Called after an image was stored, before the answer, with its identifier and SOPInstanceUID.
+    on_stored: Callable[[str, str], None]
     #: Called after an association, with the identifiers that it touched.
     on_end: Callable[[Iterable[str]], None]
 
@@ -407,6 +409,7 @@ class AssociationServer:
             self._logger.error("%s; the first is kept", error)
             return self._refuse(uid, _DUPLICATE, "same SOPInstanceUID, other content")
         self._logger.debug("%s stored in case %d: %s", uid, case_id, ", ".join(target.accepted))
+        reception.on_stored(target.identifier, uid)
         return _SUCCESS, "", target.identifier, case_id
 
     def _refuse(self, uid: str, status: int, comment: str) -> tuple[int, str, str, int]:

@@ -13,20 +13,24 @@ from pydicom.dataset import Dataset
 from pydicom.tag import TagType
 
 from dicomnode.lib.dicom import LazyDataset, Source
-from dicomnode.lib.grinders import identity_grinder
+from dicomnode.lib.grinders import identity_grinder, reading_of
+from dicomnode.lib.images import Decoded, Reading
 
 
 class Datasets(Mapping[str, Dataset]):
     """SOPInstanceUID -> lazy dataset, in the order of arrival; each is made when it is asked for."""
 
-    def __init__(self, sources: Mapping[str, Source]) -> None:
+    def __init__(self, sources: Mapping[str, Source], decoded: Decoded | None = None) -> None:
         self._sources = dict(sources)
+        self._decoded = decoded
         self._made: dict[str, Dataset] = {}
 
     def __getitem__(self, uid: str) -> Dataset:
         dataset = self._made.get(uid)
         if dataset is None:
-            dataset = self._made[uid] = LazyDataset(self._sources[uid])
+            dataset = self._made[uid] = LazyDataset(
+                self._sources[uid], decoded=self._decoded
+            )
         return dataset
 
     def __iter__(self) -> Iterator[str]:
@@ -55,6 +59,10 @@ class AbstractInput(ABC):
     #: Turns the datasets into what `process` gets: any function of an iterable of datasets.
     image_grinder: Callable[..., Any] = staticmethod(identity_grinder)
 
+    #: Decode each image as soon as it is stored, so that `process` can start when the last has come.
+    #: For numpy_grinder and volume_grinder, also inside many_meta_grinder.
+    eager: ClassVar[bool] = False
+
     def __init__(self, data: Mapping[str, Dataset] | None = None) -> None:
         self.data: Mapping[str, Dataset] = {} if data is None else data
 
@@ -81,6 +89,14 @@ class AbstractInput(ABC):
         if isinstance(found, classmethod):
             return self.image_grinder
         return found  # type: ignore[no-any-return]
+
+
+def eager_reading(kind: type[AbstractInput]) -> Reading | None:
+    """How the images of an input are decoded when they arrive; None where they are not."""
+    found = inspect.getattr_static(kind, "image_grinder")
+    if isinstance(found, staticmethod):
+        found = found.__func__
+    return reading_of(found) if kind.eager else None
 
 
 def _wants_self(function: Callable[..., Any]) -> bool:

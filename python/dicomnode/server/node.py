@@ -26,7 +26,8 @@ from dicomnode.errors import IncorrectlyConfigured, OutOfResources, UnknownCase
 from dicomnode.lib.dicom import printable, tag_of
 from dicomnode.lib.dimse import Address
 from dicomnode.server.association import AssociationServer, Reception, default_contexts
-from dicomnode.server.input import AbstractInput
+from dicomnode.server.eager import EagerDecoding
+from dicomnode.server.input import AbstractInput, eager_reading
 from dicomnode.server.routing import compile_rules
 from dicomnode.server.runner import Runner, Work
 from dicomnode.storage.ledger import Case
@@ -77,7 +78,7 @@ class AbstractPipeline:
     #: Where images rest until they are done with; None keeps them in memory, lost at the end.
     root_data_directory: str | os.PathLike[str] | None = None
     #: At most so many bytes of images in memory, and of images that are arriving; None is half of
-    #: what the machine has.
+    #: what the machine has. Half as many again for what eager inputs have decoded.
     memory_limit: int | None = None
     #: How many cases are processed at once; 0 only receives.
     workers: int = 1
@@ -109,6 +110,7 @@ class AbstractPipeline:
         self._is_told_to_stop = self._is_opening = False
         self._process_id = 0
         self._storage: Storage | None = None
+        self._eager: EagerDecoding | None = None
         self._runner: Runner | None = None
         self._server: AssociationServer | None = None
         if start:
@@ -257,7 +259,15 @@ class AbstractPipeline:
         if self.input and type(self).process is AbstractPipeline.process:
             self.logger.warning("%s does not define process()", type(self).__name__)
         work = Work(self.ae_title, self.input, tuple(self.endpoints), self.process)
-        runner = Runner(work, storage, self.logger, self.workers)
+        readings = {name: eager_reading(kind) for name, kind in self.input.items()}
+        eager = EagerDecoding(
+            {name: reading for name, reading in readings.items() if reading is not None},
+            storage,
+            limit // 2,
+            self.logger,
+        )
+        self._eager = eager
+        runner = Runner(work, storage, eager, self.logger, self.workers)
         server = AssociationServer(
             Reception(
                 ae_title=self.ae_title,
@@ -268,11 +278,13 @@ class AbstractPipeline:
                 require_calling_aet=self.require_calling_aet,
                 accept=None if type(self).filter is AbstractPipeline.filter else self.filter,
                 most_bytes=limit,
+                on_stored=eager.add,
                 on_end=runner.check,
             ),
             storage,
             self.logger,
         )
+        eager.open()
         self.port = server.open(self.ip, self.port)
         self._server = server
         self._runner = runner
@@ -336,8 +348,8 @@ class AbstractPipeline:
         if self._server is not None:
             self._server.close(_STOP_SECONDS)
             self._server = None
-        runner, storage = self._runner, self._storage
-        self._runner = self._storage = None
+        runner, eager, storage = self._runner, self._eager, self._storage
+        self._runner = self._eager = self._storage = None
         if storage is not None:
             drain = self.root_data_directory is None and self.workers > 0
             # If it is killed before its step has ended, that is not the case's fault.
@@ -345,7 +357,10 @@ class AbstractPipeline:
                 storage.ledger.excuse()
             except (OutOfResources, sqlite3.Error) as error:
                 self.logger.error("the attempts under way cannot be taken back: %s", error)
-            if runner is None or runner.stop(drain, max(0.0, end - time.monotonic())):
+            has_stopped = runner is None or runner.stop(drain, max(0.0, end - time.monotonic()))
+            if eager is not None:
+                eager.close()
+            if has_stopped:
                 storage.close()
             else:
                 after = "is lost" if drain else "runs again after the next start"
@@ -442,11 +457,20 @@ def _checked(inputs: Mapping[str, Any]) -> Mapping[str, type[AbstractInput]]:
             raise IncorrectlyConfigured(
                 f"input {name!r}: {kind.__name__} has to define {', '.join(missing)}()"
             )
+        if not isinstance(kind.eager, bool):
+            raise IncorrectlyConfigured(
+                f"input {name!r}: eager of {kind.__name__} has to be True or False, not {kind.eager!r}"
+            )
         grinder = inspect.getattr_static(kind, "image_grinder")
         if not callable(grinder) and not isinstance(grinder, classmethod):
             raise IncorrectlyConfigured(
                 f"input {name!r}: image_grinder of {kind.__name__} has to be a function, not "
                 f"{grinder!r}"
+            )
+        if kind.eager and eager_reading(kind) is None:
+            raise IncorrectlyConfigured(
+                f"input {name!r}: {kind.__name__} is eager, so its image_grinder has to be "
+                "numpy_grinder or volume_grinder without out, or many_meta_grinder with one of them"
             )
     return inputs
 

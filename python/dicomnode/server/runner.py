@@ -28,6 +28,7 @@ from dicomnode.errors import (
 )
 from dicomnode.lib.dicom import encode, printable, read
 from dicomnode.lib.dimse import Address, Response, send
+from dicomnode.server.eager import EagerDecoding
 from dicomnode.server.input import AbstractInput, Datasets
 from dicomnode.storage.ledger import Case, ResultRow, State
 from dicomnode.storage.store import Contents, DamagedResult, Storage
@@ -55,9 +56,17 @@ class Work:
 class Runner:
     """Workers and an exporter over one storage."""
 
-    def __init__(self, work: Work, storage: Storage, logger: logging.Logger, workers: int) -> None:
+    def __init__(
+        self,
+        work: Work,
+        storage: Storage,
+        eager: EagerDecoding,
+        logger: logging.Logger,
+        workers: int,
+    ) -> None:
         self._work = work
         self._storage = storage
+        self._eager = eager
         self._logger = logger
         self._wake = threading.Condition()
         self._generation = 0
@@ -198,6 +207,7 @@ class Runner:
             _, waiting = looked
             repeated = self._storage.park(identifier, contents)
             if repeated is not None:
+                self._eager.drop(contents.case_id)
                 self._logger.error(
                     "case %d repeats case %d, whose sender had not got all answers, and is not "
                     "processed; retry it if it should be",
@@ -221,7 +231,10 @@ class Runner:
 
     def _inputs(self, contents: Contents) -> dict[str, AbstractInput]:
         return {
-            name: kind(Datasets(contents.sources[name])) for name, kind in self._work.inputs.items()
+            name: kind(
+                Datasets(contents.sources[name], self._eager.decoded(contents.case_id, name))
+            )
+            for name, kind in self._work.inputs.items()
         }
 
     # READY -> PROCESSING -> EXPORTING
@@ -304,7 +317,10 @@ class Runner:
     def _process(self, case: Case, inputs: Mapping[str, AbstractInput]) -> None:
         with self._blaming(case.id):
             start = time.perf_counter()
-            data = {name: one.get_data() for name, one in inputs.items()}
+            try:
+                data = {name: one.get_data() for name, one in inputs.items()}
+            finally:
+                self._eager.drop(case.id)
             ground = time.perf_counter()
             self._logger.info("case %d ground in %.3f s", case.id, ground - start)
             results = self._work.process(data)

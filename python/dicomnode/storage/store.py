@@ -327,6 +327,19 @@ class Storage:
             rows = [row for by_uid in case.rows.values() for row in by_uid.values()]
             return self._contents(case.id, case.folder, rows, generation=case.generation)
 
+    def sources(self, identifier: str, uid: str) -> tuple[int, dict[str, Source]]:
+        """The number of the open case of an identifier, and {input: source} of one instance in it."""
+        with self.holding(identifier):
+            case = self._open_cases.get(identifier)
+            if case is None:
+                return 0, {}
+            rows = [by_uid[uid] for by_uid in case.rows.values() if uid in by_uid]
+            return case.id, {
+                row.input: self._instances.source(input_folder(case.folder, row.input), row.file)
+                for row in rows
+                if not row.damaged
+            }
+
     def contents(self, case: Case) -> Contents:
         """What a sealed case holds."""
         rows = self.ledger.instances(case.id)

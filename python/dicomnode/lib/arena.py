@@ -1,0 +1,220 @@
+"""An arena: images that are decoded one by one as they come, into the array that is asked for later.
+
+Solves that a complete series need not wait for its decoding. Each frame goes into the next place of one
+array that has room for many. Places go up or down as the slices do, so that the array of a series is
+a part of that one, and nothing is copied. An arena gives exactly what the ordinary way of reading
+gives, or nothing: whatever it cannot do is left to the ordinary way, errors too.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+from dicomnode.errors import DicomnodeError, InconsistentSeries, UnsupportedImage
+from dicomnode.lib.dicom import LazyDataset, Source
+from dicomnode.lib.images import (
+    PALETTE,
+    ImageHeader,
+    Reading,
+    Slice,
+    check_image,
+    fill,
+    place_of,
+    read_slices,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One frame, and its place in the arena."""
+
+    item: Slice
+    place: int
+
+
+class Arena:
+    """The decoded images of one input of one case. Safe to use from any thread.
+
+    `reading` tells how pixels become values, `most_bytes` how much memory the images may take.
+    `on_give_up` is called with the reason where they are left to the ordinary way.
+    """
+
+    def __init__(
+        self, reading: Reading, most_bytes: int, on_give_up: Callable[[str], None]
+    ) -> None:
+        self._reading = reading
+        self._most_bytes = most_bytes
+        self._on_give_up = on_give_up
+        self._changed = threading.Condition()
+        self._is_over = False
+        self._array: NDArray[Any] | None = None
+        # The first image is in the middle, since nobody knows yet in which direction it goes on.
+        self._first: ImageHeader | None = None
+        self._direction = 1
+        self._count = self._pending = 0
+        self._headers: dict[Source, list[ImageHeader]] = {}
+        self._places: dict[ImageHeader, int] = {}
+        # Of the frames that were decoded, and of no other.
+        self._notes: dict[ImageHeader, list[str]] = {}
+
+    def __reduce__(self) -> Any:
+        # A dataset that is pickled or copied deeply leaves its decoded pixels behind.
+        return _nothing, ()
+
+    @property
+    def size(self) -> int:
+        """How many bytes its images take."""
+        array = self._array
+        return 0 if array is None else len(self._places) * array[0].nbytes
+
+    def add(self, source: Source) -> list[Frame]:
+        """Find places for the frames of an image; `decode` has to be called with each of them."""
+        with self._changed:
+            if self._is_over or source in self._headers:
+                return []
+            try:
+                items, _ = read_slices([LazyDataset(source)])
+                frames = [Frame(item, self._place(item)) for item in items]
+            except (DicomnodeError, OSError, MemoryError) as error:
+                self._give_up(str(error))
+                return []
+            if items:
+                self._headers[source] = [item.header for item in items]
+            self._pending += len(frames)
+            return frames
+
+    def _place(self, item: Slice) -> int:
+        header = item.header
+        check_image(header)
+        if header.photometric_interpretation == PALETTE and self._reading.color == "palette":
+            raise UnsupportedImage(f"image {header.sop_instance_uid} gets its colours from a palette")
+        shape, dtype = place_of([item], self._reading)
+        size = math.prod(shape) * dtype.itemsize
+        most = self._most_bytes // size
+        if self._count >= most:
+            raise MemoryError(
+                f"{self._count + 1} images of {size} bytes are more than {self._most_bytes} bytes"
+            )
+        if self._array is None or self._first is None:
+            # Only what is written to takes memory.
+            self._array = numpy.empty((2 * most - 1, *shape), dtype)
+            self._first = header
+        if (self._array.shape[1:], self._array.dtype) != (shape, dtype):
+            raise InconsistentSeries(f"image {header.sop_instance_uid} has another size or type")
+        if self._count == 1:
+            self._direction = _direction(self._first, header)
+        place = most - 1 + self._direction * self._count
+        self._count += 1
+        self._places[header] = place
+        return place
+
+    def decode(self, frame: Frame) -> None:
+        """Decode one frame into its place."""
+        array, place = self._array, frame.place
+        notes: list[str] = []
+        problem = "the decoder failed"
+        try:
+            if array is not None:
+                out = array[place : place + 1]
+                notes = fill([frame.item], self._reading, out)
+            problem = ""
+        except (DicomnodeError, OSError, MemoryError) as error:
+            problem = str(error)
+        finally:
+            with self._changed:
+                self._pending -= 1
+                if problem:
+                    self._give_up(problem)
+                elif not self._is_over:
+                    self._notes[frame.item.header] = notes
+                self._changed.notify_all()
+
+    def headers(self, source: Source) -> list[ImageHeader] | None:
+        """The headers of the frames of an image, as `take` wants them; None for one unknown here."""
+        with self._changed:
+            return self._headers.get(source)
+
+    def take(
+        self,
+        headers: Sequence[ImageHeader],
+        reading: Reading,
+        shape: tuple[int, ...],
+        dtype: numpy.dtype[Any],
+    ) -> tuple[NDArray[Any], list[str]] | None:
+        """See `Decoded`. Waits for what is being decoded.
+
+        The array belongs to the caller: what was taken cannot be taken again.
+        """
+        if reading != self._reading:
+            return None
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_over or not self._pending)
+            array = self._array
+            if array is None or not all(header in self._notes for header in headers):
+                return None
+            if (array.shape[1:], array.dtype) != (shape, dtype):
+                return None
+            places = [self._places[header] for header in headers]
+            notes = [note for header in headers for note in self._notes[header]]
+            for header in set(headers):
+                del self._places[header], self._notes[header]
+            if not self._places:
+                # The memory is the caller's alone.
+                self._end()
+        return _rows(array, places), notes
+
+    def give_up(self, reason: str) -> None:
+        """Leave these images to the ordinary way, and let their memory go."""
+        with self._changed:
+            self._give_up(reason)
+
+    def close(self) -> None:
+        """Let the memory go."""
+        with self._changed:
+            self._end()
+
+    def _give_up(self, reason: str) -> None:
+        if not self._is_over:
+            self._end()
+            self._on_give_up(reason)
+
+    def _end(self) -> None:
+        self._is_over = True
+        self._array = None
+        self._headers = {}
+        self._places = {}
+        self._notes = {}
+        self._changed.notify_all()
+
+
+def _nothing() -> None:
+    """What is left of an arena in a copy of a dataset."""
+
+
+def _direction(first: ImageHeader, second: ImageHeader) -> int:
+    """-1 where the second image lies before the first along the slice normal, else 1."""
+    if first.position is None or first.orientation is None or second.position is None:
+        return 1
+    normal = numpy.cross(first.orientation[:3], first.orientation[3:])
+    return -1 if numpy.subtract(second.position, first.position) @ normal < 0 else 1
+
+
+def _rows(array: NDArray[Any], places: Sequence[int]) -> NDArray[Any]:
+    """These places of an array: a part of it where they follow each other, else a copy."""
+    first, count = places[0], len(places)
+    if list(places) == list(range(first, first + count)):
+        return array[first : first + count]
+    rows = numpy.empty((count, *array.shape[1:]), array.dtype)
+
+    def copy(k: int) -> None:
+        rows[k] = array[places[k]]
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(copy, range(count)))
+    return rows
