@@ -36,6 +36,7 @@ root, expected, endpoint_port, endpoint_title = sys.argv[1:]
 
 class All(AbstractInput):
     image_grinder = many_meta_grinder(list_grinder, numpy_grinder)
+    eager = False
     def validate(self):
         return self.images >= int(expected)
 
@@ -101,6 +102,15 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def eager_script(script: Path) -> Path:
+    """The same node, whose input is decoded on arrival."""
+    text = script.read_text().replace("eager = False", "eager = True")
+    assert "eager = True" in text
+    script.write_text(text)
+    return script
+
+
 def send_until_killed(node: Killable, series: list[Dataset], kill_after: int) -> list[str]:
     """The UIDs that were acknowledged before the node was killed."""
     acknowledged: list[str] = []
@@ -133,6 +143,10 @@ def test_killed_while_receiving(kill_after: int, script: Path, tmp_path: Path) -
         node.kill()
         arrived = store.wait_for_images(20)
         assert numpy.array_equal(numpy_grinder(arrived), numpy_grinder(series) + 1)
+
+
+def test_killed_while_receiving_and_decoding(eager_script: Path, tmp_path: Path) -> None:
+    test_killed_while_receiving(11, eager_script, tmp_path)
 
 
 def state_of_case(root: Path) -> State:
@@ -171,6 +185,13 @@ def test_killed_at_every_step_of_a_case(moment: str, script: Path, tmp_path: Pat
         assert len(uids) == 20
         by_uid = {one.SOPInstanceUID: one for one in store.received}
         assert numpy.array_equal(numpy_grinder(by_uid.values()), numpy_grinder(series) + 1)
+
+
+@pytest.mark.parametrize("moment", ["case 1 is ready", "case 1 ground"])
+def test_killed_at_a_step_of_a_case_that_is_decoded(
+    moment: str, eager_script: Path, tmp_path: Path
+) -> None:
+    test_killed_at_every_step_of_a_case(moment, eager_script, tmp_path)
 
 
 def test_killed_while_sending(script: Path, tmp_path: Path) -> None:
@@ -282,3 +303,9 @@ def test_L21_everything_is_flushed_before_it_is_acknowledged(script: Path, tmp_p
     wanted = ["file", "link", "folder", "ledger", "answer"]
     steps = iter(events)
     assert all(step in steps for step in wanted), events
+
+
+def test_L21_nothing_is_acknowledged_earlier_where_it_is_decoded(
+    eager_script: Path, tmp_path: Path
+) -> None:
+    test_L21_everything_is_flushed_before_it_is_acknowledged(eager_script, tmp_path)

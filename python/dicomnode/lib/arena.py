@@ -1,9 +1,10 @@
 """An arena: images that are decoded one by one as they come, into the array that is asked for later.
 
-Solves that a complete series need not wait for its decoding. Each frame goes into the next place of one
-array that has room for many. Places go up or down as the slices do, so that the array of a series is
-a part of that one, and nothing is copied. An arena gives exactly what the ordinary way of reading
-gives, or nothing: whatever it cannot do is left to the ordinary way, errors too.
+Solves that a complete series need not wait for its decoding. Each frame goes into a place of one array
+that has room for many: where its InstanceNumber says that it will be, or else the next. Mostly the
+array of a series is then a part of that one, and nothing is copied; InstanceNumber has no influence
+on more than that. An arena gives exactly what the ordinary way of reading gives, or nothing: whatever
+it cannot do is left to the ordinary way, errors too.
 """
 
 import math
@@ -57,7 +58,8 @@ class Arena:
         # The first image is in the middle, since nobody knows yet in which direction it goes on.
         self._first: ImageHeader | None = None
         self._direction = 1
-        self._count = self._pending = 0
+        self._used: set[int] = set()
+        self._pending = 0
         self._headers: dict[Source, list[ImageHeader]] = {}
         self._places: dict[ImageHeader, int] = {}
         # Of the frames that were decoded, and of no other.
@@ -96,10 +98,10 @@ class Arena:
             raise UnsupportedImage(f"image {header.sop_instance_uid} gets its colours from a palette")
         shape, dtype = place_of([item], self._reading)
         size = math.prod(shape) * dtype.itemsize
-        most = self._most_bytes // size
-        if self._count >= most:
+        most, count = self._most_bytes // size, len(self._used)
+        if count >= most:
             raise MemoryError(
-                f"{self._count + 1} images of {size} bytes are more than {self._most_bytes} bytes"
+                f"{count + 1} images of {size} bytes are more than {self._most_bytes} bytes"
             )
         if self._array is None or self._first is None:
             # Only what is written to takes memory.
@@ -107,10 +109,15 @@ class Arena:
             self._first = header
         if (self._array.shape[1:], self._array.dtype) != (shape, dtype):
             raise InconsistentSeries(f"image {header.sop_instance_uid} has another size or type")
-        if self._count == 1:
-            self._direction = _direction(self._first, header)
-        place = most - 1 + self._direction * self._count
-        self._count += 1
+        offset = _offset(self._first, header)
+        if count == 1:
+            self._direction = _direction(self._first, header, offset)
+        place = most - 1 + self._direction * (count if offset is None else offset)
+        if place in self._used or not 0 <= place < len(self._array):
+            place = max(self._used) + 1
+        if place >= len(self._array):
+            raise MemoryError("the images have numbers that are too far apart")
+        self._used.add(place)
         self._places[header] = place
         return place
 
@@ -197,12 +204,20 @@ def _nothing() -> None:
     """What is left of an arena in a copy of a dataset."""
 
 
-def _direction(first: ImageHeader, second: ImageHeader) -> int:
-    """-1 where the second image lies before the first along the slice normal, else 1."""
+def _offset(first: ImageHeader, header: ImageHeader) -> int | None:
+    """How many places after the first image this one is by their numbers; None where these are none."""
+    if first.instance_number is None or header.instance_number is None:
+        return None
+    return None if header.number_of_frames > 1 else header.instance_number - first.instance_number
+
+
+def _direction(first: ImageHeader, second: ImageHeader, offset: int | None) -> int:
+    """-1 where the array goes down while the offset goes up, else 1."""
     if first.position is None or first.orientation is None or second.position is None:
         return 1
     normal = numpy.cross(first.orientation[:3], first.orientation[3:])
-    return -1 if numpy.subtract(second.position, first.position) @ normal < 0 else 1
+    distance = numpy.subtract(second.position, first.position) @ normal
+    return -1 if distance * (1 if offset is None else offset) < 0 else 1
 
 
 def _rows(array: NDArray[Any], places: Sequence[int]) -> NDArray[Any]:
