@@ -7,6 +7,7 @@ import pydicom
 import pytest
 from benchmarks import (
     cine,
+    eager,
     floor,
     grind_enhanced,
     grind_files,
@@ -129,3 +130,22 @@ def test_images_that_arrived_are_counted(folder: Path) -> None:
     assert table is not None
     assert {row.name: row.wrong for row in table.rows if row.wrong} == {}
     assert [len(row.seconds) for row in table.rows] == [1, 1]
+
+
+@pytest.mark.skipif(receive.program("dcmsend") is None, reason="dcmtk is missing")
+def test_eager_and_later_give_the_same(folder: Path, tmp_path: Path) -> None:
+    native = eager.lengthen(folder, tmp_path / "longer", 12)
+    assert len(series.paths_of(native)) == 12
+    packed = eager.compress(native, tmp_path / "packed", "JPEG 2000 Lossless", 12)
+    whole, parts = eager.answer("eager", packed, 1)
+    assert [(row.name, row.wrong, len(row.seconds)) for row in whole.rows] == [
+        ("eager", "", 1),
+        ("later", "", 1),
+    ]
+    assert all(row.seconds[0] > 0 for row in whole.rows)
+    steps = len(parts.rows) // 2
+    for kind, row in enumerate(whole.rows):
+        sum_of_steps = sum(
+            part.seconds[0] for part in parts.rows[kind * steps : (kind + 1) * steps]
+        )
+        assert sum_of_steps == pytest.approx(row.seconds[0])

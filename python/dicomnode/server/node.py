@@ -78,7 +78,7 @@ class AbstractPipeline:
     #: Where images rest until they are done with; None keeps them in memory, lost at the end.
     root_data_directory: str | os.PathLike[str] | None = None
     #: At most so many bytes of images in memory, and of images that are arriving; None is half of
-    #: what the machine has. Half as many again for what eager inputs have decoded.
+    #: what the machine has. Decoded images of eager inputs take at most half of it on top.
     memory_limit: int | None = None
     #: How many cases are processed at once; 0 only receives.
     workers: int = 1

@@ -1,7 +1,7 @@
 """The ledger: which cases there are, and in which state, in one SQLite file.
 
-Every change of state is one transaction, durable when the method returns (WAL, synchronous FULL).
-The states and who moves a case between them:
+Every change of state is one transaction, durable when the method returns (WAL, synchronous FULL), but
+for `settle`. The states and who moves a case between them:
 
     RECEIVING --validated--> READY --claimed--> PROCESSING --results kept--> EXPORTING --all
     acknowledged--> DONE
@@ -74,6 +74,8 @@ class ResultRow:
     digest: bytes
 
 
+# A case is in one of these until it is claimed.
+_UNCLAIMED = (State.RECEIVING, State.READY, State.FAILED)
 # Of the tables in ledger.sql; a ledger of another version is left alone.
 _VERSION = 1
 # SQLite counts no further.
@@ -118,9 +120,10 @@ class Ledger:
             self._db.close()
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, durable: bool = True) -> Iterator[sqlite3.Connection]:
         with self._lock:
             try:
+                self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
                 self._db.execute("BEGIN IMMEDIATE")
                 try:
                     yield self._db
@@ -287,6 +290,19 @@ class Ledger:
                 ),
             )
             return cursor.rowcount == 1
+
+    def settle(self, case_id: int, state: State) -> None:
+        """RECEIVING, READY or FAILED -> RECEIVING or READY, whichever it is not yet.
+
+        Written, but not flushed to the disk before the next change: it is what validate() said, and
+        each start asks that again of all cases that take images.
+        """
+        before = [one.value for one in _UNCLAIMED if one is not state]
+        with self._transaction(durable=False) as db:
+            db.execute(
+                "UPDATE cases SET state = ?, error = '', changed = ? WHERE id = ? AND state IN (?, ?)",
+                (state.value, time.time(), case_id, *before),
+            )
 
     def fail(self, case_id: int, error: str) -> None:
         """Any state but DONE -> FAILED, with the reason.

@@ -407,10 +407,7 @@ class Storage:
                 contents.generation,
             ):
                 return False
-            state = State.READY if complete else State.RECEIVING
-            for before in (State.RECEIVING, State.READY, State.FAILED):
-                if before is not state and self.ledger.move(known.id, before, state):
-                    break
+            self.ledger.settle(known.id, State.READY if complete else State.RECEIVING)
             return True
 
     def interrupt(self, case_ids: Iterable[int]) -> None:
