@@ -11,11 +11,12 @@ from typing import Any
 
 import imagecodecs
 import numpy
+import pydicom
 import pytest
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, generate_frames
 
-from dicomnode.errors import DicomnodeError
+from dicomnode.errors import DicomnodeError, InconsistentSeries
 from dicomnode.lib import arena as module
 from dicomnode.lib.arena import Arena, Frame
 from dicomnode.lib.dicom import LazyDataset, encode
@@ -344,7 +345,7 @@ def test_a_decoder_that_fails_in_a_way_nobody_thought_of(monkeypatch: pytest.Mon
     lazy = arrived(series[:2], arena)
     (frame,) = arena.add(encode(series[2])[0])
     with monkeypatch.context() as patched:
-        patched.setattr(module, "read_array", lambda *_, **__: 1 / 0)
+        patched.setattr(module, "fill", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             arena.decode(frame)
     lazy.append(LazyDataset(encode(series[2])[0], arena))
@@ -410,3 +411,61 @@ def test_many_threads_decode_at_once(tmp_path: Path) -> None:
         assert all(one.result(10) is None for one in done)
     assert is_part_of_another(found.array)
     numpy.testing.assert_array_equal(found.array, volume_grinder(series).array)
+
+
+def outcome(grinder: Any, given: list[Dataset], caplog: Any) -> tuple[Any, ...]:
+    """The array, or the error; and what was logged."""
+    caplog.clear()
+    try:
+        array = grinder(given)
+    except (DicomnodeError, OSError) as error:
+        return type(error), str(error)
+    assert array.flags.c_contiguous and array.flags.writeable
+    return array.dtype, array.shape, array.tobytes(), caplog.messages
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"color": "raw"},
+        {"color": "palette"},
+        {"values": "stored", "dtype": "i4"},
+        {"dtype": "f8"},
+    ],
+    ids=str,
+)
+def test_every_image_of_pydicom_is_that_of_the_ordinary_way(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    grinder = numpy_grinder(order="given", **options)
+    parts = 0
+    for path in sorted((Path(pydicom.__file__).parent / "data" / "test_files").glob("*.dcm")):
+        arena = new(grinder.reading, 10**9)
+        for frame in arena.add(str(path)):
+            arena.decode(frame)
+        parts += arena.size > 0
+        given: list[Dataset] = [LazyDataset(str(path), arena)]
+        expected = outcome(grinder, [LazyDataset(str(path))], caplog)
+        assert outcome(grinder, given, caplog) == expected, path.name
+        # Everything was taken, or given up.
+        assert arena.size == 0, path.name
+    assert parts > 40
+
+
+def test_images_of_several_kinds_are_the_error_of_the_ordinary_way() -> None:
+    from .test_color import colored, noise
+
+    grey, color = make_series(2, 5, 6), colored(noise(1, 5, 6, 3))
+    double = copy.deepcopy(grey[1])
+    double.DoubleFloatPixelData = numpy.arange(30.0).tobytes()
+    double.BitsAllocated = 64
+    del double.PixelData, double.BitsStored, double.HighBit, double.PixelRepresentation
+    grinder = numpy_grinder(order="given")
+    for series in ([grey[0], color], [color, grey[0]]):
+        with pytest.raises(InconsistentSeries, match="one kind"):
+            grinder(arrived(series, new()))
+    # The first alone would be float32; both are float64.
+    found = grinder(arrived([grey[0], double], new()))
+    numpy.testing.assert_array_equal(found, grinder(ordinary([grey[0], double])))
+    assert found.dtype == numpy.float64

@@ -95,7 +95,9 @@ class Arena:
         header = item.header
         check_image(header)
         if header.photometric_interpretation == PALETTE and self._reading.color == "palette":
-            raise UnsupportedImage(f"image {header.sop_instance_uid} gets its colours from a palette")
+            raise UnsupportedImage(
+                f"image {header.sop_instance_uid} gets its colours from a palette"
+            )
         shape, dtype = place_of([item], self._reading)
         size = math.prod(shape) * dtype.itemsize
         most, count = self._most_bytes // size, len(self._used)

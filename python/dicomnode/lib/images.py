@@ -498,9 +498,7 @@ def _map(slices: Sequence[Slice], out: NDArray[Any]) -> list[str]:
     return notes
 
 
-def place_of(
-    slices: Sequence[Slice], reading: Reading
-) -> tuple[tuple[int, ...], numpy.dtype[Any]]:
+def place_of(slices: Sequence[Slice], reading: Reading) -> tuple[tuple[int, ...], numpy.dtype[Any]]:
     """Shape and dtype of what each of these images is in their array."""
     first = slices[0].header
     samples = () if first.samples_per_pixel == 1 else (first.samples_per_pixel,)
