@@ -101,7 +101,8 @@ class FileInstances:
             staged.path.unlink(missing_ok=True)
 
     def source(self, folder: str, name: str) -> Source:
-        return str(self._root / folder / name)
+        # Joined by hand, because it is asked for each image of a case whenever that is looked at.
+        return f"{self._root}/{folder}/{name}"
 
     def size(self, folder: str, name: str) -> int | None:
         try:
