@@ -339,6 +339,29 @@ def test_what_was_not_decoded_is_never_taken(monkeypatch: pytest.MonkeyPatch) ->
     same(volume_grinder(lazy), volume_grinder(series))
 
 
+def test_an_image_that_nobody_decoded_is_not_taken() -> None:
+    series = make_series(2, 5, 6)
+    arena = new()
+    sources = [encode(one)[0] for one in series]
+    first, _ = (arena.add(source)[0] for source in sources)
+    # As often as there are images, but not each of them.
+    arena.decode(first)
+    arena.decode(first)
+    found = volume_grinder([LazyDataset(source, arena) for source in sources])
+    assert not is_part_of_another(found.array)
+    same(found, volume_grinder(series))
+
+
+def test_what_was_decoded_to_another_type_is_not_taken() -> None:
+    arena = new()
+    (one,) = arrived(make_series(1, 5, 6), arena)
+    headers = arena.headers(one.source)
+    assert headers is not None
+    for shape, dtype in (((5, 6), "f8"), ((5, 6, 3), "f4"), ((6, 5), "f4")):
+        assert arena.take(headers, Reading(), shape, numpy.dtype(dtype)) is None
+    assert arena.take(headers, Reading(), (5, 6), numpy.dtype("f4")) is not None
+
+
 def test_a_decoder_that_fails_in_a_way_nobody_thought_of(monkeypatch: pytest.MonkeyPatch) -> None:
     series = make_series(3, 5, 6)
     arena = new()

@@ -212,6 +212,28 @@ def test_nothing_is_decoded_for_a_case_that_was_claimed_meanwhile() -> None:
         assert eager.decoded(number, "ct") is None
 
 
+def test_a_case_is_not_claimed_while_an_image_of_it_is_given_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    add, waited = Arena.add, []
+
+    def watched(arena: Arena, source: Any) -> Any:
+        claimed = threading.Event()
+
+        def claim() -> None:
+            with storage.holding("P"):
+                claimed.set()
+
+        threading.Thread(target=claim).start()
+        waited.append(not claimed.wait(0.1))
+        return add(arena, source)
+
+    monkeypatch.setattr(Arena, "add", watched)
+    with opened(None) as storage, eager_over(storage) as eager:
+        receive(storage, eager, 1)
+        assert waited == [True] and was_decoded(array_of(storage, eager))
+
+
 def test_closing_lets_everything_go_and_ends_the_threads() -> None:
     with opened(None) as storage:
         with eager_over(storage) as eager:
