@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, generate_frames
+from pydicom.uid import generate_uid
 
 from dicomnode.errors import DicomnodeError, InconsistentSeries
 from dicomnode.lib import arena as module
@@ -84,11 +86,9 @@ def same(found: Volume, expected: Volume) -> None:
     assert found.array.tobytes() == expected.array.tobytes()
     assert found.array.shape == expected.array.shape
     assert found.array.flags.c_contiguous and found.array.flags.writeable
-    assert (found.affine == expected.affine).all()
-    assert found.spacing_mm == expected.spacing_mm
-    assert found.sop_instance_uids == expected.sop_instance_uids
-    assert found.frame_numbers == expected.frame_numbers
-    assert found.warnings == expected.warnings
+    for one in fields(Volume):
+        value, wanted = getattr(found, one.name), getattr(expected, one.name)
+        numpy.testing.assert_array_equal(value, wanted, err_msg=one.name)
 
 
 def ordinary(datasets: Sequence[Dataset]) -> list[Dataset]:
@@ -492,3 +492,57 @@ def test_images_of_several_kinds_are_the_error_of_the_ordinary_way() -> None:
     found = grinder(arrived([grey[0], double], new()))
     numpy.testing.assert_array_equal(found, grinder(ordinary([grey[0], double])))
     assert found.dtype == numpy.float64
+
+
+@pytest.mark.parametrize(
+    ("policy", "spoil"),
+    [
+        ({"gaps": "fill"}, lambda series: series.pop(3)),
+        ({"gaps": "resample"}, lambda series: series.pop(3)),
+        ({"gaps": "keep"}, lambda series: series.pop(3)),
+        ({"duplicates": "identical"}, lambda series: series.append(another(series[2]))),
+        ({"duplicates": "last"}, lambda series: series.append(another(series[2]))),
+        ({"duplicates": "error"}, lambda series: series.append(another(series[2]))),
+        ({"tilt": "resample"}, lambda series: [tilted(one, k) for k, one in enumerate(series)]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [None, "f4"])
+def test_policies_are_those_of_the_ordinary_way(
+    policy: dict[str, Any], spoil: Any, dtype: Any
+) -> None:
+    series = make_series(8, 9, 10)
+    spoil(series)
+    grinder = volume_grinder(dtype=dtype, **policy)
+    results: list[Any] = []
+    for given in (ordinary(series), arrived(series, new(grinder.reading))):
+        try:
+            results.append(grinder(given))
+        except DicomnodeError as error:
+            results.append(str(error))
+    expected, found = results
+    if isinstance(expected, Volume):
+        same(found, expected)
+    else:
+        assert found == expected
+
+
+def another(dataset: Dataset) -> Dataset:
+    one = copy.deepcopy(dataset)
+    one.SOPInstanceUID = generate_uid()
+    return one
+
+
+def tilted(one: Dataset, k: int) -> None:
+    x, y, z = one.ImagePositionPatient
+    one.ImagePositionPatient = [x, y + k * 0.5, z]
+
+
+def test_a_mosaic_is_that_of_the_ordinary_way() -> None:
+    from .test_layouts import mosaic
+
+    one = mosaic(make_series(7, 5, 6))
+    found = volume_grinder(arrived([one], new()))
+    expected = volume_grinder(ordinary([one]))
+    assert expected.shape[0] > 1
+    same(found, expected)
