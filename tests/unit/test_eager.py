@@ -279,6 +279,7 @@ class One(AbstractInput):
         (volume_grinder(dtype="f8"), Reading(numpy.dtype("f8"))),
         (many_meta_grinder(list_grinder, many_meta_grinder(volume_grinder)), Reading()),
         (numpy_grinder(out=numpy.empty((1, 2, 3), "f4")), None),
+        (volume_grinder(values="suv"), None),
         (list_grinder, None),
         (tag_meta_grinder(["PatientID"]), None),
         (many_meta_grinder(list_grinder), None),

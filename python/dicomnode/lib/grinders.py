@@ -384,7 +384,9 @@ def reading_of(grinder: object) -> Reading | None:
     if grinder is numpy_grinder or grinder is volume_grinder:
         return Reading()
     if isinstance(grinder, ArrayGrinder | VolumeGrinder):
-        return grinder.reading if grinder.out is None else None
+        # Real-world values and SUV need more of the images than their own pixels.
+        is_own = grinder.out is None and grinder.reading.values in ("rescaled", "stored")
+        return grinder.reading if is_own else None
     if isinstance(grinder, ManyGrinder):
         return next(filter(None, map(reading_of, grinder.grinders)), None)
     return None

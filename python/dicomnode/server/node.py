@@ -470,7 +470,8 @@ def _checked(inputs: Mapping[str, Any]) -> Mapping[str, type[AbstractInput]]:
         if kind.eager and eager_reading(kind) is None:
             raise IncorrectlyConfigured(
                 f"input {name!r}: {kind.__name__} is eager, so its image_grinder has to be "
-                "numpy_grinder or volume_grinder without out, or many_meta_grinder with one of them"
+                "numpy_grinder or volume_grinder, with values rescaled or stored and without out, or "
+                "many_meta_grinder with one of them"
             )
     return inputs
 
