@@ -73,7 +73,7 @@ def arrived(datasets: Sequence[Dataset], arena: Arena, decoded: bool = True) -> 
         for frame in arena.add(source):
             if decoded:
                 arena.decode(frame)
-        lazy.append(LazyDataset(source, arena))
+        lazy.append(LazyDataset(source, decoded=arena))
     return lazy
 
 
@@ -335,7 +335,7 @@ def test_what_was_not_decoded_is_never_taken(monkeypatch: pytest.MonkeyPatch) ->
         patched.setattr(module, "Frame", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             arena.add(encode(series[2])[0])
-    lazy.append(LazyDataset(encode(series[2])[0], arena))
+    lazy.append(LazyDataset(encode(series[2])[0], decoded=arena))
     same(volume_grinder(lazy), volume_grinder(series))
 
 
@@ -347,7 +347,7 @@ def test_an_image_that_nobody_decoded_is_not_taken() -> None:
     # As often as there are images, but not each of them.
     arena.decode(first)
     arena.decode(first)
-    found = volume_grinder([LazyDataset(source, arena) for source in sources])
+    found = volume_grinder([LazyDataset(source, decoded=arena) for source in sources])
     assert not is_part_of_another(found.array)
     same(found, volume_grinder(series))
 
@@ -371,7 +371,7 @@ def test_a_decoder_that_fails_in_a_way_nobody_thought_of(monkeypatch: pytest.Mon
         patched.setattr(module, "fill", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             arena.decode(frame)
-    lazy.append(LazyDataset(encode(series[2])[0], arena))
+    lazy.append(LazyDataset(encode(series[2])[0], decoded=arena))
     same(volume_grinder(lazy), volume_grinder(series))
 
 
@@ -381,7 +381,7 @@ def test_taking_waits_for_what_is_being_decoded() -> None:
     sources = [encode(one)[0] for one in series]
     waiting = [frame for source in sources for frame in arena.add(source)]
     with ThreadPoolExecutor(1) as pool:
-        volume = pool.submit(volume_grinder, [LazyDataset(one, arena) for one in sources])
+        volume = pool.submit(volume_grinder, [LazyDataset(one, decoded=arena) for one in sources])
         for frame in waiting[::-1]:
             assert not volume.done()
             arena.decode(frame)
@@ -430,7 +430,7 @@ def test_many_threads_decode_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         done = [pool.submit(decode, frames[k::8]) for k in range(8)]
         start.wait(10)
-        found = volume_grinder([LazyDataset(source, arena) for source in sources])
+        found = volume_grinder([LazyDataset(source, decoded=arena) for source in sources])
         assert all(one.result(10) is None for one in done)
     assert is_part_of_another(found.array)
     numpy.testing.assert_array_equal(found.array, volume_grinder(series).array)
@@ -468,7 +468,7 @@ def test_every_image_of_pydicom_is_that_of_the_ordinary_way(
         for frame in arena.add(str(path)):
             arena.decode(frame)
         parts += arena.size > 0
-        given: list[Dataset] = [LazyDataset(str(path), arena)]
+        given: list[Dataset] = [LazyDataset(str(path), decoded=arena)]
         expected = outcome(grinder, [LazyDataset(str(path))], caplog)
         assert outcome(grinder, given, caplog) == expected, path.name
         # Everything was taken, or given up.

@@ -65,10 +65,6 @@ class Arena:
         # Of the frames that were decoded, and of no other.
         self._notes: dict[ImageHeader, list[str]] = {}
 
-    def __reduce__(self) -> Any:
-        # A dataset that is pickled or copied deeply leaves its decoded pixels behind.
-        return _nothing, ()
-
     @property
     def size(self) -> int:
         """How many bytes its images take."""
@@ -200,10 +196,6 @@ class Arena:
         self._places = {}
         self._notes = {}
         self._changed.notify_all()
-
-
-def _nothing() -> None:
-    """What is left of an arena in a copy of a dataset."""
 
 
 def _offset(first: ImageHeader, header: ImageHeader) -> int | None:

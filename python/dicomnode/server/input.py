@@ -28,9 +28,7 @@ class Datasets(Mapping[str, Dataset]):
     def __getitem__(self, uid: str) -> Dataset:
         dataset = self._made.get(uid)
         if dataset is None:
-            dataset = self._made[uid] = LazyDataset(
-                self._sources[uid], decoded=self._decoded
-            )
+            dataset = self._made[uid] = LazyDataset(self._sources[uid], decoded=self._decoded)
         return dataset
 
     def __iter__(self) -> Iterator[str]:
