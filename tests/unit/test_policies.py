@@ -104,6 +104,18 @@ def test_g31_resampling_keeps_both_ends() -> None:
     numpy.testing.assert_array_equal(volume.array[[0, -1]], numpy.array(values(made))[[0, -1]])
 
 
+def test_g31_resampling_to_as_many_slices_as_there_are_interpolates_too() -> None:
+    heights = [0, 1, 2.02, 3.06]
+    made = at(heights)
+    volume = volume_grinder(gaps="resample", dtype="f8")(made)
+    stack = numpy.array([slow_values(one) for one in made])
+    assert volume.shape == stack.shape
+    for k in range(4):
+        expected = numpy.interp(k * 1.02, heights, stack[:, 2, 3])
+        assert volume.array[k, 2, 3] == pytest.approx(expected)
+    assert [bool(uid) for uid in volume.sop_instance_uids] == [True, False, False, True]
+
+
 def test_g31_g34_slices_kept_as_they_are_have_places_and_no_step() -> None:
     made = at([0, 2, 4, 9, 11])
     made[3].ImagePositionPatient[0] = 14

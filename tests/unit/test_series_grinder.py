@@ -439,10 +439,12 @@ def test_a_missing_value_names_the_image(kind: Callable) -> None:
         assert one.SOPInstanceUID in str(told.value)
 
 
-def test_a_value_that_is_none_names_the_image() -> None:
+@pytest.mark.parametrize("text", [b"x.5 ", b"nan ", b"inf "])
+def test_a_value_that_is_none_names_the_image(text: bytes) -> None:
     made = tagged("EchoTime", [2.5, 5.0])
     data = [encode(one)[0] for one in mixed(made.values())]
-    data[1] = data[1].replace(b"\x18\x00\x81\x00DS\x04\x002.5 ", b"\x18\x00\x81\x00DS\x04\x00x.5 ")
+    start = b"\x18\x00\x81\x00DS\x04\x00"
+    data[1] = data[1].replace(start + b"2.5 ", start + text)
     with pytest.raises(InvalidDicom, match="EchoTime") as told:
         series_grinder([LazyDataset(one) for one in data], split_by="EchoTime")
     assert mixed(made.values())[1].SOPInstanceUID in str(told.value)
@@ -489,7 +491,8 @@ def test_options_are_those_of_each_volume() -> None:
 
 
 @pytest.mark.parametrize(
-    "split_by", ["EchoTimes", "PixelData", "SourceImageSequence", (), ["EchoTime"], 0x00180081]
+    "split_by",
+    ["EchoTimes", "PixelData", "PatientName", "SourceImageSequence", (), ["EchoTime"], 0x00180081],
 )
 def test_what_is_no_keyword_is_told_when_the_grinder_is_made(split_by: Any) -> None:
     with pytest.raises(IncorrectlyConfigured, match="split_by"):

@@ -40,7 +40,7 @@ from pydicom.valuerep import format_number_as_ds
 from dicomnode.errors import InconsistentSeries, InvalidDataset, UnsupportedImage
 from dicomnode.lib.images import ImageHeader, Reading, Slice, called, read_slices
 from dicomnode.lib.splits import tags_of, value_of
-from dicomnode.lib.volume import Policies, arrange
+from dicomnode.lib.stack import Policies, arrange
 
 # What stays true of an image that was computed from another (patient, study, equipment, frame of
 # reference, plane), besides all public elements of the groups for acquisition (0018) and nuclear
@@ -57,7 +57,7 @@ _KEPT_KEYWORDS = (
     "LossyImageCompressionRatio", "LossyImageCompressionMethod", "CorrectedImage",
 )  # fmt: skip
 # The single-frame class of an enhanced or legacy converted one.
-_CLASSIC = {
+_CLASSIC: dict[str, UID] = {
     EnhancedCTImageStorage: CTImageStorage,
     LegacyConvertedEnhancedCTImageStorage: CTImageStorage,
     EnhancedMRImageStorage: MRImageStorage,
@@ -79,7 +79,7 @@ _FRAME_KEYWORDS = {
 }
 _FRAME_TAGS = tags_of({place for places in _FRAME_KEYWORDS.values() for place in places})
 # What has to be there, be it empty (PS3.3 C.8.2.1, C.8.3.1).
-_TYPE_2 = {
+_TYPE_2: dict[str, tuple[str, ...]] = {
     CTImageStorage: ("KVP", "AcquisitionNumber"),
     MRImageStorage: (
         "RepetitionTime", "EchoTime", "EchoTrainLength", "ScanOptions", "MRAcquisitionType",

@@ -4,6 +4,7 @@ Solves that one series often holds several volumes (time points, echoes, b-value
 DICOM tells them apart in many places: at the top level, in functional groups, and in private elements.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from dicomnode.lib.images import Slice, called, read_slices
 #: One attribute, or several, whose values tell volumes apart.
 SplitBy: TypeAlias = str | tuple[str, ...]
 
+# Sequences and bytes have no value to compare, and a name has no place in a message.
+_NOT_SPLIT_BY = ("SQ", "OB", "OW", "OB or OW", "OF", "OD", "OL", "OV", "UN", "PN")
 _CHARACTER_SET = 0x00080005
 _B_VALUE, _DIRECTION, _DIRECTIONALITY = 0x00189087, 0x00189089, 0x00189075
 _DATE_TIME, _FRAME_DATE_TIME, _TIME_ZONE = 0x0008002A, 0x00189074, 0x00080201
@@ -77,7 +80,7 @@ def tags_of(keywords: Iterable[str]) -> list[int]:
     tags = {_CHARACTER_SET}
     for keyword in keywords:
         tag = tag_for_keyword(keyword) if isinstance(keyword, str) else None
-        if tag is None or dictionary_VR(tag) in ("SQ", "OB", "OW", "OB or OW", "OF", "OD"):
+        if tag is None or dictionary_VR(tag) in _NOT_SPLIT_BY:
             raise IncorrectlyConfigured(
                 f"split_by takes keywords of attributes that have a value, such as EchoTime, not "
                 f"{keyword!r}"
@@ -172,6 +175,8 @@ def _plain(value: Any, vr: str) -> Any:
         text = str(value).strip(" \0")
         return _FROM_TEXT[vr](text) if text and vr in _FROM_TEXT else text or None
     if isinstance(value, Decimal | float):
+        if not math.isfinite(value):
+            raise ValueError(f"{value} is no finite number")
         return float(value)
     if isinstance(value, int):
         return int(value)
@@ -195,7 +200,7 @@ def _whole_time(text: str) -> datetime:
 
 # What pydicom leaves a text is no number where it should be one.
 _FROM_TEXT: dict[str, Callable[[str], Any]] = {
-    "DS": float,
+    "DS": lambda text: _plain(float(text), ""),
     "IS": int,
     "DA": lambda text: date(*DA(text).timetuple()[:3]),
     "TM": _time,

@@ -380,11 +380,14 @@ impl Reader<'_> {
                 encoding
             };
             let mut items = Vec::new();
-            self.sequence(start, entry.length, inner, depth + 1, &mut |item| {
+            let walked = self.sequence(start, entry.length, inner, depth + 1, &mut |item| {
                 items.push(item);
-            })?;
-            for item in items {
-                self.collect(item, inner, depth + 1, wanted, found)?;
+            });
+            // What cannot be understood has no value; whoever needs one tells that it is missing.
+            if walked.is_ok() {
+                for item in items {
+                    let _ = self.collect(item, inner, depth + 1, wanted, found);
+                }
             }
         }
         Ok(())
