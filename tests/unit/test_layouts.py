@@ -512,3 +512,55 @@ def test_g62_segments_are_volumes_and_their_gaps_are_filled(kind: Callable) -> N
         numpy.testing.assert_array_equal(
             volume.array[[k - index[0] for k in index]], [stored[k] for k in index]
         )
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_g62_segments_that_highdicom_wrote_lie_in_its_source(sparse: bool) -> None:
+    hd = pytest.importorskip("highdicom")
+    from pydicom.sr.codedict import codes
+
+    series = make_series(7, 9, 11, orientation=OBLIQUE)
+    source = [pydicom.dcmread(io.BytesIO(encode(one)[0])) for one in series]
+    mask = numpy.zeros((7, 9, 11), numpy.uint8)
+    mask[1:3, 2:5, 3:6], mask[5, 2:5, 3:6], mask[2:5, 6:8, 3:9] = 1, 1, 2
+    described = [
+        hd.seg.SegmentDescription(
+            number, str(number), codes.cid7150.Tissue, codes.cid7150.Tissue,
+            hd.seg.SegmentAlgorithmTypeValues.MANUAL,
+        )
+        for number in (1, 2)
+    ]  # fmt: skip
+    written = hd.seg.Segmentation(
+        source, mask, hd.seg.SegmentationTypeValues.BINARY, described, hd.UID(), 1, hd.UID(), 1,
+        "m", "mm", "1", "1", omit_empty_frames=sparse,
+    )  # fmt: skip
+    file = io.BytesIO()
+    written.save_as(file)
+    given = [LazyDataset(file.getvalue())]
+    with pytest.raises(InconsistentSeries, match="ReferencedSegmentNumber"):
+        volume_grinder(given)
+    found = series_grinder(
+        given, split_by="ReferencedSegmentNumber", gaps="fill", incomplete="keep"
+    )
+    assert list(found) == [1, 2]
+    to_index = numpy.linalg.inv(volume_grinder(source).affine)
+    for number, volume in found.items():
+        start = round(float((to_index @ volume.affine)[2, 3]))
+        there = numpy.nan_to_num(volume.array)
+        expected = mask == number
+        numpy.testing.assert_array_equal(there, expected[start : start + len(there)])
+        assert there.sum() == expected.sum()
+
+
+def test_g51_g52_highdicom_reads_the_same_volume_of_shuffled_frames() -> None:
+    hd = pytest.importorskip("highdicom")
+    one = enhanced(make_series(7, 9, 11, orientation=OBLIQUE), [3, 0, 6, 1, 5, 2, 4])
+    volume = volume_grinder([one])
+    read = hd.Image.from_dataset(pydicom.dcmread(io.BytesIO(encode(one)[0])))
+    other = read.get_volume(apply_real_world_transform=False)
+    # Its index is (slice, row, column), and its slices go against the normal.
+    numpy.testing.assert_array_equal(other.array[::-1], volume.array)
+    for k, row, column in ((0, 0, 0), (6, 8, 10), (2, 3, 5)):
+        numpy.testing.assert_allclose(
+            other.affine @ (6 - k, row, column, 1), volume.affine @ (column, row, k, 1), atol=1e-6
+        )

@@ -157,8 +157,14 @@ def arrange(slices: Sequence[Slice], reading: Reading, policies: Policies) -> St
     elif policies.gaps == "keep":
         step = numpy.full(3, numpy.nan)
         warnings.append(f"the slices are kept as they are: {problem}")
-    elif policies.gaps == "error" or drifts:
+    elif drifts:
         raise InconsistentSeries(problem)
+    elif policies.gaps == "error":
+        raise InconsistentSeries(
+            f"{problem}; an image is missing, or the input holds more than one stack: wait for the "
+            "whole series in validate(), send the missing images, or choose gaps="
+            '"fill", "resample" or "keep"'
+        )
     else:
         grid = _regular(slices, positions, distances, policies, problem)
         step = (positions[-1] - positions[0]) / (len(grid) - 1)
@@ -388,12 +394,7 @@ def _irregular(
     odd = numpy.flatnonzero(numpy.abs(gaps - usual) > tolerance)
     if odd.size:
         places = [_gap(headers, int(k), float(gaps[k]), usual) for k in odd]
-        return (
-            f"slices are {usual:.4g} mm apart, but {some(places)}; an image is missing, or the "
-            "input holds more than one stack: wait for the whole series in validate(), send the "
-            'missing images, or choose gaps="fill", "resample" or "keep"',
-            False,
-        )
+        return f"slices are {usual:.4g} mm apart, but {some(places)}", False
     expected = numpy.linspace(positions[0], positions[-1], len(slices))
     problem = _drift(headers, positions, expected, usual)
     return problem, bool(problem)
