@@ -404,6 +404,26 @@ def test_g56_a_part_that_is_missing_is_told(kind: Callable, missing: int, total:
     assert one[0].SOPInstanceUID in str(told.value)
 
 
+def test_g43_g56_a_concatenation_is_split_wherever_it_was_cut(kind: Callable) -> None:
+    series = made()
+    second = distinct([copy.deepcopy(one) for one in series], seed=5)
+    for one in second:
+        one.SOPInstanceUID = generate_uid()
+    cut = parts([*series, *second], [6, 4, 4])
+    times = [2.5] * 7 + [5.0] * 7
+    for part in cut:
+        for group in part.PerFrameFunctionalGroupsSequence:
+            group.MREchoSequence = [item(EffectiveEchoTime=times.pop(0))]
+    for found in (
+        series_grinder(kind(cut), split_by="EffectiveEchoTime"), series_grinder(kind(cut))
+    ):  # fmt: skip
+        assert list(found) == [2.5, 5.0]
+        same(found[2.5], volume_grinder(series))
+        same(found[5.0], volume_grinder(second))
+    with pytest.raises(InconsistentSeries, match="InConcatenationNumber 2 is missing"):
+        series_grinder(kind([cut[0], cut[2]]), split_by="EffectiveEchoTime")
+
+
 def test_g56_parts_that_contradict_each_other_are_told(kind: Callable) -> None:
     one = parts(made(), [3, 2, 2])
     one[1].ConcatenationFrameOffsetNumber = 4

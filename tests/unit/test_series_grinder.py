@@ -424,6 +424,22 @@ def test_two_attributes_that_separate_differently_are_the_users_choice() -> None
         series_grinder(mixed(made))
 
 
+@pytest.mark.parametrize("duplicates", ["identical", "last"])
+def test_g9_an_image_that_is_there_twice_needs_no_attribute(
+    kind: Callable, duplicates: Any
+) -> None:
+    made = distinct(make_series(4, 5, 7))
+    other = copy.deepcopy(made[1])
+    other.SOPInstanceUID = generate_uid()
+    if duplicates == "last":
+        distinct([other], 9)
+    found = series_grinder(kind([*made, other]), duplicates=duplicates)
+    assert list(found) == [None]
+    assert len(found[None].array) == 4
+    with pytest.raises(InconsistentSeries, match="choose split_by"):
+        series_grinder(kind([*made, other]), duplicates="error")
+
+
 # What is missing
 
 

@@ -25,17 +25,12 @@ _MOST_CSA_TAGS, _MOST_CSA_ITEMS = 1024, 4096
 def place(slices: Sequence[Slice]) -> list[Slice]:
     """The slices with their places in the patient: mosaics are cut, vectors are followed.
 
-    Raises InconsistentSeries for a part of a concatenation that is missing, for a mosaic without its
-    CSA header and for a vector or an attribute that is missing.
+    Raises InconsistentSeries for a mosaic without its CSA header and for a vector or an attribute
+    that is missing.
     """
     placed: list[Slice] = []
-    parts: dict[str, dict[str, Slice]] = {}
     for item in slices:
         header = item.header
-        if header.has_functional_groups and header.frame == 0:
-            concatenation = element_value(item, 0x00209161)
-            if concatenation:
-                parts.setdefault(concatenation, {})[header.sop_instance_uid] = item
         if item.whole is not None:
             placed.append(item)
         elif "MOSAIC" in header.image_type:
@@ -44,9 +39,23 @@ def place(slices: Sequence[Slice]) -> list[Slice]:
             placed.append(_nuclear(item))
         else:
             placed.append(item)
+    return placed
+
+
+def check_concatenations(slices: Sequence[Slice]) -> None:
+    """All parts of each concatenation among all images of an input are there.
+
+    Raises InconsistentSeries that names what is missing.
+    """
+    parts: dict[str, dict[str, Slice]] = {}
+    for item in slices:
+        header = item.header
+        if header.has_functional_groups and header.frame == 0:
+            concatenation = element_value(item, 0x00209161)
+            if concatenation:
+                parts.setdefault(concatenation, {})[header.sop_instance_uid] = item
     for one in parts.values():
         _check_parts(list(one.values()))
-    return placed
 
 
 def _check_parts(parts: Sequence[Slice]) -> None:

@@ -66,8 +66,8 @@ CANDIDATES = (
     "TemporalPositionIdentifier", "TemporalPositionIndex", "FrameReferenceTime",
     "NominalCardiacTriggerDelayTime", "TriggerTime", "EchoTime", "EffectiveEchoTime",
     "EchoNumbers", "DiffusionBValue", "DiffusionGradientOrientation", "InversionTime", "FlipAngle",
-    "ImageType", "ComplexImageComponent", "KVP", "ReceiveCoilName", "ReferencedSegmentNumber",
-    "StackID", "EnergyWindowVector", "DetectorVector", "TimeSlotVector", "RRIntervalVector",
+    "ImageType", "ComplexImageComponent", "KVP", "ConvolutionKernel", "ReceiveCoilName",
+    "ReferencedSegmentNumber", "StackID", "EnergyWindowVector", "DetectorVector", "TimeSlotVector", "RRIntervalVector",
     "PhaseVector", "AcquisitionNumber", "AcquisitionDateTime", "SeriesInstanceUID",
 )  # fmt: skip
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dicomnode.errors import InconsistentSeries, IncorrectlyConfigured
 from dicomnode.lib.images import Reading, Slice, called, check_image, read_array, read_padding
-from dicomnode.lib.layouts import place
+from dicomnode.lib.layouts import check_concatenations, place
 from dicomnode.lib.regrid import on_grid, shifts, straightened
 from dicomnode.lib.splits import counts, split
 from dicomnode.lib.stack import SAME_PLACE_MM, Stack, arrange, same_places, some, without_localizers
@@ -81,6 +81,7 @@ def read_volume(
     policies = policies or Policies()
     if not slices:
         raise InconsistentSeries(f"there is no image to make a volume of{_listed(notes)}")
+    check_concatenations(slices)
     stack = arrange(slices, reading, policies)
     return read_stack(stack, reading, policies, notes=notes, out=out, padding=padding)
 
@@ -168,11 +169,19 @@ def read_volumes(
         raise InconsistentSeries(f"there is no image to make a volume of{_listed(notes)}")
     if policies.localizers == "drop":
         slices = without_localizers(slices, warnings)
+    check_concatenations(slices)
     for item in slices:
         check_image(item.header)
     slices = place(slices)
     if keywords is None:
-        keyword = _separating(slices)
+        try:
+            keyword = _separating(slices)
+        except InconsistentSeries as error:
+            # Images that are there twice need no attribute; whatever else they are is told as this.
+            try:
+                return {None: read_volume(slices, reading, policies, notes=warnings)}
+            except InconsistentSeries:
+                raise error from None
         if keyword is None:
             return {None: read_volume(slices, reading, policies, notes=warnings)}
         keywords = (keyword,)
