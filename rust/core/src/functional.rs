@@ -455,3 +455,83 @@ impl Reader<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::{frames, scan_images_with};
+    use crate::source::Source;
+    use crate::testing::{BIG, EXPLICIT, IMPLICIT, Writer, image};
+
+    const ECHO_TIME: u32 = 0x0018_0081;
+    const INDEX: u32 = 0x0020_9128;
+
+    /// One frame that is the third of its stack, with an echo time at two depths.
+    fn enhanced(syntax: &str, defined: bool, private: &[u8]) -> Vec<u8> {
+        let new = || Writer::new(syntax);
+        let number = |writer: Writer, tag, values: &[u32]| {
+            let mut inner = new();
+            values.iter().for_each(|value| inner.u32(*value));
+            writer.put(tag, "UL", &inner.bytes)
+        };
+        let mut pointer = new();
+        pointer.tag(0x0020_0032);
+        let dimension = new().put(0x0020_9165, "AT", &pointer.bytes);
+        let content = number(number(new(), INDEX, &[4]), 0x0020_9157, &[3]);
+        let echo = new().text(ECHO_TIME, "DS", "2.5");
+        let deeper = new().sequence(0x0018_9321, "SQ", &echo, defined);
+        let others = new().text(ECHO_TIME, "DS", "9");
+        let frame = new()
+            .sequence(OF_OTHERS[0], "SQ", &others, defined)
+            .sequence(0x0018_9114, "SQ", &deeper, defined)
+            .sequence(0x0020_9111, "SQ", &content, defined)
+            .put(0x2005_140F, "SQ", private);
+        let groups = new().sequence(PER_FRAME, "SQ", &frame, defined);
+        let plain = image(syntax);
+        let at = plain.bytes.len() - 12 - if plain.implicit { 8 } else { 12 };
+        let (head, pixels) = plain.bytes.split_at(at);
+        let mut whole = new();
+        whole.bytes = head.to_vec();
+        let dimensions = new().sequence(DIMENSIONS, "SQ", &dimension, defined);
+        // Not in the order of the tags, which no reader may depend on.
+        whole.bytes.extend(dimensions.bytes);
+        whole.bytes.extend(groups.bytes);
+        whole.bytes.extend(pixels);
+        whole.part10(syntax)
+    }
+
+    #[test]
+    fn values_are_found_at_any_depth_and_those_of_others_are_not() {
+        for syntax in [EXPLICIT, IMPLICIT, BIG] {
+            for defined in [true, false] {
+                let bytes = enhanced(syntax, defined, b"");
+                let source = Source::Bytes(&bytes);
+                let tags = [ECHO_TIME, INDEX, 0x0008_0060];
+                let images = scan_images_with(&[source], &tags).unwrap();
+                let found = frames(images.first().unwrap(), source).unwrap();
+                let [frame] = found.as_slice() else {
+                    panic!("{} frames", found.len());
+                };
+                let value = |tag| {
+                    let extra = frame.extra.iter().find(|extra| extra.tag == tag);
+                    extra.map(|extra| extra.value.clone())
+                };
+                assert_eq!(value(ECHO_TIME).as_deref(), Some(b"2.5 ".as_slice()));
+                assert_eq!(value(0x0008_0060).as_deref(), Some(b"CT".as_slice()));
+                assert_eq!(value(INDEX).map(|bytes| bytes.len()), Some(4));
+                assert_eq!(frame.position_index, Some(3), "{syntax} {defined}");
+            }
+        }
+    }
+
+    #[test]
+    fn garbage_in_a_private_sequence_is_no_error() {
+        for private in [b"\xfe\xff\x00\xe0\xff\xff\xff\x7f".as_slice(), &[7; 30]] {
+            let bytes = enhanced(EXPLICIT, true, private);
+            let source = Source::Bytes(&bytes);
+            let images = scan_images_with(&[source], &[ECHO_TIME]).unwrap();
+            let found = frames(images.first().unwrap(), source).unwrap();
+            assert_eq!(found.first().map(|frame| frame.extra.len()), Some(1));
+        }
+    }
+}
