@@ -459,7 +459,7 @@ impl Reader<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::{frames, scan_images_with};
+    use crate::image::{frames, scan_changed};
     use crate::source::Source;
     use crate::testing::{BIG, EXPLICIT, IMPLICIT, Writer, image};
 
@@ -500,6 +500,11 @@ mod tests {
         whole.part10(syntax)
     }
 
+    fn frames_of(source: Source<'_>, tags: &[u32]) -> Vec<Image> {
+        let mut images = scan_changed(&[(source, None)], tags).unwrap();
+        frames(&images.remove(0).unwrap(), source).unwrap()
+    }
+
     #[test]
     fn values_are_found_at_any_depth_and_those_of_others_are_not() {
         for syntax in [EXPLICIT, IMPLICIT, BIG] {
@@ -507,8 +512,7 @@ mod tests {
                 let bytes = enhanced(syntax, defined, b"");
                 let source = Source::Bytes(&bytes);
                 let tags = [ECHO_TIME, INDEX, 0x0008_0060];
-                let images = scan_images_with(&[source], &tags).unwrap();
-                let found = frames(images.first().unwrap(), source).unwrap();
+                let found = frames_of(source, &tags);
                 let [frame] = found.as_slice() else {
                     panic!("{} frames", found.len());
                 };
@@ -529,8 +533,7 @@ mod tests {
         for private in [b"\xfe\xff\x00\xe0\xff\xff\xff\x7f".as_slice(), &[7; 30]] {
             let bytes = enhanced(EXPLICIT, true, private);
             let source = Source::Bytes(&bytes);
-            let images = scan_images_with(&[source], &[ECHO_TIME]).unwrap();
-            let found = frames(images.first().unwrap(), source).unwrap();
+            let found = frames_of(source, &[ECHO_TIME]);
             assert_eq!(found.first().map(|frame| frame.extra.len()), Some(1));
         }
     }
