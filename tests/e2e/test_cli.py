@@ -198,7 +198,7 @@ def test_run_tells_the_line_where_the_users_own_hook_fails(tmp_path: Path) -> No
 def test_send_tells_what_is_no_file_and_what_is_no_dicom(tmp_path: Path) -> None:
     other = tmp_path / "notes.txt"
     other.write_text("no images here")
-    assert "no such file or folder" in failure("send", tmp_path / "nope", "localhost", 1, "X")
+    assert "No such file" in failure("send", tmp_path / "nope", "localhost", 1, "X")
     assert f"{other}: " in failure("send", other, "localhost", 1, "X")
     assert f"no DICOM object in {tmp_path}" in failure("send", tmp_path, "localhost", 1, "X")
 
@@ -297,7 +297,7 @@ def test_show_tells_what_it_cannot_read(tmp_path: Path) -> None:
     other = tmp_path / "notes.txt"
     other.write_text("no images here")
     assert f"{other}: " in failure("show", other)
-    assert "no such file or folder" in failure("show", tmp_path / "nope")
+    assert "No such file" in failure("show", tmp_path / "nope")
     assert "no DICOM object" in failure("show", tmp_path)
 
 
@@ -396,7 +396,7 @@ def test_retry_of_a_case_with_results_exports_them_again(tmp_path: Path) -> None
 
 
 def test_demo_tells_that_a_folder_holds_no_series(tmp_path: Path) -> None:
-    assert "no such file or folder" in failure("demo", tmp_path / "x", "--output", tmp_path / "o")
+    assert "No such file" in failure("demo", tmp_path / "x", "--output", tmp_path / "o")
     (tmp_path / "empty").mkdir()
     assert "no DICOM object" in failure("demo", tmp_path / "empty", "--output", tmp_path / "o")
     assert not (tmp_path / "o").exists()
