@@ -20,7 +20,7 @@ from dicomnode.lib.splits import differing, element_value
 _POSITION_MM = 1e-3
 SAME_PLACE_MM = 1e-2
 _SPACING_RELATIVE = 0.01
-_DIRECTION = 1e-4
+_SAME_DIRECTION, _UNIT, _ROUNDED = 1e-5, 1.0001e-4, 2e-6
 # Shear of a stack relative to its length, above which it counts as tilted.
 _TILT = 1e-3
 # Slices of a filled or resampled volume for each image that is there.
@@ -233,7 +233,7 @@ def _plane(slices: Sequence[Slice], warnings: list[str]) -> Plane:
 
     orientations = numpy.array([header.orientation for header in headers], numpy.float64)
     spacings = numpy.array([header.pixel_spacing for header in headers], numpy.float64)
-    _same_for_all(headers, orientations, _DIRECTION, "ImageOrientationPatient")
+    _same_for_all(headers, orientations, _SAME_DIRECTION, "ImageOrientationPatient")
     _same_for_all(headers, spacings, 1e-4 * float(spacings[0].max()), "PixelSpacing")
     row_mm, column_mm = float(spacings[0][0]), float(spacings[0][1])
     if row_mm <= 0 or column_mm <= 0:
@@ -242,15 +242,17 @@ def _plane(slices: Sequence[Slice], warnings: list[str]) -> Plane:
             "greater than zero"
         )
 
-    along_row, along_column = orientations[0][:3], orientations[0][3:]
+    orientation = orientations.mean(axis=0)
+    along_row, along_column = orientation[:3], orientation[3:]
     lengths = float(numpy.linalg.norm(along_row)), float(numpy.linalg.norm(along_column))
     off = max(abs(lengths[0] - 1), abs(lengths[1] - 1), abs(float(along_row @ along_column)))
-    if off > 1e-2:
+    if off > _UNIT:
         raise InconsistentSeries(
             f"image {called(first)} has an ImageOrientationPatient that is not two "
-            f"perpendicular unit vectors: {orientations[0].tolist()}"
+            f"perpendicular unit vectors (it is off by {off:.2g}, {1e-4:g} is accepted): "
+            f"{orientations[0].tolist()}; correct it where it was written"
         )
-    if off > _DIRECTION:
+    if off > _ROUNDED:
         warnings.append(f"ImageOrientationPatient {orientations[0].tolist()} was normalised")
     along_row = along_row / lengths[0]
     along_column = along_column / lengths[1]
