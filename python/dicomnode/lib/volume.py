@@ -7,6 +7,7 @@ worse than none. `Policies` say where a user wants something else.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -14,6 +15,7 @@ import numpy
 from numpy.typing import NDArray
 
 from dicomnode.errors import InconsistentSeries, IncorrectlyConfigured
+from dicomnode.lib.dicom import READ_ERRORS
 from dicomnode.lib.images import (
     ImageHeader,
     Reading,
@@ -831,7 +833,12 @@ def _check_indices(slices: Sequence[Slice], warnings: list[str]) -> None:
 def _other_spacing(dataset: Any) -> str:
     """What else a dataset says of the distance of its pixels, which is not that in the patient."""
     names = ("ImagerPixelSpacing", "NominalScannedPixelSpacing")
-    found = [f"{name} {list(map(float, dataset.get(name)))}" for name in names if dataset.get(name)]
+    found = []
+    for name in names:
+        # It only serves for a message, so one that cannot be understood counts as absent.
+        with suppress(*READ_ERRORS):
+            if value := dataset.get(name):
+                found.append(f"{name} {list(map(float, value))}")
     if not found:
         return ""
     return (
