@@ -29,8 +29,8 @@ lint: $(VENV)/developed docs ## Check format, types, imports, the stub and the d
 bench: $(VENV)/benched ## Measure speed beside the peers and print a table
 	$(BIN)/python -m benchmarks
 
-fuzz: $(VENV)/developed ## Decode mutated codestreams for SECONDS (600)
-	$(BIN)/python -m tests.fuzz.codecs --seconds $(or $(SECONDS),600)
+fuzz: $(VENV)/fuzzed ## Fuzz each target for SECONDS (600), or only TARGET
+	. $(BIN)/activate && python -m tests.fuzz --seconds $(or $(SECONDS),600) $(if $(TARGET),--target $(TARGET))
 
 docs: $(VENV)/developed ## Build the documentation into docs/_build
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
@@ -61,4 +61,8 @@ $(VENV)/developed: $(VENV)/built
 
 $(VENV)/benched: $(VENV)/built
 	. $(BIN)/activate && maturin develop --release --quiet --extras bench
+	@touch $@
+
+$(VENV)/fuzzed: $(VENV)/developed
+	. $(BIN)/activate && maturin develop --release --quiet --extras fuzz
 	@touch $@

@@ -16,8 +16,10 @@ import numpy
 import pydicom
 import pydicom.data
 import pytest
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, get_frame
+from pydicom.tag import Tag
 from pydicom.uid import generate_uid
 
 from dicomnode.errors import (
@@ -550,6 +552,15 @@ def test_g7_g24_g40_an_image_without_a_place_is_an_error(
     assert_told(told.value, made[2])
     assert "list_grinder" in str(told.value)
     assert ("ImagerPixelSpacing [1.0, 1.0]" in str(told.value)) == (keyword == "PixelSpacing")
+
+
+def test_g40_a_detector_spacing_that_is_no_number_hides_no_error() -> None:
+    """Found by the fuzzer."""
+    made = make_series(4, 4, 5)
+    del made[2].PixelSpacing
+    made[2][0x00181164] = RawDataElement(Tag(0x00181164), "DS", 4, b"junk", 0, False, True)
+    with pytest.raises(InconsistentSeries, match="PixelSpacing"):
+        volume_grinder(made)
 
 
 @pytest.mark.parametrize("spacing", [["0", "1"], ["-1", "1"]])

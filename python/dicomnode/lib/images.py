@@ -385,7 +385,7 @@ def read_array(
     if taken:
         out, notes = taken
     else:
-        out = _output((len(slices), *shape), dtype, out)
+        out = _output(first.sop_instance_uid, (len(slices), *shape), dtype, out)
         is_direct = not has_scale or all(_maps_all(item) for item in slices)
         notes = fill(slices, reading, out) if is_direct else []
         # A codestream that contradicts its header may hold other stored values than that allows.
@@ -516,10 +516,16 @@ def fill(slices: Sequence[Slice], reading: Reading, out: NDArray[Any]) -> list[s
 
 
 def _output(
-    shape: tuple[int, ...], dtype: numpy.dtype[Any], out: NDArray[Any] | None
+    uid: str, shape: tuple[int, ...], dtype: numpy.dtype[Any], out: NDArray[Any] | None
 ) -> NDArray[Any]:
     if out is None:
-        return numpy.empty(shape, dtype)
+        try:
+            return numpy.empty(shape, dtype)
+        except MemoryError:
+            raise InvalidDataset(
+                f"image {uid} and those with it declare an array of {shape} {dtype}, for which "
+                "there is no memory; have them processed in parts"
+            ) from None
     if out.shape != shape:
         raise IncorrectlyConfigured(f"out has the shape {out.shape}, the images are {shape}")
     return out
@@ -562,7 +568,8 @@ def _read_palette(
                 f"(RedPaletteColorLookupTableDescriptor and so on): {error}"
             ) from error
         if array is None:
-            array = _output((len(slices), *colors.shape), colors.dtype, out)
+            uid = item.header.sop_instance_uid
+            array = _output(uid, (len(slices), *colors.shape), colors.dtype, out)
         if not numpy.can_cast(colors.dtype, array.dtype):
             raise InvalidDataset(
                 f"image {item.header.sop_instance_uid} has a palette of {colors.dtype}, which "
@@ -598,6 +605,11 @@ def check_image(header: ImageHeader) -> None:
         raise UnsupportedImage(
             f"image {uid} has BitsAllocated {header.bits_allocated}, which array grinders do not "
             "take (1, 8, 16 or 32); have it sent with another one"
+        )
+    if header.samples_per_pixel not in (1, 3, 4):
+        raise UnsupportedImage(
+            f"image {uid} has SamplesPerPixel {header.samples_per_pixel}, but images have 1, 3 or 4 "
+            "(PS3.3 C.7.6.3.1.1); have it sent in another form"
         )
     if header.sop_class_uid == _WHOLE_SLIDE:
         raise UnsupportedImage(

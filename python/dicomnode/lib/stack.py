@@ -5,6 +5,7 @@ is an error that names the instances and the remedy, unless a policy says what t
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -12,6 +13,7 @@ import numpy
 from numpy.typing import NDArray
 
 from dicomnode.errors import InconsistentSeries
+from dicomnode.lib.dicom import READ_ERRORS
 from dicomnode.lib.images import ImageHeader, Reading, Slice, called, check_image, read_array
 from dicomnode.lib.layouts import place
 from dicomnode.lib.splits import differing, element_value
@@ -525,7 +527,12 @@ def _check_indices(slices: Sequence[Slice], warnings: list[str]) -> None:
 def _other_spacing(dataset: Any) -> str:
     """What else a dataset says of the distance of its pixels, which is not that in the patient."""
     names = ("ImagerPixelSpacing", "NominalScannedPixelSpacing")
-    found = [f"{name} {list(map(float, dataset.get(name)))}" for name in names if dataset.get(name)]
+    found = []
+    for name in names:
+        # It only serves for a message, so one that cannot be understood counts as absent.
+        with suppress(*READ_ERRORS):
+            if value := dataset.get(name):
+                found.append(f"{name} {list(map(float, value))}")
     if not found:
         return ""
     return (

@@ -56,6 +56,7 @@ pub(crate) fn frames(
             reader.apply(item.clone(), place, &mut base)?;
         }
     }
+    base.check_copies(source.size())?;
     let count = image.number_of_frames;
     let mut frames = Vec::new();
     if let Some(entry) = per_frame {

@@ -16,6 +16,10 @@ use crate::stack::parallel;
 
 /// CT Image Storage.
 const CT_IMAGE: &str = "1.2.840.10008.5.1.4.1.1.2";
+/// Memory that the frames of any object may take.
+const FREE_BYTES: u64 = 32 << 20;
+/// Memory that they may take beyond that, for each byte of the object.
+const MAX_RATIO: u64 = 64;
 
 /// What stacking needs to know of one image.
 #[derive(Debug, Clone, Default)]
@@ -56,6 +60,8 @@ pub struct Image {
     pub instance_number: Option<i64>,
     /// Modality LUT Sequence (0028,3000): how it is encoded, and where it lies.
     pub modality_lut: Option<Encoded>,
+    /// The table of the Modality LUT, once somebody read it: one for all frames.
+    pub modality_table: Arc<OnceLock<Arc<Lut>>>,
     /// What stored values mean; counts more than slope and intercept, and the Modality LUT.
     pub lut: Option<Arc<Lut>>,
     pub has_functional_groups: bool,
@@ -101,16 +107,54 @@ pub struct Image {
 impl Image {
     /// What stored values mean by a table: the one that was given, or the Modality LUT.
     pub(crate) fn table(&self, source: Source<'_>) -> Result<Option<Arc<Lut>>> {
-        match self.modality_lut {
-            _ if self.lut.is_some() => Ok(self.lut.clone()),
-            None => Ok(None),
-            Some(Encoded { encoding, entry }) => {
-                let opened = self.open(source)?;
-                functional::modality_lut(self, &opened, encoding, entry)
-                    .map(Arc::new)
-                    .map(Some)
-            }
+        let Some(Encoded { encoding, entry }) = self.modality_lut else {
+            return Ok(self.lut.clone());
+        };
+        if let Some(table) = self.lut.as_ref().or(self.modality_table.get()) {
+            return Ok(Some(table.clone()));
         }
+        let opened = self.open(source)?;
+        let table = functional::modality_lut(self, &opened, encoding, entry)?;
+        // Where another thread was faster, both found the same.
+        Ok(Some(
+            self.modality_table.get_or_init(|| Arc::new(table)).clone(),
+        ))
+    }
+
+    /// The error where a copy of it for each frame takes more memory than `size` bytes justify.
+    ///
+    /// A few bytes can declare millions of frames, and have a text of kilobytes that each repeats.
+    pub(crate) fn check_copies(&self, size: u64) -> Result<()> {
+        let texts = [
+            &self.sop_class_uid,
+            &self.sop_instance_uid,
+            &self.study_instance_uid,
+            &self.series_instance_uid,
+            &self.frame_of_reference_uid,
+            &self.transfer_syntax,
+            &self.modality,
+            &self.image_type,
+            &self.photometric_interpretation,
+            &self.units,
+            &self.stack_id,
+        ];
+        let texts: usize = texts.iter().map(|text| text.len()).sum();
+        let extra = self
+            .extra
+            .iter()
+            .map(|one| one.value.len() + size_of::<Extra>());
+        let lists = size_of_val(self.grid_offsets.as_slice()) + extra.sum::<usize>();
+        let each = size_of::<Self>() + texts + lists;
+        let count = self.number_of_frames;
+        let bytes = u64::from(count).saturating_mul(each as u64);
+        if count > 1 && bytes > FREE_BYTES.saturating_add(size.saturating_mul(MAX_RATIO)) {
+            let message = format!(
+                "expected frames that fit an object of {size} bytes, found {count} of {each} bytes \
+                 of attributes"
+            );
+            return Err(Error::invalid_at(0x0028_0008, message));
+        }
+        Ok(())
     }
 
     /// Open the object that this was scanned from.
@@ -276,12 +320,16 @@ pub(crate) fn text_of(layout: &Layout, kept: &Kept<'_>, tag: u32) -> Result<Stri
 ///
 /// Errors: [`Error::InvalidDicom`] for functional groups that cannot be understood; [`Error::Io`].
 pub fn frames(image: &Image, source: Source<'_>) -> Result<Vec<Image>> {
-    // No frame takes less than a bit, or a fragment.
     let size = match source {
-        _ if image.is_native => image.pixel_length.saturating_mul(8),
-        source => image.open(source)?.size() / 8,
+        _ if image.is_native => image.pixel_length,
+        source => image.open(source)?.size(),
     };
-    if u64::from(image.number_of_frames) > size.max(1) {
+    // No frame takes less than a bit, or a fragment.
+    let most = match image.is_native {
+        true => size.saturating_mul(8),
+        false => size / 8,
+    };
+    if u64::from(image.number_of_frames) > most.max(1) {
         let count = image.number_of_frames;
         let message = format!("expected no more frames than the pixel data holds, found {count}");
         return Err(Error::invalid_at(0x0028_0008, message).of(&image.sop_instance_uid));
@@ -295,14 +343,14 @@ pub fn frames(image: &Image, source: Source<'_>) -> Result<Vec<Image>> {
             let opened = image.open(source)?;
             functional::frames(image, &opened, encoding, groups, dimensions)
         }
-        None => {
-            let frames = (0..image.number_of_frames).map(|frame| Image {
+        None => image.check_copies(size).map(|()| {
+            let frame = |frame| Image {
                 frame,
                 position: image.grid_position(frame),
                 ..image.clone()
-            });
-            Ok(frames.collect())
-        }
+            };
+            (0..image.number_of_frames).map(frame).collect()
+        }),
     };
     made.map_err(|error| error.of(&image.sop_instance_uid))
 }
@@ -379,6 +427,7 @@ impl Attributes<'_> {
             // Nothing depends on it unless a user asks for it: garbage counts as absent.
             instance_number: self.integer(0x0020_0013).unwrap_or_default(),
             modality_lut,
+            modality_table: Arc::default(),
             lut: None,
             has_functional_groups: self.layout.find(0x5200_9229).is_some()
                 || self.layout.find(0x5200_9230).is_some(),
@@ -592,6 +641,7 @@ fn trim(mut text: &[u8]) -> &[u8] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{EXPLICIT, Writer};
 
     #[test]
     fn decimal_strings_are_read_as_writers_write_them() {
@@ -620,5 +670,38 @@ mod tests {
         }
         assert!(decimals::<3>(b"1\\2").is_err());
         assert!(decimals::<3>(b"1\\2\\").is_err());
+    }
+
+    #[test]
+    fn frames_take_no_more_memory_than_their_object_justifies() {
+        let object = |count, text: usize, length| Image {
+            number_of_frames: count,
+            image_type: "x".repeat(text),
+            is_native: true,
+            pixel_length: length,
+            ..Image::default()
+        };
+        let count = |image: &Image| frames(image, Source::Bytes(&[])).map(|found| found.len());
+        assert!(matches!(count(&object(4096, 16, 4096 * 512)), Ok(4096)));
+        // A frame for each bit, and a long text that each frame repeats.
+        assert!(count(&object(1 << 20, 16, 1 << 17)).is_err());
+        assert!(count(&object(4096, 1 << 16, 4096)).is_err());
+    }
+
+    #[test]
+    fn all_frames_share_the_table_of_a_modality_lut() {
+        let inner = Writer::new(EXPLICIT)
+            .put(0x0028_3002, "US", &[2, 0, 0, 0, 16, 0])
+            .put(0x0028_3006, "OW", &[1, 0, 2, 0]);
+        let object = Writer::new(EXPLICIT)
+            .text(0x0028_0008, "IS", "2")
+            .sequence(0x0028_3000, "SQ", &inner, true)
+            .lie(0x7FE0_0010, "OW", 24, &[0; 24])
+            .part10(EXPLICIT);
+        let source = Source::Bytes(&object);
+        let found = frames(&scan_image(source, &mut Vec::new()).unwrap(), source).unwrap();
+        let table = |k: usize| found[k].table(source).unwrap().unwrap();
+        assert!(Arc::ptr_eq(&table(0), &table(1)));
+        assert_eq!(table(0).values, [1.0, 2.0]);
     }
 }

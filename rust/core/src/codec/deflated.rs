@@ -6,6 +6,8 @@ use super::{Decoded, Shape, broken};
 use crate::error::Result;
 
 pub(super) fn decode(frame: &[u8], shape: Shape, into: &mut Decoded) -> Result<()> {
+    // Deflate cannot reach more than 1032 times.
+    shape.check_held(frame, 1032)?;
     let cells = into.prepare_cells(shape)?;
     let mut inflate = Decompress::new(false);
     let damaged = |error| broken(format!("the deflated frame is damaged: {error}"));

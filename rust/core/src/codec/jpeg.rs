@@ -177,6 +177,13 @@ pub(super) fn decode(frame: &[u8], shape: Shape, wish: Wish, into: &mut Decoded)
             "expected 2 to 16 bits in a JPEG, found {found}"
         )));
     }
+    match start.marker {
+        // A sample or a block of 64 has at least a bit; a component may have a quarter of them.
+        0xC3 => shape.check_held(frame, 8 * 4)?,
+        0xC0..=0xC2 => shape.check_held(frame, 8 * 4 * 64)?,
+        // Arithmetic coding has no such limit.
+        _ => {}
+    }
     let patched;
     let frame = match start.odd_spectrum(frame) {
         Some(bytes) => {

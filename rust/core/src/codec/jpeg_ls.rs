@@ -17,6 +17,9 @@ const NEAR_THE_END: usize = 64;
 pub(super) fn decode(frame: &[u8], shape: Shape, into: &mut Decoded) -> Result<()> {
     let start = start_of_frame(frame)?;
     shape.check(start.rows, start.columns, start.components)?;
+    // A row has at least a bit.
+    let row = shape.columns as usize * shape.samples as usize;
+    shape.check_held(frame, row.saturating_mul(8))?;
     let ended;
     let frame = if frame
         .windows(2)

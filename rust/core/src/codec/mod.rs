@@ -285,6 +285,21 @@ impl Shape {
         }
     }
 
+    /// The error where a frame cannot hold so many samples, before memory is taken for them.
+    ///
+    /// `ratio` is the most samples that a codec has for a byte.
+    fn check_held(&self, frame: &[u8], ratio: usize) -> Result<()> {
+        let (count, bytes) = (self.samples_of_frame()?, frame.len());
+        if count <= bytes.saturating_mul(ratio) {
+            return Ok(());
+        }
+        Err(broken(format!(
+            "expected a frame that can hold {} x {} x {} samples (Rows, Columns, SamplesPerPixel), \
+             found {bytes} bytes",
+            self.rows, self.columns, self.samples
+        )))
+    }
+
     /// The error where a codestream has another size than its header tells.
     fn check(&self, rows: u32, columns: u32, samples: u32) -> Result<()> {
         if (rows, columns, samples) == (self.rows, self.columns, self.samples) {
@@ -447,6 +462,7 @@ pub fn decode(
     (into.space, into.note) = (wish.space, None);
     match codec {
         Codec::Plain => {
+            shape.check_held(frame, 1)?;
             let cells = into.prepare_cells(shape)?;
             let frame = frame.get(..cells.len()).ok_or_else(|| {
                 broken(format!(

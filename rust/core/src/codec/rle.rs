@@ -23,6 +23,8 @@ pub(super) fn decode(frame: &[u8], shape: Shape, into: &mut Decoded) -> Result<(
             word(0)
         )));
     }
+    // Two bytes stand for at most 128.
+    shape.check_held(frame, 64)?;
     let mut scratch = std::mem::take(&mut into.scratch);
     let cells = into.prepare_cells(shape)?;
     let outcome = (0..wanted).try_for_each(|segment| {
