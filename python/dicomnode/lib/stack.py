@@ -219,8 +219,8 @@ def _plane(slices: Sequence[Slice], warnings: list[str]) -> Plane:
             raise InconsistentSeries(
                 f"images {called(first)} and {called(header)} differ in ImageType "
                 f"({first.image_type!r} and {header.image_type!r}); narrow the input with "
-                f"required_values for ImageType{_split_remedy('ImageType')}"
-                f"{_localizer_remedy(first, header)}"
+                "required_values for ImageType"
+                f"{_localizer_remedy(first, header) or _split_remedy('ImageType')}"
             )
 
         if header.sop_class_uid == _SEGMENTATION:
@@ -563,7 +563,7 @@ def _same_for_all(
 
 
 def _split_remedy(name: str) -> str:
-    if name not in ("SeriesInstanceUID", "StackID", "ImageType"):
+    if name not in ("SeriesInstanceUID", "StackID", "ImageType", "Rows", "Columns"):
         return ""
     return f', or use series_grinder(split_by="{name}")'
 
