@@ -143,9 +143,8 @@ def untouched_source(dataset: Dataset, extra_tags: Iterable[int] = ()) -> Source
     if "_dict" not in dataset.__dict__:
         return dataset.source
     current, pristine = dataset._dict, dataset.__dict__["_pristine"]
-    for tag in _IMAGE_SEQUENCES:
-        if (tag in current) != (tag in pristine):
-            return None
+    if not _has_own_sequences(dataset):
+        return None
     for tag in (*_IMAGE_TAGS, *PIXEL_TAGS, *extra_tags):
         now, was = current.get(BaseTag(tag)), pristine.get(BaseTag(tag))
         if now is was:
@@ -162,6 +161,27 @@ def untouched_source(dataset: Dataset, extra_tags: Iterable[int] = ()) -> Source
         if now.value != was.value:
             return None
     return dataset.source
+
+
+def _has_own_sequences(dataset: LazyDataset) -> bool:
+    """Whether the sequences that stacking reads are those of the source.
+
+    One that was looked at may have been changed inside, which only reading it again can tell.
+    """
+    current, pristine = dataset._dict, dataset.__dict__["_pristine"]
+    looked_at = []
+    for tag in map(BaseTag, _IMAGE_SEQUENCES):
+        now, was = current.get(tag), pristine.get(tag)
+        if (now is None) != (was is None):
+            return False
+        if now is not None and not (now is was and isinstance(now, RawDataElement)):
+            looked_at.append(tag)
+    if not looked_at:
+        return True
+    source = dataset.source
+    opened = source if isinstance(source, str) else io.BytesIO(source)
+    fresh = dcmread(opened, stop_before_pixels=True, force=True)
+    return all(tag in fresh and dataset[tag] == fresh[tag] for tag in looked_at)
 
 
 def to_scan(dataset: Dataset, extra_tags: Iterable[int] = ()) -> Source | _core.Image | None:

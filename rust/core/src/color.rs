@@ -39,10 +39,8 @@ pub struct Colors {
 impl Colors {
     /// Check Photometric Interpretation, Samples per Pixel and Planar Configuration.
     ///
-    /// The retired interpretations are taken as they are: nothing is transformed.
-    ///
     /// Errors: [`Error::InvalidDicom`] where they contradict each other;
-    /// [`Error::UnsupportedImage`] for an interpretation that only videos have.
+    /// [`Error::UnsupportedImage`] for the retired ones, and for one that only videos have.
     pub fn new(photometric: &str, samples: u32, planar: u32, is_native: bool) -> Result<Self> {
         let wrong = |message: String| Err(Error::invalid_at(PHOTOMETRIC, message));
         let one = photometric.starts_with("MONOCHROME") || photometric == "PALETTE COLOR";
@@ -52,26 +50,30 @@ impl Colors {
             ));
         }
         let space = match photometric {
+            _ if one => Space::Rgb,
+            "" if samples == 1 => Space::Rgb,
+            "RGB" if samples == 3 => Space::Rgb,
+            // What a decoder of JPEG XL gives is RGB.
+            "XYB" if samples == 3 && !is_native => Space::Rgb,
             "YBR_FULL" | "YBR_FULL_422" if samples == 3 => Space::Ybr,
             // What the decoder of JPEG 2000 undoes itself.
-            "YBR_ICT" | "YBR_RCT" if !is_native => Space::Rgb,
-            "YBR_PARTIAL_422" | "YBR_PARTIAL_420" => {
+            "YBR_ICT" | "YBR_RCT" if samples == 3 && !is_native => Space::Rgb,
+            "YBR_PARTIAL_422" | "YBR_PARTIAL_420" | "HSV" | "ARGB" | "CMYK" => {
                 let message = "expected RGB, YBR_FULL or YBR_FULL_422";
                 let message = format!("{message}, found {photometric}");
                 return Err(Error::unsupported(message).at(PHOTOMETRIC));
             }
-            _ if photometric.starts_with("YBR") => {
+            _ => {
                 let kind = if is_native {
                     "uncompressed"
                 } else {
                     "compressed"
                 };
                 return wrong(format!(
-                    "expected RGB or YBR_FULL in {kind} pixels of {samples} samples, found \
-                     {photometric}"
+                    "expected an interpretation for {kind} pixels of {samples} samples, found \
+                     {photometric:?}"
                 ));
             }
-            _ => Space::Rgb,
         };
         let layout = match planar {
             _ if samples == 1 => Layout::Pixels,
@@ -129,12 +131,14 @@ fn spread<const N: usize>(plane: &[u8], into: &mut [u8], at: usize, step: usize)
     }
 }
 
-/// YBR_FULL to RGB in place, cells of 8 or 16 bits (little endian) with `bits` that count.
+/// YBR_FULL to RGB in place, cells of 8 or 16 bits (little endian) with `bits` that count; those
+/// above are dropped.
 ///
 /// The sum is rounded to the nearest and cut to the range (PS3.3 C.7.6.3.1.2).
 pub(crate) fn to_rgb(cells: &mut [u8], cell: usize, bits: u32) {
     let middle = f64::from(1_u32 << (bits - 1));
-    let top = f64::from((1_u32 << bits) - 1);
+    let mask = (1_u32 << bits) - 1;
+    let top = f64::from(mask);
     let convert = |[y, cb, cr]: [f64; 3]| {
         let (cb, cr) = (cb - middle, cr - middle);
         let red = y + 1.402 * cr;
@@ -145,13 +149,15 @@ pub(crate) fn to_rgb(cells: &mut [u8], cell: usize, bits: u32) {
     if cell == 1 {
         let (pixels, _) = cells.as_chunks_mut::<3>();
         for pixel in pixels {
-            *pixel = convert(pixel.map(f64::from)).map(|sample| sample as u8);
+            let samples = pixel.map(|sample| f64::from(u32::from(sample) & mask));
+            *pixel = convert(samples).map(|sample| sample as u8);
         }
     } else {
         let (pixels, _) = cells.as_chunks_mut::<6>();
         for pixel in pixels {
             let [a, b, c, d, e, f] = *pixel;
-            let samples = [[a, b], [c, d], [e, f]].map(|cell| f64::from(u16::from_le_bytes(cell)));
+            let samples = [[a, b], [c, d], [e, f]]
+                .map(|cell| f64::from(u32::from(u16::from_le_bytes(cell)) & mask));
             let [r, g, b] = convert(samples).map(u16::to_le_bytes);
             *pixel = [r[0], r[1], g[0], g[1], b[0], b[1]];
         }
@@ -219,7 +225,17 @@ mod tests {
         assert!(Colors::new("MONOCHROME2", 3, 0, true).is_err());
         assert!(Colors::new("RGB", 3, 2, true).is_err());
         assert!(Colors::new("YBR_RCT", 3, 0, true).is_err());
-        assert!(Colors::new("YBR_PARTIAL_420", 3, 0, false).is_err());
+        for (name, samples) in [
+            ("YBR_PARTIAL_420", 3),
+            ("HSV", 3),
+            ("CMYK", 4),
+            ("RGB", 4),
+            ("FOO", 3),
+            ("", 3),
+            ("YBR_ICT", 4),
+        ] {
+            assert!(Colors::new(name, samples, 0, false).is_err(), "{name}");
+        }
         assert_eq!(
             Colors::new("YBR_RCT", 3, 0, false).unwrap().space,
             Space::Rgb

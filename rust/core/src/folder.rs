@@ -18,8 +18,10 @@ use crate::stack::parallel;
 /// Directory Record Sequence (PS3.3 F.3.2.2), which only a DICOMDIR has.
 const DIRECTORY_RECORDS: u32 = 0x0004_1220;
 const MEDIA_STORAGE_DIRECTORY: &str = "1.2.840.10008.1.3.10";
-/// What images are called, which may have no suffix at all.
-const SUFFIXES: [&str; 4] = ["", "dcm", "dicom", "ima"];
+/// What images are called.
+const SUFFIXES: [&str; 3] = ["dcm", "dicom", "ima"];
+/// Bytes up to the end of `DICM` (PS3.10 section 7.1).
+const PREFIX: usize = 132;
 
 /// A file that may be an object.
 #[derive(Debug)]
@@ -116,6 +118,7 @@ fn is_file_or_broken(link: &Path) -> bool {
 ///
 /// Errors: [`Error::InvalidDicom`] for a damaged object, for an empty file that is called like an
 /// image, and for a file given by name that is no object; [`Error::Io`].
+/// See [`is_lost_image`] for what is called like one.
 pub fn scan_files(files: &[Candidate], extra_tags: &[u32]) -> Result<Vec<Found>> {
     let extra_tags: Arc<[u32]> = extra_tags.into();
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -165,7 +168,7 @@ fn refused(file: &Candidate, error: Error) -> Result<Found> {
     if file.kind == Kind::Named {
         return Err(Error::invalid(format!("{path}: {error}")));
     }
-    if scan::is_dicom(&file.path)? || (file.kind == Kind::Found && is_empty_image(&file.path)?) {
+    if scan::is_dicom(&file.path)? || (file.kind == Kind::Found && is_lost_image(&file.path)?) {
         return Err(Error::invalid(format!(
             "{path} is damaged: {error}; a series is not read without it: send or copy it again, or \
              take it out of the folder"
@@ -174,11 +177,21 @@ fn refused(file: &Candidate, error: Error) -> Result<Found> {
     Ok(Found::Other)
 }
 
-fn is_empty_image(path: &Path) -> Result<bool> {
+/// Whether a file that is no DICOM object was one: it is called so, or has no suffix, which many images
+/// have not, and is empty or filled with one byte, as a full disk or a crash leave it.
+fn is_lost_image(path: &Path) -> Result<bool> {
     let suffix = path.extension().unwrap_or_default();
-    if !SUFFIXES.iter().any(|one| suffix.eq_ignore_ascii_case(one)) {
+    if SUFFIXES.iter().any(|one| suffix.eq_ignore_ascii_case(one)) {
+        return Ok(true);
+    }
+    if !suffix.is_empty() {
         return Ok(false);
     }
-    let meta = path.metadata().map_err(|error| Error::io(path, error))?;
-    Ok(meta.len() == 0)
+    let opened = Source::File(path).open()?;
+    let size = opened.size().min(PREFIX as u64) as usize;
+    let mut start = [0; PREFIX];
+    let start = start.get_mut(..size).unwrap_or_default();
+    opened.read(0, start)?;
+    let is_filled = |byte: u8| start.iter().all(|found| *found == byte);
+    Ok(is_filled(0) || is_filled(0xFF))
 }

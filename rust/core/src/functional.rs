@@ -108,7 +108,9 @@ pub(crate) fn modality_lut(
         )
     };
     let items = reader.items(entry.length)?;
-    let item = items.first().ok_or_else(|| wrong("no item"))?;
+    let [item] = items.as_slice() else {
+        return Err(wrong(&format!("{} items", items.len())));
+    };
     let descriptor = reader.value(item.clone(), 0x0028_3002)?;
     if descriptor.len() != 6 {
         return Err(wrong(&format!(
@@ -128,9 +130,13 @@ pub(crate) fn modality_lut(
     };
     let data = reader.value(item.clone(), 0x0028_3006)?;
     // Entries of 8 bits may be packed, two in a word.
-    let values: Vec<f64> = if data.len() >= 2 * count {
-        let entries = (0..count).map(|k| encoding.u16(data, 2 * k));
-        entries.map(f64::from).collect()
+    let is_packed = encoding.u16(descriptor, 4) == 8 && data.len() < 2 * count;
+    let values: Vec<f64> = if !is_packed {
+        let (entries, _) = data.as_chunks::<2>();
+        let entries = entries.iter().take(count);
+        entries
+            .map(|entry| f64::from(encoding.u16(entry, 0)))
+            .collect()
     } else {
         let swap = usize::from(encoding.is_big());
         let entries = (0..count).map_while(|k| data.get(k ^ swap));

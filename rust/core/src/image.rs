@@ -21,6 +21,9 @@ const FREE_BYTES: u64 = 32 << 20;
 /// Memory that they may take beyond that, for each byte of the object.
 const MAX_RATIO: u64 = 64;
 
+/// How far the first coordinate of a dose grid may be off the position, mm.
+const GRID_MM: f64 = 0.01;
+
 /// What stacking needs to know of one image.
 #[derive(Debug, Clone, Default)]
 pub struct Image {
@@ -333,6 +336,14 @@ pub fn frames(image: &Image, source: Source<'_>) -> Result<Vec<Image>> {
         let count = image.number_of_frames;
         let message = format!("expected no more frames than the pixel data holds, found {count}");
         return Err(Error::invalid_at(0x0028_0008, message).of(&image.sop_instance_uid));
+    }
+    // The two forms of PS3.3 C.8.8.3.2.
+    if let (Some(first), Some([_, _, z])) = (image.grid_offsets.first(), image.position)
+        && *first != 0.0
+        && (first - z).abs() > GRID_MM
+    {
+        let message = format!("expected 0 or the z of the position, {z}, first, found {first}");
+        return Err(Error::invalid_at(0x3004_000C, message).of(&image.sop_instance_uid));
     }
     let made = match image.groups {
         Some(Groups {

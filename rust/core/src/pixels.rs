@@ -364,8 +364,13 @@ impl Conversion {
         } else {
             format!("integers from {min} to {max} ({name})")
         };
+        let found = if low > high {
+            "values that are no numbers".to_owned()
+        } else {
+            format!("values from {low} to {high}")
+        };
         Err(Error::unfit(format!(
-            "expected {expected}, found values from {low} to {high} with RescaleSlope {slope} and \
+            "expected {expected}, found {found} with RescaleSlope {slope} and \
              RescaleIntercept {intercept}; {remedy}"
         )))
     }

@@ -368,6 +368,12 @@ impl Pixels {
                     format!("expected fragments (transfer syntax {syntax}), found none"),
                 ));
             }
+            let is_plain = matches!(codec, Codec::Plain | Codec::Deflated);
+            if is_plain && image.photometric_interpretation == "YBR_FULL_422" {
+                let message = "expected whole samples in fragments that are not compressed, found \
+                               YBR_FULL_422";
+                return Err(Error::unsupported(message).at(0x0028_0004));
+            }
             return Ok(Pixels::Encapsulated(codec));
         }
         let double = image.pixel_tag == DOUBLE_FLOAT_PIXEL_DATA;
