@@ -91,6 +91,14 @@ def test_a_file_that_is_gone_is_told_when_it_is_looked_at(stored: Path) -> None:
         _ = lazy.PatientID
 
 
+@pytest.mark.parametrize("cut_off", [b"\x08\0\x18\0OB\0\0", b"\x08\0\x40\x11SQ\0\0" + b"\xff" * 4])
+def test_bytes_at_which_pydicom_fails_are_invalid_dicom(cut_off: bytes) -> None:
+    """An element without its length, a sequence without an end. Found by the fuzzer."""
+    data = part10_prefix("1.2", "1.2.3", "1.2.840.10008.1.2.1") + cut_off
+    with pytest.raises(InvalidDicom, match=f"an object of {len(data)} bytes"):
+        LazyDataset(data).get("Modality")
+
+
 @both
 @pytest.mark.parametrize(
     "look",

@@ -26,3 +26,19 @@ def test_thousands_of_samples_are_an_error_before_memory_is_taken_for_them() -> 
     assert data.count(one) == 1
     with pytest.raises(UnsupportedImage, match=r"1\.2\.3 has SamplesPerPixel 65535"):
         numpy_grinder([LazyDataset(data.replace(one, many))], order="given")
+
+
+def test_colours_of_single_bits_are_an_error_and_no_zeros() -> None:
+    data = corpus.part10(known.PLAIN, b"\xff" * 6, (4, 4), 8)
+    for old, new in (
+        (b"\x28\0\x02\0US\x02\0\x01\0", b"\x28\0\x02\0US\x02\0\x03\0"),
+        (b"\x28\0\0\x01US\x02\0\x08\0", b"\x28\0\0\x01US\x02\0\x01\0"),
+        (b"MONOCHROME2 ", b"RGB         "),
+        # Rescale becomes Window, so that the dtype is that of the cells.
+        (b"\x28\0\x52\x10DS", b"\x28\0\x50\x10DS"),
+        (b"\x28\0\x53\x10DS", b"\x28\0\x51\x10DS"),
+    ):
+        assert data.count(old) == 1
+        data = data.replace(old, new)
+    with pytest.raises(UnsupportedImage, match=r"1\.2\.3: .*SamplesPerPixel"):
+        numpy_grinder([LazyDataset(data)], order="given")

@@ -130,7 +130,17 @@ def _read(dataset: LazyDataset) -> None:
 
 def _dcmread(source: Source, defer_size: int | None) -> FileDataset:
     opened = source if isinstance(source, str) else io.BytesIO(source)
-    return dcmread(opened, defer_size=defer_size, force=True)
+    try:
+        return dcmread(opened, defer_size=defer_size, force=True)
+    except (*READ_ERRORS, OSError, EOFError, struct.error, zlib.error) as error:
+        # pydicom raises it too, without the number that the operating system gives.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        named = source if isinstance(source, str) else f"an object of {len(source)} bytes"
+        raise InvalidDicom(
+            f"{named}: expected a dataset that pydicom can read, found one at which it fails with "
+            f"{type(error).__name__}"
+        ) from error
 
 
 def untouched_source(dataset: Dataset, extra_tags: Iterable[int] = ()) -> Source | None:

@@ -548,7 +548,8 @@ def _own_type(slices: Sequence[Slice]) -> numpy.dtype[Any]:
         return numpy.dtype(numpy.float32)
     if any(header.has_rescale or header.pixel_tag != _PIXEL_DATA for header in headers):
         return numpy.dtype(numpy.float32)
-    bits = max(header.bits_allocated for header in headers)
+    # The core refuses colours of single bits.
+    bits = max(8, *(header.bits_allocated for header in headers))
     sign = "i" if any(header.pixel_representation for header in headers) else "u"
     return numpy.dtype(f"{sign}{bits // 8}")
 

@@ -360,6 +360,13 @@ impl Pixels {
     fn new(slice: &Slice<'_>, colors: Colors) -> Result<Self> {
         let image = slice.image;
         let syntax = &image.transfer_syntax;
+        if image.bits_allocated == 1 && image.samples_per_pixel != 1 {
+            let message = format!(
+                "expected 1 for single bits, found {}",
+                image.samples_per_pixel
+            );
+            return Err(Error::unsupported(message).at(0x0028_0002));
+        }
         if !image.is_native {
             let codec = codec::codec_of(syntax)?;
             if !image.is_encapsulated || image.pixel_tag != PIXEL_DATA {
@@ -395,13 +402,6 @@ impl Pixels {
                 Error::invalid("expected an image of less than 4 GiB, found a larger one")
             })?;
         if image.bits_allocated == 1 && !is_float {
-            if image.samples_per_pixel != 1 {
-                let message = format!(
-                    "expected 1 for single bits, found {}",
-                    image.samples_per_pixel
-                );
-                return Err(Error::unsupported(message).at(0x0028_0002));
-            }
             // Frames follow each other bit by bit (PS3.5 section 8.1.1).
             let start = frame * u64::from(slice.image.frame);
             let all = (frame * u64::from(image.number_of_frames)).div_ceil(8);
