@@ -546,3 +546,13 @@ def test_a_mosaic_is_that_of_the_ordinary_way() -> None:
     expected = volume_grinder(ordinary([one]))
     assert expected.shape[0] > 1
     same(found, expected)
+
+
+def test_numbers_that_are_far_apart_take_no_memory_between_them() -> None:
+    series = make_series(8, 64, 64)
+    for k, one in enumerate(series):
+        one.InstanceNumber = 1 + 100_000 * k
+    arena = new(most_bytes=1 << 40)
+    given = arrived(series, arena)
+    assert arena.size <= 16 * series[0].Rows * series[0].Columns * 4
+    same(volume_grinder(given), volume_grinder(ordinary(series)))

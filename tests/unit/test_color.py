@@ -568,3 +568,44 @@ def test_p20_surplus_bytes_are_told() -> None:
     made[0].PixelData += bytes(10)
     (warning,) = volume_grinder(made).warnings
     assert made[0].SOPInstanceUID in warning and "10 bytes after the last pixel" in warning
+
+
+@pytest.mark.parametrize(("dtype", "stored", "junk"), [("u2", 12, 0xA000), ("u1", 6, 0xC0)])
+def test_p1_p15_bits_above_bits_stored_have_no_influence_on_colours(
+    kind: Callable, dtype: str, stored: int, junk: int
+) -> None:
+    pixels = noise(1, 5, 8, 3, dtype=dtype) & ((1 << stored) - 1)
+    found = []
+    for values in (pixels, pixels | junk):
+        one = colored(values.astype(dtype), "YBR_FULL")
+        one.BitsStored, one.HighBit = stored, stored - 1
+        found.append(grind(kind([one])))
+    numpy.testing.assert_array_equal(*found)
+    assert len(numpy.unique(found[0])) > 20
+
+
+def test_p9_words_are_not_read_as_packed_bytes() -> None:
+    (one,) = make_series(1, 4, 4)
+    one.ModalityLUTSequence = [lut_of(0, [10 * k for k in range(10)])]
+    one.ModalityLUTSequence[0][0x00283002].value = [20, 0, 16]
+    with pytest.raises(InvalidDicom, match="20 entries"):
+        numpy_grinder([one])
+    one.ModalityLUTSequence = [lut_of(0, [1, 2]), lut_of(0, [3, 4])]
+    with pytest.raises(InvalidDicom, match="2 items"):
+        numpy_grinder([one])
+
+
+@pytest.mark.parametrize(("photometric", "samples"), [("HSV", 3), ("CMYK", 4), ("ARGB", 4)])
+def test_p15_retired_colours_are_refused_by_name(
+    kind: Callable, photometric: str, samples: int
+) -> None:
+    with pytest.raises(UnsupportedImage, match=photometric):
+        grind(kind([colored(noise(1, 6, 8, samples), photometric)]))
+
+
+def test_p5_floats_that_are_none_are_told_as_such(kind: Callable) -> None:
+    (one,) = make_series(1, 2, 2)
+    del one.PixelData
+    one.BitsAllocated, one.FloatPixelData = 32, numpy.full(4, numpy.nan, "f4").tobytes()
+    with pytest.raises(InvalidDataset, match="no numbers"):
+        numpy_grinder(dtype="i2")(kind([one]))

@@ -1,6 +1,7 @@
 """Lazy datasets, load(), names, identifiers, and the bytes that are written."""
 
 import copy
+import gzip
 import io
 import os
 import pickle
@@ -358,6 +359,30 @@ def test_an_empty_file_that_is_called_like_an_image_is_damaged(suffix: str, tmp_
     (tmp_path / f"image{suffix}").touch()
     with pytest.raises(InvalidDicom, match=r"image.* is damaged: .* take it out of the folder"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: bytes(len(data)),
+        lambda data: b"\xff" * len(data),
+        lambda data: data[:100],
+        lambda data: data[:1],
+        gzip.compress,
+        lambda data: data[:128] + b"MCID" + data[132:],
+    ],
+)
+def test_what_is_called_an_image_and_is_none_is_damaged(
+    damage: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    paths = write_series(make_series(3, 8, 8), tmp_path)
+    paths[2].write_bytes(damage(paths[2].read_bytes()))
+    with pytest.raises(InvalidDicom, match=r"0003\.dcm is damaged"):
+        load(tmp_path)
+    if set(paths[2].read_bytes()[:132]) <= {0} or set(paths[2].read_bytes()[:132]) <= {255}:
+        paths[2].rename(tmp_path / "3")
+        with pytest.raises(InvalidDicom, match="3 is damaged"):
+            load(tmp_path)
 
 
 def test_load_reads_an_image_whose_attributes_are_wrong_and_grinding_tells(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pydicom.uid import generate_uid
 from tests.unit.test_multiframe import OBLIQUE, enhanced, item, made, same
 from tests.unit.test_volume import distinct
 
-from dicomnode.errors import InconsistentSeries, UnsupportedImage
+from dicomnode.errors import DicomnodeError, InconsistentSeries, UnsupportedImage
 from dicomnode.lib.dicom import LazyDataset, encode
 from dicomnode.lib.grinders import numpy_grinder, series_grinder, volume_grinder
 from dicomnode.lib.layouts import csa_fields
@@ -584,3 +584,35 @@ def test_g51_g52_highdicom_reads_the_same_volume_of_shuffled_frames() -> None:
         numpy.testing.assert_allclose(
             other.affine @ (6 - k, row, column, 1), volume.affine @ (column, row, k, 1), atol=1e-6
         )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"SliceNormalVector": ["1", "0"]},
+        {"NumberOfImagesInMosaic": ["9" * 400]},
+    ],
+)
+def test_g58_a_csa_header_of_odd_values_is_an_error_of_ours(fields: dict[str, list[str]]) -> None:
+    one = mosaic(make_series(6, 8, 8))
+    whole = {
+        "NumberOfImagesInMosaic": ["6"],
+        "SliceNormalVector": ["0", "0", "1"],
+        **fields,
+    }
+    one[0x00291010].value = csa(whole)
+    with pytest.raises(DicomnodeError) as told:
+        volume_grinder([one])
+    assert one.SOPInstanceUID in str(told.value)
+
+
+def test_g59_a_detector_of_odd_values_is_an_error_of_ours() -> None:
+    for keyword, value in (
+        ("ImagePositionPatient", [1, 2]),
+        ("ImageOrientationPatient", [1, 0, 0]),
+    ):
+        one = reconstruction(make_series(4, 6, 6), "2.5")
+        setattr(one.DetectorInformationSequence[0], keyword, value)
+        with pytest.raises(DicomnodeError) as told:
+            volume_grinder([one])
+        assert one.SOPInstanceUID in str(told.value)

@@ -332,3 +332,29 @@ def test_a_series_is_not_derived_from_other_frames() -> None:
     with pytest.raises(UnsupportedImage, match="Enhanced PET") as told:
         list(derive_series(volume_grinder([one]).array, [one]))
     assert one.SOPInstanceUID in str(told.value)
+
+
+def test_a_sequence_that_was_changed_inside_counts() -> None:
+    """As it does for a dataset that pydicom read."""
+    series = made()
+    one = LazyDataset(encode(enhanced(series))[0])
+    groups = one.PerFrameFunctionalGroupsSequence
+    untouched = volume_grinder([one])
+    numpy.testing.assert_array_equal(untouched.array, volume_grinder(series).array)
+    for item in groups:
+        x, y, z = item.PlanePositionSequence[0].ImagePositionPatient
+        item.PlanePositionSequence[0].ImagePositionPatient = [x, y, float(z) + 7]
+    moved = volume_grinder([one])
+    numpy.testing.assert_allclose(moved.affine[2, 3], untouched.affine[2, 3] + 7)
+    one.SharedFunctionalGroupsSequence = []
+    with pytest.raises(DicomnodeError):
+        volume_grinder([one])
+
+
+def test_g60_offsets_of_neither_form_are_an_error() -> None:
+    (one,) = make_series(1, 9, 11)
+    one.NumberOfFrames, one.PixelData = 3, one.PixelData * 3
+    first = float(one.ImagePositionPatient[2]) + 5
+    one.GridFrameOffsetVector = [first, first + 1, first + 2]
+    with pytest.raises(InvalidDicom, match="3004,000C"):
+        volume_grinder([one])

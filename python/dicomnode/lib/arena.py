@@ -30,6 +30,9 @@ from dicomnode.lib.images import (
     read_slices,
 )
 
+# How many places there may be from the first to the last image: so many, and so many for each.
+_FEW, _SPARSE = 512, 4
+
 
 @dataclass(frozen=True, eq=False)
 class Frame:
@@ -59,6 +62,8 @@ class Arena:
         self._first: ImageHeader | None = None
         self._direction = 1
         self._used: set[int] = set()
+        # The lowest and the highest of them.
+        self._ends: tuple[int, ...] = ()
         self._pending = 0
         self._headers: dict[Source, list[ImageHeader]] = {}
         self._places: dict[ImageHeader, int] = {}
@@ -67,9 +72,17 @@ class Arena:
 
     @property
     def size(self) -> int:
-        """How many bytes its images take."""
+        """How many bytes its images take at most.
+
+        The places between them count: memory comes in pages that are larger than a small image.
+        """
         array = self._array
-        return 0 if array is None else len(self._places) * array[0].nbytes
+        return 0 if array is None else self._span() * array[0].nbytes
+
+    def _span(self, *places: int) -> int:
+        """From the lowest to the highest place, with these ones."""
+        used = (*places, *self._ends)
+        return max(used) - min(used) + 1 if used else 0
 
     def add(self, source: Source) -> list[Frame]:
         """Find places for the frames of an image; `decode` has to be called with each of them."""
@@ -111,11 +124,13 @@ class Arena:
         if count == 1:
             self._direction = _direction(self._first, header, offset)
         place = most - 1 + self._direction * (count if offset is None else offset)
-        if place in self._used or not 0 <= place < len(self._array):
-            place = max(self._used) + 1
-        if place >= len(self._array):
+        is_far = self._span(place) > _FEW + _SPARSE * (count + 1)
+        if place in self._used or not 0 <= place < len(self._array) or is_far:
+            place = max(self._ends, default=most - 1) + 1
+        if place >= len(self._array) or self._span(place) > most:
             raise MemoryError("the images have numbers that are too far apart")
         self._used.add(place)
+        self._ends = (min((place, *self._ends)), max((place, *self._ends)))
         self._places[header] = place
         return place
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from dicomnode.errors import InconsistentSeries
+from dicomnode.errors import DicomnodeError, InconsistentSeries, InvalidDataset
+from dicomnode.lib.dicom import READ_ERRORS
 from dicomnode.lib.images import ImageHeader, Slice, called
 from dicomnode.lib.splits import element_value
 
@@ -26,19 +27,27 @@ def place(slices: Sequence[Slice]) -> list[Slice]:
     """The slices with their places in the patient: mosaics are cut, vectors are followed.
 
     Raises InconsistentSeries for a mosaic without its CSA header and for a vector or an attribute
-    that is missing.
+    that is missing, InvalidDataset for one that cannot be understood.
     """
     placed: list[Slice] = []
     for item in slices:
         header = item.header
-        if item.whole is not None:
-            placed.append(item)
-        elif "MOSAIC" in header.image_type:
-            placed += _tiles(item)
-        elif header.sop_class_uid in _NUCLEAR_MEDICINE and header.position is None:
-            placed.append(_nuclear(item))
-        else:
-            placed.append(item)
+        try:
+            if item.whole is not None:
+                placed.append(item)
+            elif "MOSAIC" in header.image_type:
+                placed += _tiles(item)
+            elif header.sop_class_uid in _NUCLEAR_MEDICINE and header.position is None:
+                placed.append(_nuclear(item))
+            else:
+                placed.append(item)
+        except (*READ_ERRORS, AttributeError, KeyError, IndexError) as error:
+            if isinstance(error, DicomnodeError):
+                raise
+            raise InvalidDataset(
+                f"image {called(header)} has a layout that cannot be understood (CSA header, or "
+                f"DetectorInformationSequence): {type(error).__name__}"
+            ) from error
     return placed
 
 

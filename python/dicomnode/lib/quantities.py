@@ -17,6 +17,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence as Items
 
 from dicomnode.errors import InconsistentSeries, InvalidDataset, UnsupportedImage
 from dicomnode.lib.dicom import READ_ERRORS
@@ -59,8 +60,9 @@ def signed(value: Any, bits_stored: int, is_signed: bool) -> int:
 
 def modality_lut_type(dataset: Dataset) -> str:
     """What the Modality LUT of an image gives, such as HU or OD (PS3.3 C.11.1.1.2); empty if unsaid."""
-    items = dataset.get("ModalityLUTSequence") or [Dataset()]
-    return str(items[0].get("ModalityLUTType", "") or "")
+    items = dataset.get("ModalityLUTSequence")
+    first = items[0] if isinstance(items, Items) and items else Dataset()
+    return str(first.get("ModalityLUTType", "") or "")
 
 
 def padding_of(dataset: Dataset) -> tuple[float, float] | None:
@@ -162,6 +164,8 @@ class _Maps:
 
     def _maps(self, item: Dataset) -> list[tuple[str, Scale]]:
         maps = item.get("RealWorldValueMappingSequence") or []
+        if maps and not isinstance(maps, Items):
+            raise ValueError("RealWorldValueMappingSequence is no sequence")
         return [(str(one.get("LUTLabel", "") or ""), self._scale(one)) for one in maps]
 
     def _scale(self, item: Dataset) -> Scale:

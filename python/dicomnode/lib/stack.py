@@ -543,7 +543,7 @@ def _other_spacing(dataset: Any) -> str:
 
 
 def _gap(headers: Sequence[ImageHeader], k: int, gap: float, usual: float) -> str:
-    missing = round(gap / usual) - 1
+    missing = round(min(gap / usual, 1e9)) - 1
     told = f" ({missing} missing)" if missing > 0 and abs(gap / usual - missing - 1) < 0.1 else ""
     before, after = headers[k], headers[k + 1]
     return f"{gap:.4g} mm between {called(before)} and {called(after)}{told}"
