@@ -433,9 +433,15 @@ def read_padding(slices: Sequence[Slice]) -> NDArray[numpy.bool_]:
         raise UnsupportedImage(f"image {first.sop_instance_uid} is colour, which has no padding")
     padding = numpy.zeros((len(slices), first.rows, first.columns), numpy.bool_)
     ranges = [padding_of(item.dataset) for item in slices]
+    may_be_signed = False
     if any(found is not None for found in ranges):
-        for k, stored, _ in _stored(slices):
-            if (found := ranges[k]) is not None:
+        for k, stored, notes in _stored(slices):
+            # A signed codestream counts more than the header, which tells how padding is written.
+            may_be_signed |= any("values are taken as signed" in note for note in notes)
+            found = ranges[k]
+            if may_be_signed and (stored.min() < 0 or stored.max() < 1 << 15):
+                found = padding_of(slices[k].dataset, is_signed=True)
+            if found is not None:
                 numpy.logical_and(stored >= found[0], stored <= found[1], out=padding[k])
     return padding
 
