@@ -14,7 +14,15 @@ import numpy
 from numpy.typing import NDArray
 
 from dicomnode.errors import InconsistentSeries, IncorrectlyConfigured
-from dicomnode.lib.images import Reading, Slice, called, check_image, read_array, read_padding
+from dicomnode.lib.images import (
+    PALETTE,
+    Reading,
+    Slice,
+    called,
+    check_image,
+    read_array,
+    read_padding,
+)
 from dicomnode.lib.layouts import check_concatenations, place
 from dicomnode.lib.regrid import on_grid, shifts, straightened
 from dicomnode.lib.splits import counts, split
@@ -110,6 +118,13 @@ def read_stack(
     plane, step, positions = stack.plane, stack.step, stack.positions_mm
     moves = shifts(stack) if policies.tilt == "resample" else None
     as_read = stack.is_plain and moves is None
+    is_mixed = moves is not None or (policies.gaps == "resample" and not stack.is_plain)
+    header = stack.slices[0].header
+    if is_mixed and reading.color != "palette" and header.photometric_interpretation == PALETTE:
+        raise IncorrectlyConfigured(
+            f"image {called(header)} holds indices of a palette, between which {policies.needs_nan} "
+            'finds no values; choose color="palette", which gives RGB'
+        )
     units = "" if reading.values == "stored" else _units(stack.slices)
     array, told = read_array(stack.slices, reading, out=out if as_read else None)
     if not as_read:
