@@ -23,6 +23,7 @@ from pydicom.uid import UID
 from dicomnode.errors import (
     DicomnodeError,
     InconsistentSeries,
+    IncorrectlyConfigured,
     InvalidDataset,
     InvalidDicom,
     UnsupportedImage,
@@ -399,6 +400,60 @@ def test_p15_a_palette_is_indices_with_a_warning_and_rgb_on_request(
     expected = apply_color_lut(dataset.pixel_array, dataset)
     assert found.dtype == expected.dtype
     numpy.testing.assert_array_equal(found[0], expected)
+
+
+def palettes(cells: numpy.ndarray, places: list[float]) -> list[Dataset]:
+    """Slices with a palette of 8 bits, one of 16 entries in which red rises by ten."""
+    made = make_series(*cells.shape)
+    for one, slice_, place in zip(made, cells, places, strict=True):
+        one.PhotometricInterpretation = "PALETTE COLOR"
+        del one.RescaleSlope, one.RescaleIntercept
+        one.BitsAllocated = one.BitsStored = 8
+        one.HighBit, one.PixelRepresentation = 7, int(cells.dtype.kind == "i")
+        one.PixelData = slice_.tobytes()
+        one.ImagePositionPatient[2] = place
+        for k, name in enumerate(("Red", "Green", "Blue")):
+            vr = "SS" if one.PixelRepresentation else "US"
+            first = -8 if one.PixelRepresentation else 0
+            one.add_new(f"{name}PaletteColorLookupTableDescriptor", vr, [16, first, 8])
+            table = bytes(range(100 * (k == 0), 100 * (k == 0) + 160, 10))
+            one.add_new(f"{name}PaletteColorLookupTableData", "OW", table)
+    return made
+
+
+def test_p15_rgb_of_a_palette_has_the_dtype_that_is_asked_for() -> None:
+    cells = numpy.random.default_rng(2).integers(-8, 8, (2, 6, 8)).astype("i1")
+    made = palettes(cells, [0, 2])
+    expected = numpy.stack([apply_color_lut(one.pixel_array, one) for one in made])
+    for dtype in (None, "u1", "i2", "f4", "f8"):
+        found = numpy_grinder(made, color="palette", dtype=dtype)
+        assert found.dtype == (dtype or "u1")
+        numpy.testing.assert_array_equal(found, expected)
+    with pytest.raises(InvalidDataset, match="int8 cannot hold") as told:
+        numpy_grinder(made, color="palette", dtype="i1")
+    assert made[0].SOPInstanceUID in str(told.value)
+
+
+@pytest.mark.parametrize("options", [{"gaps": "resample"}, {"tilt": "resample"}])
+def test_p15_between_colours_there_are_colours_and_between_indices_there_are_none(
+    options: Any,
+) -> None:
+    cells = numpy.random.default_rng(2).integers(0, 16, (3, 6, 8)).astype("u1")
+    made = palettes(cells, [0, 2, 6] if "gaps" in options else [0, 2, 4])
+    if "tilt" in options:
+        for k, one in enumerate(made):
+            one.ImagePositionPatient[0] += k
+    with pytest.raises(IncorrectlyConfigured, match='color="palette"') as told:
+        volume_grinder(made, **options)
+    assert made[0].SOPInstanceUID in str(told.value)
+    volume = volume_grinder(made, color="palette", dtype="f4", **options)
+    rgb = numpy.stack([apply_color_lut(one.pixel_array, one) for one in made])
+    if "gaps" in options:
+        between = (rgb[1].astype("f8") + rgb[2]) / 2
+        expected = numpy.stack([rgb[0], rgb[1], between, rgb[2]])
+        numpy.testing.assert_array_equal(volume.array, expected)
+    else:
+        numpy.testing.assert_array_equal(volume.array[0, :6, :8], rgb[0])
 
 
 def test_p15_a_palette_that_is_not_there_is_an_error() -> None:

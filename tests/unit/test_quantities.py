@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import highdicom
+import imagecodecs
 import numpy
 import pydicom
 import pydicom.data
 import pytest
 from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_rescale
 from pydicom.sr.codedict import codes
-from pydicom.uid import ImplicitVRLittleEndian
+from pydicom.uid import ImplicitVRLittleEndian, JPEG2000Lossless
 from tests.unit.test_codecs import RLE, rle
 from tests.unit.test_multiframe import enhanced, item
 
@@ -821,6 +823,40 @@ def test_p13_padding_whose_sign_contradicts_the_pixels_is_read_by_its_bits(
         one.add_new("PixelPaddingValue", vr, value)
     volume = volume_grinder(padding=True)(kind(made))
     numpy.testing.assert_array_equal(volume.padding, stored == found)
+
+
+@pytest.mark.parametrize("is_signed", [False, True])
+@pytest.mark.parametrize("stream_is_signed", [False, True])
+@pytest.mark.parametrize(
+    ("vr", "value", "limit"),
+    [("US", 63536, None), ("SS", -2000, None), ("US", 63536, 10), ("SS", -2000, 10), ("US", 7, 9)],
+)
+def test_p13_p17_padding_has_the_sign_that_the_values_have(
+    is_signed: bool, stream_is_signed: bool, vr: str, value: int, limit: int | None
+) -> None:
+    cells = numpy.random.default_rng(3).integers(0, 100, (3, 32, 40))
+    cells[1:, 3, ::2] = 63536
+    cells[2, 4, ::2] = 40000
+    cells = cells.astype("<i2" if stream_is_signed else "<u2")
+    made = make_series(*cells.shape)
+    for one, slice_ in zip(made, cells, strict=True):
+        frame = bytes(
+            imagecodecs.jpeg2k_encode(slice_, level=0, reversible=True, codecformat="j2k")
+        )
+        one.PixelData = encapsulate([frame])
+        one.file_meta.TransferSyntaxUID = JPEG2000Lossless
+        one.PixelRepresentation, one.BitsStored, one.HighBit = int(is_signed), 16, 15
+        one.add_new("PixelPaddingValue", vr, value)
+        if limit is not None:
+            one.add_new("PixelPaddingRangeLimit", vr, limit)
+    volume = volume_grinder(padding=True, values="stored")(lazy(made))
+    kind = "<i2" if is_signed or stream_is_signed else "<u2"
+    ends = numpy.array([value, value if limit is None else limit]).astype(kind)
+    stored = cells.astype(kind)
+    numpy.testing.assert_array_equal(volume.array, stored)
+    expected = (stored >= ends.min()) & (stored <= ends.max())
+    assert expected.any()
+    numpy.testing.assert_array_equal(volume.padding, expected)
 
 
 def test_p13_padding_is_that_of_each_image(kind: Callable) -> None:

@@ -487,6 +487,20 @@ def test_g8_g50_an_image_sent_twice_does_not_make_a_volume_longer(kind: Callable
     assert list(series_grinder(kind([*mixed(made.values()), made[5.0][1]]))) == [2.5, 5.0]
 
 
+def test_g8_one_uid_in_two_volumes_is_an_error_that_names_it(kind: Callable) -> None:
+    made = tagged("EchoTime", [2.5, 5.0])
+    older = copy.deepcopy(made[2.5][1])
+    older.EchoTime = 5.0
+    given = kind([older, *mixed(made.values())])
+    with pytest.raises(InconsistentSeries, match=r"one SOPInstanceUID") as told:
+        series_grinder(given, split_by="EchoTime")
+    assert older.SOPInstanceUID in str(told.value)
+    found = series_grinder(given, split_by="EchoTime", duplicates="last")
+    same(found[2.5], made[2.5])
+    same(found[5.0], made[5.0])
+    assert older.SOPInstanceUID in found[5.0].warnings[0]
+
+
 def test_g29_a_gap_in_one_volume_names_its_key() -> None:
     made = tagged("EchoTime", [2.5, 5.0], slices=6)
     for series in made.values():

@@ -325,6 +325,37 @@ def test_g8_the_same_image_sent_twice_is_silent_and_with_other_pixels_an_error(
         volume_grinder(duplicates="error")(kind([*made, made[2]]))
 
 
+def test_g8_one_uid_at_two_places_is_an_error_that_names_it(kind: Callable) -> None:
+    made = distinct(make_series(4, 4, 5))
+    older = copy.deepcopy(made[1])
+    older.ImagePositionPatient = copy.deepcopy(made[3].ImagePositionPatient)
+    older.ImagePositionPatient[2] += (
+        made[3].ImagePositionPatient[2] - made[2].ImagePositionPatient[2]
+    )
+    distinct([older], seed=4)
+    for duplicates in ("identical", "error"):
+        with pytest.raises(InconsistentSeries, match="one SOPInstanceUID") as told:
+            volume_grinder(duplicates=duplicates)(kind([older, *made]))
+        assert made[1].SOPInstanceUID in str(told.value)
+    volume = volume_grinder(duplicates="last")(kind([older, *made]))
+    assert_right(volume, made)
+    (warning,) = volume.warnings
+    assert made[1].SOPInstanceUID in warning and "given last" in warning
+
+
+@pytest.mark.parametrize("duplicates", ["identical", "error", "last"])
+def test_g8_stacks_side_by_side_are_no_duplicates(kind: Callable, duplicates: Any) -> None:
+    made = distinct(make_series(3, 4, 5)) + distinct(make_series(3, 4, 5), seed=4)
+    for one in made:
+        one.SeriesInstanceUID, one.FrameOfReferenceUID = "1.2.3", "1.2.4"
+    for one in made[3:]:
+        one.ImagePositionPatient[0] += 100
+        one.AcquisitionNumber = 2
+    with pytest.raises(InconsistentSeries, match="side by side") as told:
+        volume_grinder(duplicates=duplicates)(kind(made))
+    assert_told(told.value, made[0], made[3])
+
+
 def test_g9_another_image_with_equal_pixels_is_left_out_with_a_warning(kind: Callable) -> None:
     made = distinct(make_series(4, 4, 5))
     other = copy.deepcopy(made[1])

@@ -378,7 +378,7 @@ def read_array(
             f'image {first.sop_instance_uid} is to be colour, which has no values="{reading.values}"'
         )
     if wants_rgb:
-        return _read_palette(slices, out)
+        return _read_palette(slices, reading, out)
     shape, dtype = place_of(slices, reading)
     decoded = None if has_scale or out is not None else _decoded(slices[0].dataset)
     taken = decoded and decoded.take([item.header for item in slices], reading, shape, dtype)
@@ -433,9 +433,15 @@ def read_padding(slices: Sequence[Slice]) -> NDArray[numpy.bool_]:
         raise UnsupportedImage(f"image {first.sop_instance_uid} is colour, which has no padding")
     padding = numpy.zeros((len(slices), first.rows, first.columns), numpy.bool_)
     ranges = [padding_of(item.dataset) for item in slices]
+    may_be_signed = False
     if any(found is not None for found in ranges):
-        for k, stored, _ in _stored(slices):
-            if (found := ranges[k]) is not None:
+        for k, stored, notes in _stored(slices):
+            # A signed codestream counts more than the header, which tells how padding is written.
+            may_be_signed |= any("values are taken as signed" in note for note in notes)
+            found = ranges[k]
+            if may_be_signed and (stored.min() < 0 or stored.max() < 1 << 15):
+                found = padding_of(slices[k].dataset, is_signed=True)
+            if found is not None:
                 numpy.logical_and(stored >= found[0], stored <= found[1], out=padding[k])
     return padding
 
@@ -555,11 +561,12 @@ def _own_type(slices: Sequence[Slice]) -> numpy.dtype[Any]:
 
 
 def _read_palette(
-    slices: Sequence[Slice], out: NDArray[Any] | None
+    slices: Sequence[Slice], reading: Reading, out: NDArray[Any] | None
 ) -> tuple[NDArray[Any], list[str]]:
     """Images of palette indices as RGB (PS3.3 C.7.9)."""
-    indices, notes = read_array(slices, Reading(numpy.dtype("u2"), "stored", "raw"))
+    indices, notes = read_array(slices, Reading(numpy.dtype("i4"), "stored", "raw"))
     array: NDArray[Any] | None = None
+    depth: numpy.dtype[Any] | None = None
     for k, item in enumerate(slices):
         try:
             colors = apply_color_lut(indices[k], item.dataset)[..., :3]
@@ -568,15 +575,21 @@ def _read_palette(
                 f"image {item.header.sop_instance_uid} has no palette that can be used "
                 f"(RedPaletteColorLookupTableDescriptor and so on): {error}"
             ) from error
-        if array is None:
-            uid = item.header.sop_instance_uid
-            array = _output(uid, (len(slices), *colors.shape), colors.dtype, out)
-        if not numpy.can_cast(colors.dtype, array.dtype):
-            raise InvalidDataset(
-                f"image {item.header.sop_instance_uid} has a palette of {colors.dtype}, which "
-                f"{array.dtype} cannot hold"
+        uid, depth = item.header.sop_instance_uid, depth or colors.dtype
+        if reading.dtype is None and out is None and colors.dtype != depth:
+            raise InconsistentSeries(
+                f"image {uid} has a palette of {colors.dtype}, image {slices[0].header.sop_instance_uid} "
+                f"one of {depth}; narrow the input with required_values, or choose a dtype"
             )
+        if array is None:
+            dtype = reading.dtype or colors.dtype
+            array = _output(uid, (len(slices), *colors.shape), dtype, out)
         array[k] = colors
+        if not numpy.array_equal(array[k], colors):
+            raise InvalidDataset(
+                f"image {uid} has a palette of {colors.dtype} with values that {array.dtype} cannot "
+                f"hold; choose dtype={colors.dtype} or float32"
+            )
     assert array is not None
     return array, [note for note in notes if "palette" not in note]
 

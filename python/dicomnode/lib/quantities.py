@@ -65,8 +65,10 @@ def modality_lut_type(dataset: Dataset) -> str:
     return str(first.get("ModalityLUTType", "") or "")
 
 
-def padding_of(dataset: Dataset) -> tuple[float, float] | None:
+def padding_of(dataset: Dataset, is_signed: bool = False) -> tuple[float, float] | None:
     """Lowest and highest stored value that is padding (PS3.3 C.7.5.1.1.2); None without any.
+
+    The pixels are signed where PixelRepresentation or `is_signed` says so.
 
     Raises InvalidDataset where these are no numbers.
     """
@@ -80,7 +82,8 @@ def padding_of(dataset: Dataset) -> tuple[float, float] | None:
         ends = [value] if limit is None else [value, limit]
         if not kind:
             bits = int(dataset.get("BitsStored") or dataset.get("BitsAllocated") or 16)
-            ends = [signed(end, bits, dataset.get("PixelRepresentation") == 1) for end in ends]
+            is_signed = is_signed or dataset.get("PixelRepresentation") == 1
+            ends = [signed(end, bits, is_signed) for end in ends]
         ends = [_finite(end) for end in ends]
     except READ_ERRORS as error:
         raise InvalidDataset(

@@ -50,7 +50,8 @@ class Policies:
     `spacing_mm[0]` are NaN, and only `positions_mm` tells where each slice is.
 
     `duplicates`: "identical" keeps one of several images with equal pixels; "error" does not; "last"
-    keeps the one that was given last, whatever its pixels.
+    keeps the one that was given last of those at one place or with one SOPInstanceUID, whatever its
+    pixels.
 
     `localizers`: "drop" leaves out images whose ImageType says LOCALIZER or SCOUT.
 
@@ -133,7 +134,7 @@ def arrange(slices: Sequence[Slice], reading: Reading, policies: Policies) -> St
         slices = without_localizers(slices, warnings)
     for item in slices:
         check_image(item.header)
-    slices = place(slices)
+    slices = without_older(place(slices), policies, warnings)
     plane = _plane(slices, warnings)
     normal = plane.normal
     positions = numpy.array([item.header.position for item in slices], numpy.float64)
@@ -275,6 +276,59 @@ def without_localizers(slices: Sequence[Slice], warnings: list[str]) -> list[Sli
     return kept
 
 
+def without_older(slices: Sequence[Slice], policies: Policies, warnings: list[str]) -> list[Slice]:
+    """The images, none of which has the SOPInstanceUID and the frame of one at another place.
+
+    Raises InconsistentSeries, unless the one that was given last counts.
+    """
+    latest = {image_key(item): item for item in slices}
+    kept: list[Slice] = []
+    left: list[str] = []
+    for item in slices:
+        header, last = item.header, latest[image_key(item)].header
+        if _lies_with(header, last):
+            kept.append(item)
+        elif policies.duplicates == "last":
+            left.append(f"{called(header)} at {header.position}")
+        else:
+            raise same_uid(header, f"lies at {header.position} and at {last.position}")
+    if left:
+        warnings.append(one_uid(left))
+    return kept
+
+
+def image_key(item: Slice) -> tuple[str, str | int, int]:
+    """What no other image has: its UIDs and its frame."""
+    header = item.header
+    return header.series_instance_uid, header.sop_instance_uid or id(item), header.frame
+
+
+def one_uid(left: Sequence[str]) -> str:
+    """The warning that images with the UID of a later one were left out."""
+    return (
+        "of several images with one SOPInstanceUID the one given last was kept; left out: "
+        f"{some(left)}"
+    )
+
+
+def same_uid(header: ImageHeader, problem: str) -> InconsistentSeries:
+    """The error that two different images have one UID."""
+    return InconsistentSeries(
+        f"image {called(header)} {problem}: different images with one SOPInstanceUID; have them "
+        'sent with UIDs of their own, or choose duplicates="last" where the later one is a correction'
+    )
+
+
+def _lies_with(one: ImageHeader, other: ImageHeader) -> bool:
+    if one is other or (one.position, one.orientation) == (other.position, other.orientation):
+        return True
+    mine, theirs = (
+        numpy.array([*(header.position or ()), *(header.orientation or ())])
+        for header in (one, other)
+    )
+    return mine.shape == theirs.shape and bool((abs(mine - theirs) <= 2 * _POSITION_MM).all())
+
+
 def _without_duplicates(
     slices: Sequence[Slice],
     positions: NDArray[numpy.float64],
@@ -293,6 +347,9 @@ def _without_duplicates(
     for group in groups:
         given = sorted(group)
         kept = given[-1] if policies.duplicates == "last" else given[0]
+        for other in given:
+            if numpy.linalg.norm(positions[kept] - positions[other]) > SAME_PLACE_MM:
+                raise _side_by_side(slices[kept], slices[other])
         if policies.duplicates == "error":
             raise _at_one_place(slices, groups, slices[given[0]], slices[given[1]])
         for other in given:
@@ -367,6 +424,16 @@ def _at_one_place(
         )
     return InconsistentSeries(
         f"{len(pairs)} pairs of images lie at the same position: {some(pairs)}; {told}"
+    )
+
+
+def _side_by_side(one: Slice, other: Slice) -> InconsistentSeries:
+    names = differing(one, other)
+    remedy = f', or use series_grinder(split_by="{names[0]}")' if names else ""
+    return InconsistentSeries(
+        f"images {called(one.header)} and {called(other.header)} lie side by side in one plane, at "
+        f"{one.header.position} and {other.header.position}: two stacks in one input? Narrow it with "
+        f"required_values, so that it holds one{remedy}"
     )
 
 

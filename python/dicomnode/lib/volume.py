@@ -14,11 +14,30 @@ import numpy
 from numpy.typing import NDArray
 
 from dicomnode.errors import InconsistentSeries, IncorrectlyConfigured
-from dicomnode.lib.images import Reading, Slice, called, check_image, read_array, read_padding
+from dicomnode.lib.images import (
+    PALETTE,
+    Reading,
+    Slice,
+    called,
+    check_image,
+    read_array,
+    read_padding,
+)
 from dicomnode.lib.layouts import check_concatenations, place
 from dicomnode.lib.regrid import on_grid, shifts, straightened
 from dicomnode.lib.splits import counts, split
-from dicomnode.lib.stack import SAME_PLACE_MM, Stack, arrange, same_places, some, without_localizers
+from dicomnode.lib.stack import (
+    SAME_PLACE_MM,
+    Stack,
+    arrange,
+    image_key,
+    one_uid,
+    same_places,
+    same_uid,
+    some,
+    without_localizers,
+    without_older,
+)
 from dicomnode.lib.stack import Duplicates as Duplicates
 from dicomnode.lib.stack import Gaps as Gaps
 from dicomnode.lib.stack import Localizers as Localizers
@@ -99,6 +118,13 @@ def read_stack(
     plane, step, positions = stack.plane, stack.step, stack.positions_mm
     moves = shifts(stack) if policies.tilt == "resample" else None
     as_read = stack.is_plain and moves is None
+    is_mixed = moves is not None or (policies.gaps == "resample" and not stack.is_plain)
+    header = stack.slices[0].header
+    if is_mixed and reading.color != "palette" and header.photometric_interpretation == PALETTE:
+        raise IncorrectlyConfigured(
+            f"image {called(header)} holds indices of a palette, between which {policies.needs_nan} "
+            'finds no values; choose color="palette", which gives RGB'
+        )
     units = "" if reading.values == "stored" else _units(stack.slices)
     array, told = read_array(stack.slices, reading, out=out if as_read else None)
     if not as_read:
@@ -172,7 +198,7 @@ def read_volumes(
     check_concatenations(slices)
     for item in slices:
         check_image(item.header)
-    slices = place(slices)
+    slices = without_older(place(slices), policies, warnings)
     if keywords is None:
         try:
             keyword = _separating(slices)
@@ -186,8 +212,8 @@ def read_volumes(
             return {None: read_volume(slices, reading, policies, notes=warnings)}
         keywords = (keyword,)
         warnings.append(f"split by {keyword}, which separates images at the same position")
-    groups = split(slices, keywords)
     told = " and ".join(keywords)
+    groups = _each_in_one(split(slices, keywords), slices, told, policies, warnings)
     sizes = {key: len(_places(group)) for key, group in groups.items()}
     if len(set(sizes.values())) > 1 and incomplete != "keep":
         each = some([f"{key!r}: {size}" for key, size in sizes.items()], 20)
@@ -213,6 +239,35 @@ def read_volumes(
     return {
         key: read_stack(stack, reading, policies, notes=warnings) for key, stack in stacks.items()
     }
+
+
+def _each_in_one(
+    groups: dict[Any, list[Slice]],
+    slices: Sequence[Slice],
+    told: str,
+    policies: Policies,
+    warnings: list[str],
+) -> dict[Any, list[Slice]]:
+    """The groups, none of which has an image that is in another, too.
+
+    Raises InconsistentSeries, unless the one that was given last counts.
+    """
+    latest = {image_key(item): item for item in slices}
+    key_of = {id(item): key for key, group in groups.items() for item in group}
+    left: list[str] = []
+    kept: dict[Any, list[Slice]] = {}
+    for key, group in groups.items():
+        for item in group:
+            last = key_of[id(latest[image_key(item)])]
+            if last == key:
+                kept.setdefault(key, []).append(item)
+            elif policies.duplicates == "last":
+                left.append(f"{called(item.header)} with {key!r}")
+            else:
+                raise same_uid(item.header, f"has the {told} {key!r} and {last!r}")
+    if left:
+        warnings.append(one_uid(left))
+    return kept
 
 
 def _places(slices: Sequence[Slice]) -> list[tuple[Any, ...]]:
@@ -241,8 +296,7 @@ def _separating(slices: Sequence[Slice]) -> str | None:
 
     Raises InconsistentSeries where there is no such attribute, or several.
     """
-    once = {(item.header.sop_instance_uid, item.header.frame): item for item in slices}
-    unique = list(once.values())
+    unique = list({image_key(item): item for item in slices}.values())
     if len(_places(unique)) == len(unique):
         return None
     values = counts(unique)
