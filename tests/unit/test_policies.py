@@ -241,6 +241,14 @@ def test_g32_a_tilted_stack_is_resampled_onto_a_straight_grid(sign: int) -> None
     numpy.testing.assert_allclose((volume.affine @ (0, 0, 3, 1))[:3], volume.positions_mm[3])
 
 
+def test_g32_a_stack_that_is_tilted_too_far_does_not_fill_the_memory() -> None:
+    made = at([0, 2, 4, 6], 1e6)
+    assert volume_grinder(made).shape == (4, 5, 7)
+    with pytest.raises(InconsistentSeries, match="16 times their pixels") as told:
+        volume_grinder(tilt="resample")(made)
+    assert made[0].SOPInstanceUID in str(told.value) and "rows" in str(told.value)
+
+
 def test_g32_real_tilted_ct_is_resampled_as_simpleitk_does_it(real_data: Path) -> None:
     sitk = pytest.importorskip("SimpleITK")
     given = load(real_data / "ct-tilt-54")

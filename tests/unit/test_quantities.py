@@ -711,6 +711,32 @@ def test_p12_one_image_that_lacks_something_is_enough(kind: Callable) -> None:
         numpy_grinder(values="suv")(kind(made))
 
 
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [
+        ("PatientWeight", "71"),
+        ("RadionuclideTotalDose", "380000000"),
+        ("RadionuclideHalfLife", "6600"),
+        ("RadiopharmaceuticalStartTime", "100100"),
+        ("DecayCorrection", "ADMIN"),
+    ],
+)
+def test_p12_images_of_one_series_that_contradict_each_other_are_told(
+    kind: Callable, keyword: str, value: str
+) -> None:
+    made = pet()
+    change(made[2], keyword, value)
+    with pytest.raises(InvalidDataset, match=keyword) as told:
+        volume_grinder(values="suv")(kind(made))
+    assert made[0].SOPInstanceUID in str(told.value)
+    assert made[2].SOPInstanceUID in str(told.value)
+    # Another way to write the same is no contradiction.
+    made = pet()
+    change(made[2], "RadionuclideTotalDose", "3.7e8")
+    change(made[2], "RadiopharmaceuticalStartTime", "100000.00")
+    assert factor_of(kind(made)) == factor_of(kind(pet()))
+
+
 def test_p12_what_is_no_pet_is_told() -> None:
     with pytest.raises(UnsupportedImage, match="'CT'"):
         numpy_grinder(values="suv")(lazy(make_series(2, 3, 4)))

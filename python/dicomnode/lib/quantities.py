@@ -251,7 +251,9 @@ def suv_scales(datasets: Sequence[Dataset]) -> tuple[list[Scale], list[str]]:
             notes += told
     scales = []
     for image in images:
-        factor = image.factor(times.get(str(image.dataset.get("SeriesInstanceUID", ""))))
+        uid = str(image.dataset.get("SeriesInstanceUID", ""))
+        factor = image.factor(times.get(uid))
+        image.check_alike(series[uid][0], times.get(uid))
         slope = image.number("RescaleSlope")
         intercept = image.number("RescaleIntercept", or_else=0.0)
         scales.append(Scale(_SUV_UNITS, slope * factor, intercept * factor))
@@ -332,6 +334,30 @@ class _Pet:
                 )
             dose *= 2 ** (-seconds / half_life)
         return self.activity_factor * weight_kg * 1000 / dose
+
+    def check_alike(self, first: "_Pet", reference: datetime | None) -> None:
+        """One patient was given one dose: another in an image of the same series is wrong."""
+        mine, theirs = (image._given(reference) for image in (self, first))
+        for keyword in mine:
+            if keyword in theirs and mine[keyword] != theirs[keyword]:
+                raise self.wrong(
+                    keyword,
+                    f"{theirs[keyword]} as in image {first.uid} of the series, not {mine[keyword]}",
+                )
+
+    def _given(self, reference: datetime | None) -> dict[str, Any]:
+        if not self.needs_dose:
+            return {}
+        item = self.administration
+        found: dict[str, Any] = {
+            "DecayCorrection": self.text("DecayCorrection"),
+            "PatientWeight": self.number("PatientWeight"),
+            "RadionuclideTotalDose": self.number("RadionuclideTotalDose", item),
+        }
+        if self.decays and reference is not None:
+            found["RadionuclideHalfLife"] = self.half_life
+            found["RadiopharmaceuticalStartTime"] = self._injected(reference)
+        return found
 
     @property
     def administration(self) -> Dataset:

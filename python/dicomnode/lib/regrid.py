@@ -9,14 +9,19 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from dicomnode.lib.stack import Plane, Stack, is_tilted
+from dicomnode.errors import InconsistentSeries
+from dicomnode.lib.images import called
+from dicomnode.lib.stack import MOST_FILLED, Plane, Stack, is_tilted
 
 # Shift in pixels below which a slice counts as in its place.
 _SHIFT = 0.01
 
 
 def shifts(stack: Stack) -> NDArray[numpy.float64] | None:
-    """How far each slice lies from straight above the first, (row, column) in pixels; None for none."""
+    """How far each slice lies from straight above the first, (row, column) in pixels; None for none.
+
+    Raises InconsistentSeries where a grid that holds all of them would be many times larger.
+    """
     plane, positions = stack.plane, stack.positions_mm
     is_regular = not numpy.isnan(stack.step).any()
     if len(positions) < 2 or (is_regular and not is_tilted(positions, plane.normal)):
@@ -29,6 +34,14 @@ def shifts(stack: Stack) -> NDArray[numpy.float64] | None:
     )
     nearest = numpy.rint(pixels)
     shifts = numpy.where(numpy.abs(pixels - nearest) < _SHIFT, nearest, pixels)
+    first, last = stack.slices[0].header, stack.slices[-1].header
+    down, right = numpy.ptp(shifts, axis=0)
+    if (first.rows + down) * (first.columns + right) > MOST_FILLED * first.rows * first.columns:
+        raise InconsistentSeries(
+            f"the slices from {called(first)} to {called(last)} are shifted against each other by "
+            f"{down:.4g} rows and {right:.4g} columns, and a straight grid would have over "
+            f'{MOST_FILLED} times their pixels; tilt="keep" gives a sheared affine'
+        )
     return shifts if shifts.any() else None
 
 

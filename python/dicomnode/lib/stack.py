@@ -25,8 +25,8 @@ _SPACING_RELATIVE = 0.01
 _SAME_DIRECTION, _UNIT, _ROUNDED = 1e-5, 1.0001e-4, 2e-6
 # Shear of a stack relative to its length, above which it counts as tilted.
 _TILT = 1e-3
-# Slices of a filled or resampled volume for each image that is there.
-_MOST_FILLED = 16
+# Slices, or pixels, of a filled or resampled volume for each that is there.
+MOST_FILLED = 16
 _ANATOMICAL_ORIENTATION_TYPE = 0x00102210
 _SEGMENTATION, _SEGMENT = "1.2.840.10008.5.1.4.1.1.66.4", 0x0062000B
 
@@ -499,9 +499,9 @@ def _regular(
     headers = [item.header for item in slices]
     gaps = numpy.diff(distances)
     smallest, extent = float(gaps.min()), float(distances[-1] - distances[0])
-    if extent / smallest > _MOST_FILLED * len(slices):
+    if extent / smallest > MOST_FILLED * len(slices):
         raise InconsistentSeries(
-            f"the volume would have over {_MOST_FILLED} slices for each image that is there: {problem}"
+            f"the volume would have over {MOST_FILLED} slices for each image that is there: {problem}"
         )
     if policies.gaps == "resample":
         where = (distances - distances[0]) / extent
@@ -523,7 +523,7 @@ def _regular(
         off = numpy.abs(gaps - multiples * unit)
         size = int(multiples.sum()) + 1
         fits = (off <= max(_POSITION_MM, _SPACING_RELATIVE * unit)).all() and multiples.all()
-        if fits and size <= _MOST_FILLED * len(slices):
+        if fits and size <= MOST_FILLED * len(slices):
             index = numpy.concatenate([[0], numpy.cumsum(multiples)]).astype(int)
             step = (positions[-1] - positions[0]) / (size - 1)
             drift = _drift(headers, positions, positions[0] + index[:, None] * step, unit)
