@@ -402,6 +402,19 @@ def test_p15_a_palette_is_indices_with_a_warning_and_rgb_on_request(
     numpy.testing.assert_array_equal(found[0], expected)
 
 
+def test_colour_of_another_depth_is_told_unless_there_is_a_dtype() -> None:
+    made = make_series(2, 6, 8)
+    for one, bits in zip(made, (8, 16), strict=True):
+        del one.RescaleSlope, one.RescaleIntercept
+        one.SamplesPerPixel, one.PhotometricInterpretation, one.PlanarConfiguration = 3, "RGB", 0
+        one.BitsAllocated, one.BitsStored, one.HighBit = bits, bits, bits - 1
+        one.PixelData = bytes(6 * 8 * 3 * bits // 8)
+    with pytest.raises(InconsistentSeries, match="BitsStored") as told:
+        numpy_grinder(made)
+    assert all(one.SOPInstanceUID in str(told.value) for one in made)
+    assert numpy_grinder(made, dtype="u2").shape == (2, 6, 8, 3)
+
+
 def palettes(cells: numpy.ndarray, places: list[float]) -> list[Dataset]:
     """Slices with a palette of 8 bits, one of 16 entries in which red rises by ten."""
     made = make_series(*cells.shape)

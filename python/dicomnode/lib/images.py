@@ -346,8 +346,8 @@ def read_array(
     images in parallel, each straight into its place. A note tells where a codestream contradicts
     its header. With `out`, that array is filled; its dtype counts.
 
-    Raises UnsupportedImage, InvalidDataset, InvalidDicom, IncorrectlyConfigured for an `out` of
-    another shape.
+    Raises InconsistentSeries, UnsupportedImage, InvalidDataset, InvalidDicom, IncorrectlyConfigured
+    for an `out` of another shape.
     """
     if not slices:
         raise InconsistentSeries("there is no image to make an array of")
@@ -367,6 +367,13 @@ def read_array(
                 f"image {header.sop_instance_uid} is {_kind(header)}, image "
                 f"{first.sop_instance_uid} is {_kind(first)}; images of one array have to be of one "
                 "kind: narrow the input with required_values for PhotometricInterpretation"
+            )
+        is_free = reading.dtype is None and out is None and header.samples_per_pixel > 1
+        if is_free and header.bits_stored != first.bits_stored:
+            raise InconsistentSeries(
+                f"image {header.sop_instance_uid} is colour of {header.bits_stored} BitsStored, image "
+                f"{first.sop_instance_uid} of {first.bits_stored}, where the same number is another "
+                "brightness; narrow the input with required_values, or choose a dtype"
             )
     if any(item.whole is not None for item in slices):
         return _read_parts(slices, reading, out)
