@@ -480,6 +480,33 @@ def test_g42_g50_volumes_of_unequal_length_are_told_or_left_out(kind: Callable) 
     assert [len(volume.array) for volume in kept.values()] == [4, 4, 3]
 
 
+def test_g50_volumes_of_equal_length_at_other_places_are_told_or_left_out(kind: Callable) -> None:
+    made = tagged("TemporalPositionIdentifier", [1, 2, 3], slices=5)
+    whole = [made[1][:-1], made[2][1:], made[3][:-1]]
+    split = series_grinder(split_by="TemporalPositionIdentifier")
+    with pytest.raises(InconsistentSeries, match="different places along the normal"):
+        split(kind(mixed(whole)))
+    dropping = series_grinder(split_by="TemporalPositionIdentifier", incomplete="drop")
+    found = dropping(kind(mixed(whole)))
+    assert list(found) == [1, 3]
+    same(found[3], whole[2])
+    assert "2 (4 slices)" in found[1].warnings[0]
+    # Of two there is none that most are like.
+    with pytest.raises(InconsistentSeries, match='incomplete="keep"'):
+        dropping(kind(mixed(whole[:2])))
+    keeping = series_grinder(split_by="TemporalPositionIdentifier", incomplete="keep")
+    for volume, series in zip(keeping(kind(mixed(whole))).values(), whole, strict=True):
+        same(volume, series)
+
+
+def test_an_attribute_that_only_some_images_have_is_named(kind: Callable) -> None:
+    made = tagged("EchoTime", [2.5, 5.0])
+    del made[5.0][2].EchoTime
+    with pytest.raises(InconsistentSeries, match="only some images have EchoTime") as told:
+        series_grinder(kind(mixed(made.values())))
+    assert made[5.0][2].SOPInstanceUID in str(told.value)
+
+
 def test_g8_g50_an_image_sent_twice_does_not_make_a_volume_longer(kind: Callable) -> None:
     made = tagged("EchoTime", [2.5, 5.0])
     found = series_grinder(kind([*mixed(made.values()), made[5.0][1]]), split_by="EchoTime")

@@ -360,9 +360,9 @@ def series_grinder(
     separates the images into volumes of the same places. Where no two images lie at one place, there
     is one volume, with the key None.
 
-    `incomplete` is what happens where volumes have different numbers of places: "error", "drop"
-    leaves out those that have another number than most, with a warning in the others, "keep" gives
-    them as they are. The other options are those of `volume_grinder`, for each volume.
+    `incomplete` is what happens where volumes have different numbers of places, or other places in
+    the same planes: "error", "drop" leaves out those that are not like most, with a warning in the
+    others, "keep" gives them as they are. The other options are those of `volume_grinder`, for each volume.
 
     Raises InconsistentSeries (an image without a value, unequal volumes, no or several attributes
     that would separate), and what `volume_grinder` raises.

@@ -292,6 +292,15 @@ def counts(slices: Sequence[Slice], keywords: Iterable[str] = CANDIDATES) -> dic
     return found
 
 
+def in_some(slices: Sequence[Slice], keywords: Iterable[str] = CANDIDATES) -> list[str]:
+    """The attributes that some of the images have, and others have not."""
+    return [
+        keyword
+        for keyword in keywords
+        if len({value_of(item, keyword) is None for item in slices}) > 1
+    ]
+
+
 def differing(one: Slice, other: Slice) -> list[str]:
     """The candidates whose values differ between two images; the headers are read again."""
     tags = tags_of(CANDIDATES)

@@ -25,7 +25,7 @@ from dicomnode.lib.images import (
 )
 from dicomnode.lib.layouts import check_concatenations, place
 from dicomnode.lib.regrid import on_grid, shifts, straightened
-from dicomnode.lib.splits import counts, split
+from dicomnode.lib.splits import counts, in_some, split, value_of
 from dicomnode.lib.stack import (
     SAME_PLACE_MM,
     Stack,
@@ -214,22 +214,8 @@ def read_volumes(
         warnings.append(f"split by {keyword}, which separates images at the same position")
     told = " and ".join(keywords)
     groups = _each_in_one(split(slices, keywords), slices, told, policies, warnings)
-    sizes = {key: len(_places(group)) for key, group in groups.items()}
-    if len(set(sizes.values())) > 1 and incomplete != "keep":
-        each = some([f"{key!r}: {size}" for key, size in sizes.items()], 20)
-        if incomplete == "error":
-            raise InconsistentSeries(
-                f"the volumes by {told} have different numbers of slices ({each}): an examination "
-                "that was stopped, or images that are missing? Wait for the whole series in "
-                'validate(), choose incomplete="drop" or "keep", or split by another attribute'
-            )
-        counted = list(sizes.values())
-        usual = max(set(counted), key=lambda size: (counted.count(size), size))
-        groups = {key: group for key, group in groups.items() if sizes[key] == usual}
-        left = [f"{key!r} ({size} slices)" for key, size in sizes.items() if size != usual]
-        warnings.append(
-            f"volumes with another number of slices than {usual} left out: {some(left)}"
-        )
+    if incomplete != "keep":
+        groups = _of_same_places(groups, told, incomplete, warnings)
     stacks = {}
     for key, group in groups.items():
         try:
@@ -268,6 +254,62 @@ def _each_in_one(
     if left:
         warnings.append(one_uid(left))
     return kept
+
+
+def _of_same_places(
+    groups: dict[Any, list[Slice]], told: str, incomplete: Incomplete, warnings: list[str]
+) -> dict[Any, list[Slice]]:
+    """The groups that have as many places as most, and the same ones where planes are parallel.
+
+    Raises InconsistentSeries where there are others that are not to be dropped.
+    """
+    places = {key: _places(group) for key, group in groups.items()}
+    alike: list[list[Any]] = []
+    for key, mine in places.items():
+        for keys in alike:
+            if not _contradict(mine, places[keys[0]]):
+                keys.append(key)
+                break
+        else:
+            alike.append([key])
+    if len(alike) == 1:
+        return groups
+    sizes = {key: len(mine) for key, mine in places.items()}
+    alike.sort(key=lambda keys: (len(keys), sizes[keys[0]]), reverse=True)
+    usual, second = alike[0], alike[1]
+    is_open = (len(usual), sizes[usual[0]]) == (len(second), sizes[second[0]])
+    if incomplete == "error" or is_open:
+        if len(set(sizes.values())) > 1:
+            problem = "have different numbers of slices"
+            each = [f"{key!r}: {size}" for key, size in sizes.items()]
+        else:
+            problem = "lie at different places along the normal"
+            each = [
+                f"{key!r}: {mine[0][-1]:.6g} to {mine[-1][-1]:.6g} mm"
+                for key, mine in places.items()
+            ]
+        remedy = '"keep"' if is_open else '"drop" or "keep"'
+        raise InconsistentSeries(
+            f"the volumes by {told} {problem} ({some(each, 20)}): an examination "
+            "that was stopped, or images that are missing? Wait for the whole series in "
+            f"validate(), choose incomplete={remedy}, or split by another attribute"
+        )
+    left = [f"{key!r} ({size} slices)" for key, size in sizes.items() if key not in usual]
+    warnings.append(
+        f"volumes with another number of slices than {sizes[usual[0]]}, or at other places, left out: "
+        f"{some(left)}"
+    )
+    return {key: group for key, group in groups.items() if key in usual}
+
+
+def _contradict(one: Sequence[tuple[Any, ...]], other: Sequence[tuple[Any, ...]]) -> bool:
+    """Whether two volumes have other numbers of places, or other places in the same planes."""
+    if len(one) != len(other):
+        return True
+    pairs = list(zip(one, other, strict=True))
+    return all(mine[1:-1] == theirs[1:-1] for mine, theirs in pairs) and any(
+        abs(mine[-1] - theirs[-1]) > SAME_PLACE_MM for mine, theirs in pairs
+    )
 
 
 def _places(slices: Sequence[Slice]) -> list[tuple[Any, ...]]:
@@ -318,8 +360,18 @@ def _separating(slices: Sequence[Slice]) -> str | None:
     raise InconsistentSeries(
         f"{len(unique)} images from {called(unique[0].header)} on lie at {len(_places(unique))} places, "
         f"and {problem}; choose split_by, a keyword or a tuple of keywords: those that differ are "
-        f"{told or 'none'}"
+        f"{told or 'none'}{_partial(unique)}"
     )
+
+
+def _partial(slices: Sequence[Slice]) -> str:
+    """What an error tells of attributes that only some images have."""
+    found = []
+    for keyword in in_some(slices):
+        lacking = [called(item.header) for item in slices if value_of(item, keyword) is None]
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        found.append(f"{keyword} (not in {lacking[0]}{more})")
+    return f"; only some images have {', '.join(found)}" if found else ""
 
 
 def _same_places(one: Sequence[tuple[Any, ...]], other: Sequence[tuple[Any, ...]]) -> bool:
