@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from dicomnode.errors import InconsistentSeries, IncorrectlyConfigured
 from dicomnode.lib.images import (
     PALETTE,
+    ImageHeader,
     Reading,
     Slice,
     called,
@@ -267,7 +268,8 @@ def _of_same_places(
     alike: list[list[Any]] = []
     for key, mine in places.items():
         for keys in alike:
-            if not _contradict(mine, places[keys[0]]):
+            one, other = groups[key][0].header, groups[keys[0]][0].header
+            if not _contradict(mine, places[keys[0]], is_comparable=_matrix(one) == _matrix(other)):
                 keys.append(key)
                 break
         else:
@@ -302,14 +304,20 @@ def _of_same_places(
     return {key: group for key, group in groups.items() if key in usual}
 
 
-def _contradict(one: Sequence[tuple[Any, ...]], other: Sequence[tuple[Any, ...]]) -> bool:
+def _contradict(
+    one: Sequence[tuple[Any, ...]], other: Sequence[tuple[Any, ...]], *, is_comparable: bool
+) -> bool:
     """Whether two volumes have other numbers of places, or other places in the same planes."""
     if len(one) != len(other):
         return True
     pairs = list(zip(one, other, strict=True))
-    return all(mine[1:-1] == theirs[1:-1] for mine, theirs in pairs) and any(
-        abs(mine[-1] - theirs[-1]) > SAME_PLACE_MM for mine, theirs in pairs
-    )
+    is_parallel = is_comparable and all(mine[1:-1] == theirs[1:-1] for mine, theirs in pairs)
+    return is_parallel and any(abs(mine[-1] - theirs[-1]) > SAME_PLACE_MM for mine, theirs in pairs)
+
+
+def _matrix(header: ImageHeader) -> tuple[str, int, int]:
+    """What volumes have in common that are one scan at several times."""
+    return header.frame_of_reference_uid, header.rows, header.columns
 
 
 def _places(slices: Sequence[Slice]) -> list[tuple[Any, ...]]:
