@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from dicomnode.errors import InconsistentSeries, IncorrectlyConfigured
 from dicomnode.lib.images import (
     PALETTE,
-    ImageHeader,
     Reading,
     Slice,
     called,
@@ -47,6 +46,11 @@ from dicomnode.lib.stack import Tilt as Tilt
 
 #: What happens with volumes of one series that have different numbers of places.
 Incomplete: TypeAlias = Literal["error", "drop", "keep"]
+
+# What tells stacks apart that may lie anywhere, and not the times, echoes and so on of one stack.
+_OWN_PLACES = frozenset(
+    ("StackID", "SeriesInstanceUID", "ReferencedSegmentNumber", "DetectorVector", "Rows", "Columns")
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +220,7 @@ def read_volumes(
     told = " and ".join(keywords)
     groups = _each_in_one(split(slices, keywords), slices, told, policies, warnings)
     if incomplete != "keep":
-        groups = _of_same_places(groups, told, incomplete, warnings)
+        groups = _of_same_places(groups, keywords, incomplete, warnings)
     stacks = {}
     for key, group in groups.items():
         try:
@@ -258,18 +262,22 @@ def _each_in_one(
 
 
 def _of_same_places(
-    groups: dict[Any, list[Slice]], told: str, incomplete: Incomplete, warnings: list[str]
+    groups: dict[Any, list[Slice]],
+    keywords: tuple[str, ...],
+    incomplete: Incomplete,
+    warnings: list[str],
 ) -> dict[Any, list[Slice]]:
     """The groups that have as many places as most, and the same ones where planes are parallel.
 
     Raises InconsistentSeries where there are others that are not to be dropped.
     """
+    told = " and ".join(keywords)
+    is_one_scan = not _OWN_PLACES.intersection(keywords)
     places = {key: _places(group) for key, group in groups.items()}
     alike: list[list[Any]] = []
     for key, mine in places.items():
         for keys in alike:
-            one, other = groups[key][0].header, groups[keys[0]][0].header
-            if not _contradict(mine, places[keys[0]], is_comparable=_matrix(one) == _matrix(other)):
+            if not _contradict(mine, places[keys[0]], is_one_scan):
                 keys.append(key)
                 break
         else:
@@ -305,19 +313,14 @@ def _of_same_places(
 
 
 def _contradict(
-    one: Sequence[tuple[Any, ...]], other: Sequence[tuple[Any, ...]], *, is_comparable: bool
+    one: Sequence[tuple[Any, ...]], other: Sequence[tuple[Any, ...]], is_one_scan: bool
 ) -> bool:
     """Whether two volumes have other numbers of places, or other places in the same planes."""
     if len(one) != len(other):
         return True
     pairs = list(zip(one, other, strict=True))
-    is_parallel = is_comparable and all(mine[1:-1] == theirs[1:-1] for mine, theirs in pairs)
+    is_parallel = is_one_scan and all(mine[1:-1] == theirs[1:-1] for mine, theirs in pairs)
     return is_parallel and any(abs(mine[-1] - theirs[-1]) > SAME_PLACE_MM for mine, theirs in pairs)
-
-
-def _matrix(header: ImageHeader) -> tuple[str, int, int]:
-    """What volumes have in common that are one scan at several times."""
-    return header.frame_of_reference_uid, header.rows, header.columns
 
 
 def _places(slices: Sequence[Slice]) -> list[tuple[Any, ...]]:
