@@ -302,7 +302,15 @@ def test_a_grind_of_files_needs_its_output_and_little_more(tmp_path: Path) -> No
     assert grown < output + 16 * 2**20
 
 
-@pytest.mark.parametrize("given", ["folder", ["a.dcm"], None, numpy.int16, 5])
+def test_bytes_of_objects_are_images() -> None:
+    series = make_series(4, 5, 6)
+    objects = [encode(one)[0] for one in series]
+    numpy.testing.assert_array_equal(numpy_grinder(objects), slow(series))
+    mixed = volume_grinder([*objects[:2], *series[2:]])
+    numpy.testing.assert_array_equal(mixed.array, slow(series))
+
+
+@pytest.mark.parametrize("given", ["folder", ["a.dcm"], None, numpy.int16, 5, b"an object"])
 @pytest.mark.parametrize("grinder", [numpy_grinder, volume_grinder])
 def test_what_is_no_datasets_is_told_with_the_remedy(grinder: Any, given: object) -> None:
     with pytest.raises(InvalidDataset, match=r"dicomnode\.lib\.dicom\.load"):

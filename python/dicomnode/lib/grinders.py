@@ -17,7 +17,7 @@ from pydicom.tag import TagType
 
 from dicomnode.errors import InconsistentSeries, IncorrectlyConfigured, InvalidDataset
 from dicomnode.lib.dicom import tag_name, tag_of
-from dicomnode.lib.images import Color, Reading, Slice, Values, read_array, read_slices
+from dicomnode.lib.images import Color, Images, Reading, Slice, Values, read_array, read_slices
 from dicomnode.lib.splits import CANDIDATES, SplitBy, keywords_of, tags_of
 from dicomnode.lib.volume import (
     Duplicates,
@@ -179,7 +179,7 @@ class ArrayGrinder:
     policies: Policies = field(default_factory=Policies)
     out: NDArray[Any] | None = None
 
-    def __call__(self, datasets: Iterable[Dataset], /) -> NDArray[Any]:
+    def __call__(self, datasets: Images, /) -> NDArray[Any]:
         slices, notes = read_slices(datasets, values=self.reading.values)
         is_stack = len(slices) != 1 or "MOSAIC" in slices[0].header.image_type
         if self.order == "position" and is_stack:
@@ -202,7 +202,7 @@ class VolumeGrinder:
     out: NDArray[Any] | None = None
     padding: bool = False
 
-    def __call__(self, datasets: Iterable[Dataset], /) -> Volume:
+    def __call__(self, datasets: Images, /) -> Volume:
         slices, notes = read_slices(datasets, values=self.reading.values)
         return read_volume(
             slices, self.reading, self.policies, notes=notes, out=self.out, padding=self.padding
@@ -218,7 +218,7 @@ class SeriesGrinder:
     policies: Policies = field(default_factory=Policies)
     incomplete: Incomplete = "error"
 
-    def __call__(self, datasets: Iterable[Dataset], /) -> dict[Any, Volume]:
+    def __call__(self, datasets: Images, /) -> dict[Any, Volume]:
         keywords = CANDIDATES if self.split_by is None else keywords_of(self.split_by)
         slices, notes = read_slices(datasets, tags_of(keywords), self.reading.values)
         asked = None if self.split_by is None else keywords
@@ -226,13 +226,11 @@ class SeriesGrinder:
 
 
 @overload
-def numpy_grinder(
-    datasets: Iterable[Dataset], /, **options: Unpack[ArrayOptions]
-) -> NDArray[Any]: ...
+def numpy_grinder(datasets: Images, /, **options: Unpack[ArrayOptions]) -> NDArray[Any]: ...
 @overload
 def numpy_grinder(**options: Unpack[ArrayOptions]) -> ArrayGrinder: ...
 def numpy_grinder(
-    datasets: Iterable[Dataset] = _LATER,
+    datasets: Images = _LATER,
     /,
     *,
     dtype: DTypeLike | None = None,
@@ -283,11 +281,11 @@ def numpy_grinder(
 
 
 @overload
-def volume_grinder(datasets: Iterable[Dataset], /, **options: Unpack[VolumeOptions]) -> Volume: ...
+def volume_grinder(datasets: Images, /, **options: Unpack[VolumeOptions]) -> Volume: ...
 @overload
 def volume_grinder(**options: Unpack[VolumeOptions]) -> VolumeGrinder: ...
 def volume_grinder(
-    datasets: Iterable[Dataset] = _LATER,
+    datasets: Images = _LATER,
     /,
     *,
     dtype: DTypeLike | None = None,
@@ -323,7 +321,7 @@ def volume_grinder(
 
 @overload
 def series_grinder(
-    datasets: Iterable[Dataset],
+    datasets: Images,
     /,
     *,
     split_by: SplitBy | None = None,
@@ -334,7 +332,7 @@ def series_grinder(
     *, split_by: SplitBy | None = None, **options: Unpack[SeriesOptions]
 ) -> SeriesGrinder: ...
 def series_grinder(
-    datasets: Iterable[Dataset] = _LATER,
+    datasets: Images = _LATER,
     /,
     *,
     split_by: SplitBy | None = None,

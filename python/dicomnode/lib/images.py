@@ -229,8 +229,12 @@ class Decoded(Protocol):
         """
 
 
+#: Datasets, or the bytes of Part 10 objects.
+Images: TypeAlias = Iterable[Dataset | bytes]
+
+
 def read_slices(
-    datasets: Iterable[Dataset], extra_tags: Sequence[int] = (), values: Values = "rescaled"
+    datasets: Images, extra_tags: Sequence[int] = (), values: Values = "rescaled"
 ) -> tuple[list[Slice], list[str]]:
     """The images among datasets, in their order, and a note for each object that is none.
 
@@ -238,19 +242,24 @@ def read_slices(
     `extra_tags` the headers that the core scanned keep the values of these, too.
 
     Lazy datasets of a node or of `dicomnode.lib.dicom.load` are scanned by the compiled core, in
-    parallel; of any other dataset the attributes are read here.
+    parallel, and so are the bytes of a Part 10 object; of any other dataset the attributes are read
+    here.
 
     Raises InvalidDicom and InvalidDataset for an image whose attributes cannot be understood, or that
     lacks what `values` need.
     """
-    if isinstance(datasets, str | os.PathLike) or not isinstance(datasets, Iterable):
+    if isinstance(datasets, str | bytes | os.PathLike) or not isinstance(datasets, Iterable):
         raise InvalidDataset(
-            f"expected datasets, found {datasets!r}; read files with dicomnode.lib.dicom.load, and "
+            f"expected datasets, found {datasets!r:.80}; read files with dicomnode.lib.dicom.load, and "
             "give options of a grinder by name"
         )
-    given = list(datasets)
-    for one in given:
-        if not isinstance(one, Dataset):
+    given: list[Dataset] = []
+    for one in datasets:
+        if isinstance(one, bytes):
+            given.append(LazyDataset(one))
+        elif isinstance(one, Dataset):
+            given.append(one)
+        else:
             raise InvalidDataset(
                 f"expected a Dataset, found {type(one).__name__}; read files with "
                 "dicomnode.lib.dicom.load"
