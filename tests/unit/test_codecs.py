@@ -387,3 +387,25 @@ def test_a_jpeg_ls_without_its_end_marker_is_an_error_within_a_moment() -> None:
     with pytest.raises(InvalidDicom, match="JPEG-LS is damaged"):
         decode(items(frame), JPEG_LS, 27, 4, 8)
     assert time.process_time() - start < 1
+
+
+def test_p26_a_small_jpeg_2000_of_a_huge_image_is_refused_at_once() -> None:
+    frame = bytearray(LOSSLESS_CODECS["JPEG 2000"][1](numpy.zeros((8, 8), "u1"), 8))
+    at = frame.index(b"\xff\x51") + 6
+    for place in (0, 4, 16, 20):
+        frame[at + place : at + place + 4] = (20_000).to_bytes(4, "big")
+    start = time.process_time()
+    image = _core.Image(
+        items(bytes(frame)),
+        rows=20_000,
+        columns=20_000,
+        bits_allocated=8,
+        bits_stored=8,
+        high_bit=7,
+        pixel_representation=0,
+        sop_instance_uid="1.2.3",
+        transfer_syntax=J2K,
+    )
+    with pytest.raises(InvalidDicom, match="20000 x 20000 x 1"):
+        _core.stack([image], numpy.empty((1, 20_000, 20_000), "u1"))
+    assert time.process_time() - start < 0.1

@@ -677,3 +677,25 @@ def test_p5_floats_that_are_none_are_told_as_such(kind: Callable) -> None:
     one.BitsAllocated, one.FloatPixelData = 32, numpy.full(4, numpy.nan, "f4").tobytes()
     with pytest.raises(InvalidDataset, match="no numbers"):
         numpy_grinder(dtype="i2")(kind([one]))
+
+
+def palette_of(entries: int) -> Dataset:
+    """16 bit indices into a palette of 8 bit entries."""
+    (one,) = make_series(1, 2, 3)
+    one.PhotometricInterpretation = "PALETTE COLOR"
+    one.PixelData = numpy.array([0, 1, 255, 256, 300, 4000], "<u2").tobytes()
+    for name in ("Red", "Green", "Blue"):
+        descriptor = f"{name}PaletteColorLookupTableDescriptor"
+        setattr(one, descriptor, [entries, 0, 8])
+        table = (numpy.arange(entries) * 7 % 251).astype("u1").tobytes()
+        setattr(one, f"{name}PaletteColorLookupTableData", table)
+    return one
+
+
+def test_p15_indices_beyond_a_palette_have_its_last_colour_and_never_wrap() -> None:
+    found = numpy_grinder([palette_of(256)], color="palette")[0]
+    table = numpy.arange(256) * 7 % 251
+    expected = table[[0, 1, 255, 255, 255, 255]].reshape(2, 3, 1).repeat(3, axis=2)
+    numpy.testing.assert_array_equal(found, expected)
+    with pytest.raises(InvalidDataset, match="300 entries of 8 bits"):
+        numpy_grinder([palette_of(300)], color="palette")

@@ -585,7 +585,13 @@ def _read_palette(
     depth: numpy.dtype[Any] | None = None
     for k, item in enumerate(slices):
         try:
-            colors = apply_color_lut(indices[k], item.dataset)[..., :3]
+            count, first, _ = map(int, item.dataset.RedPaletteColorLookupTableDescriptor)
+            count = count or 1 << 16
+            # pydicom counts indices in the type of the table, where they would wrap around.
+            within = indices[k].clip(first, first + count - 1)
+            colors = apply_color_lut(within, item.dataset)[..., :3]
+            if count > 1 << 8 * colors.itemsize:
+                raise ValueError(f"{count} entries of {8 * colors.itemsize} bits")
         except (*READ_ERRORS, AttributeError, KeyError, IndexError) as error:
             raise InvalidDataset(
                 f"image {item.header.sop_instance_uid} has no palette that can be used "

@@ -16,6 +16,7 @@ const MAX_TILES: u64 = 4096;
 pub(super) fn decode(frame: &[u8], shape: Shape, wish: Wish, into: &mut Decoded) -> Result<()> {
     let size = image_size(frame)?;
     shape.check(size.rows, size.columns, size.components)?;
+    shape.check_plausible(frame)?;
     let reading = &mut Reading { frame, at: 0 };
     let stream = Stream::new(reading)?;
     let codec = Codec::new(!frame.starts_with(b"\xFF\x4F"))?;

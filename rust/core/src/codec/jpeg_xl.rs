@@ -45,6 +45,7 @@ pub(super) fn decode(frame: &[u8], shape: Shape, into: &mut Decoded) -> Result<(
     into.space = Space::Rgb;
     let size = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
     shape.check(size(rows), size(columns), found)?;
+    shape.check_plausible(frame)?;
     let bit_depth = u8::try_from(precision).unwrap_or(16);
     let format = if precision > 8 {
         let endianness = Endianness::LittleEndian;

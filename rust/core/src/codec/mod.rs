@@ -227,6 +227,11 @@ pub fn codec_of(transfer_syntax: &str) -> Result<Codec> {
     }
 }
 
+/// Samples of a frame that is larger than those of any device, 16384 x 16384.
+const LARGE_SAMPLES: usize = 1 << 28;
+/// Samples of such a frame for each of its bytes, above which it is no image.
+const LARGE_RATIO: usize = 1 << 15;
+
 /// What the header says of one frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
@@ -298,6 +303,15 @@ impl Shape {
              found {bytes} bytes",
             self.rows, self.columns, self.samples
         )))
+    }
+
+    /// The same for codecs that can say of any number of samples that they are equal: only what is
+    /// larger than any image is held against its bytes.
+    fn check_plausible(&self, frame: &[u8]) -> Result<()> {
+        if self.samples_of_frame()? <= LARGE_SAMPLES {
+            return Ok(());
+        }
+        self.check_held(frame, LARGE_RATIO)
     }
 
     /// The error where a codestream has another size than its header tells.
