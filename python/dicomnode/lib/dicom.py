@@ -211,8 +211,8 @@ def load(
 
     A folder is walked with everything below it, in the order of the names. A file in it that does
     not start as a DICOM object does, and a DICOMDIR, is left out. One that does and is damaged is
-    an error, and so is an empty one that is called like an image: a series without it would be
-    another examination. A file that is named itself has to be DICOM.
+    an error, and so is one that is called like an image and is none, and one without a suffix that
+    is empty or filled with one byte: a series without it would be another examination. A file that is named itself has to be DICOM.
 
     Raises FileNotFoundError and other OSErrors for what cannot be read, InvalidDicom for a damaged
     file and for a named one that is no DICOM object.
