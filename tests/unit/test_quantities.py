@@ -716,6 +716,7 @@ def test_p12_one_image_that_lacks_something_is_enough(kind: Callable) -> None:
     [
         ("PatientWeight", "71"),
         ("RadionuclideTotalDose", "380000000"),
+        ("Units", "GML"),
         ("RadionuclideHalfLife", "6600"),
         ("RadiopharmaceuticalStartTime", "100100"),
         ("DecayCorrection", "ADMIN"),

@@ -346,10 +346,12 @@ class _Pet:
                 )
 
     def _given(self, reference: datetime | None) -> dict[str, Any]:
+        units = {"Units": self.text("Units")}
         if not self.needs_dose:
-            return {}
+            return units
         item = self.administration
         found: dict[str, Any] = {
+            **units,
             "DecayCorrection": self.text("DecayCorrection"),
             "PatientWeight": self.number("PatientWeight"),
             "RadionuclideTotalDose": self.number("RadionuclideTotalDose", item),
