@@ -330,6 +330,28 @@ def test_p11_limits_whose_sign_contradicts_the_pixels_are_read_by_their_bits() -
     numpy.testing.assert_array_equal(found, SIGNED * 2.0)
 
 
+@pytest.mark.parametrize("last", [100, 40000])
+def test_p11_p17_a_limit_with_two_meanings_is_refused(last: int) -> None:
+    """The header says unsigned and the codestream signed: 40000 may stand for -25536."""
+    cells = numpy.arange(3 * 32 * 40).reshape(3, 32, 40).astype("<i2") % 200 - 50
+    made = with_maps(make_series(*cells.shape), linear(0, last, 2, 0))
+    for one, slice_ in zip(made, cells, strict=True):
+        frame = bytes(
+            imagecodecs.jpeg2k_encode(slice_, level=0, reversible=True, codecformat="j2k")
+        )
+        one.PixelData = encapsulate([frame])
+        one.file_meta.TransferSyntaxUID = JPEG2000Lossless
+        one.PixelRepresentation, one.BitsStored, one.HighBit = 0, 16, 15
+    if last == 40000:
+        with pytest.raises(InvalidDataset, match=r"40000.*two meanings.*rescaled") as told:
+            numpy_grinder(values="real_world")(lazy(made))
+        assert made[0].SOPInstanceUID in str(told.value)
+    else:
+        found = numpy_grinder(values="real_world")(lazy(made))
+        inside = (cells >= 0) & (cells <= last)
+        numpy.testing.assert_array_equal(found, numpy.where(inside, cells * 2.0, numpy.nan))
+
+
 def test_p11_limits_of_double_precision_count() -> None:
     one = linear(0, 0, 2, 0)
     one.DoubleFloatRealWorldValueFirstValueMapped = 9.5

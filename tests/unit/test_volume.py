@@ -285,6 +285,14 @@ def test_g31_several_gaps_are_all_told(kind: Callable) -> None:
     assert_told(told.value, made[2], made[5], made[7], made[9])
 
 
+def test_g29_of_two_distances_the_lower_is_called_usual(kind: Callable) -> None:
+    made = make_series(4, 4, 5)
+    step = made[1].ImagePositionPatient[2] - made[0].ImagePositionPatient[2]
+    with pytest.raises(InconsistentSeries, match=f"are {step:.4g} mm apart.*1 missing") as told:
+        volume_grinder(kind([*made[:2], made[3]]))
+    assert_told(told.value, made[1], made[3])
+
+
 def test_g31_two_slabs_of_different_spacing_are_an_error(kind: Callable) -> None:
     made = make_series(6, 4, 5)
     for k, one in enumerate(made):

@@ -5,6 +5,7 @@ bytes, or a dataset that a user made or changed. They go straight from their sou
 in the compiled core, which decodes compressed ones on the way.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -453,7 +454,7 @@ def read_padding(slices: Sequence[Slice]) -> NDArray[numpy.bool_]:
     if any(found is not None for found in ranges):
         for k, stored, notes in _stored(slices):
             # A signed codestream counts more than the header, which tells how padding is written.
-            may_be_signed |= any("values are taken as signed" in note for note in notes)
+            may_be_signed |= _are_signed(notes)
             found = ranges[k]
             if may_be_signed and (stored.min() < 0 or stored.max() < 1 << 15):
                 found = padding_of(slices[k].dataset, is_signed=True)
@@ -494,9 +495,13 @@ def _map(slices: Sequence[Slice], out: NDArray[Any]) -> list[str]:
     """
     notes: list[str] = []
     unmapped = 0
+    may_be_signed = False
     for k, stored, told in _stored(slices):
         notes += told
+        may_be_signed |= _are_signed(told)
         header, scale = slices[k].header, slices[k].scale or Scale("")
+        if may_be_signed and header.pixel_representation == 0:
+            _check_limits(header, scale)
         is_mapped = (stored >= scale.first) & (stored <= scale.last)
         if scale.table is None:
             values = numpy.where(is_mapped, stored * scale.slope + scale.intercept, numpy.nan)
@@ -518,6 +523,23 @@ def _map(slices: Sequence[Slice], out: NDArray[Any]) -> list[str]:
             "value mapping leaves them out"
         )
     return notes
+
+
+def _are_signed(notes: Sequence[str]) -> bool:
+    """Whether the core told that a codestream has another sign than its header."""
+    return any("values are taken as signed" in note for note in notes)
+
+
+def _check_limits(header: ImageHeader, scale: Scale) -> None:
+    """Of signed values whose header says unsigned, a limit with the sign bit may be either number."""
+    half = 1 << min(header.bits_stored, 16) >> 1
+    for limit in (scale.first, scale.last):
+        if math.isfinite(limit) and limit >= half:
+            raise InvalidDataset(
+                f"image {called(header)}: PixelRepresentation (0028,0103) says unsigned, its codestream "
+                f"signed, so that the limit {limit:g} of RealWorldValueMappingSequence (0040,9096) has "
+                'two meanings; correct PixelRepresentation, or use values="rescaled"'
+            )
 
 
 def place_of(slices: Sequence[Slice], reading: Reading) -> tuple[tuple[int, ...], numpy.dtype[Any]]:

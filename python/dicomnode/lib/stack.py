@@ -460,7 +460,8 @@ def _irregular(
     """What is not regular in a stack, empty where nothing is; and whether slices drift sideways."""
     headers = [item.header for item in slices]
     gaps = numpy.diff(distances)
-    usual = _median(gaps)
+    # Of two distances the lower: an image is missing more often than there is one too many.
+    usual = float(numpy.sort(gaps)[(len(gaps) - 1) // 2])
     tolerance = max(_POSITION_MM, _SPACING_RELATIVE * usual)
     odd = numpy.flatnonzero(numpy.abs(gaps - usual) > tolerance)
     if odd.size:
