@@ -18,7 +18,7 @@ _UNFINISHED = tuple(state for state in State if state is not State.DONE)
 
 def list_cases(root: Path, show_all: bool) -> None:
     """A table of the cases that are not DONE, or of all."""
-    with _ledger(root) as ledger:
+    with open_ledger(root) as ledger:
         found = ledger.cases(*(State if show_all else _UNFINISHED))
         rows = [_row(case, _images(ledger, case)) for case in found]
         hidden = 0 if show_all else len(ledger.cases(State.DONE))
@@ -32,7 +32,7 @@ def list_cases(root: Path, show_all: bool) -> None:
 
 def show_case(root: Path, number: int) -> None:
     """One case with the whole of its error."""
-    with _ledger(root) as ledger:
+    with open_ledger(root) as ledger:
         case = ledger.case(number)
         images = _images(ledger, case)
     for name, value in (
@@ -54,7 +54,7 @@ def show_case(root: Path, number: int) -> None:
 
 def retry_case(root: Path, number: int) -> None:
     """FAILED -> READY or EXPORTING, and when that happens."""
-    with _ledger(root) as ledger:
+    with open_ledger(root) as ledger:
         state = ledger.retry(number)
     if _node_runs(root):
         when = "the running node takes it up now"
@@ -64,7 +64,7 @@ def retry_case(root: Path, number: int) -> None:
 
 
 @contextmanager
-def _ledger(root: Path) -> Iterator[Ledger]:
+def open_ledger(root: Path) -> Iterator[Ledger]:
     """The ledger below a root. Nothing is made where there is none."""
     path = root / ".dicomnode" / "ledger.sqlite"
     if not path.is_file():

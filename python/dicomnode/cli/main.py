@@ -212,6 +212,59 @@ def show(
         show_path(path, png, identifiable)
 
 
+@app.command(
+    epilog="Examples: dicomnode explain scans/ --pipeline plus_one.py, or, for the cases of a node: "
+    "dicomnode explain --root /var/lib/node --case 7 --pipeline plus_one.py"
+)
+def explain(
+    pipeline: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE.py[:Class]",
+            help="A file that defines a pipeline, and which of several.",
+            show_default=False,
+        ),
+    ],
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            parser=_path,
+            metavar="[FILE...]",
+            help="DICOM files, or folders of them.",
+            show_default=False,
+        ),
+    ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            parser=_path, metavar="DIR", help="Explain the cases in a root_data_directory instead."
+        ),
+    ] = None,
+    case: Annotated[
+        int | None, typer.Option(metavar="CASE", help="With --root, only this case.")
+    ] = None,
+    each: Annotated[
+        bool, typer.Option("--each", help="A line for each file; else equal ones are together.")
+    ] = False,
+) -> None:
+    """Tell which inputs of a pipeline take an image and why others do not, and what cases wait for.
+
+    No node has to run, and nothing is written. The files are taken as if one association brought
+    them. The exit code is 0 where every image is taken and every case is complete, 3 where an image
+    is taken by no input, 4 where a case waits.
+    """
+    if bool(paths) == (root is not None) or (case is not None and root is None):
+        raise typer.BadParameter("give either files, or --root with or without --case")
+    with one_line_errors(), quiet_pydicom():
+        from dicomnode.cli.explain import explain_cases, explain_files
+
+        if root is not None:
+            code = explain_cases(root, case, pipeline)
+        else:
+            code = explain_files(paths or [], pipeline, each)
+        raise typer.Exit(code)
+
+
 @app.command(epilog="Example: dicomnode cases --root /var/lib/node --case 7")
 def cases(
     root: Root,
