@@ -113,7 +113,8 @@ def run(
 
     Options replace the attributes of the class.
     """
-    with one_line_errors():
+    # What pydicom warns of quotes values, and would be in the log.
+    with one_line_errors(), quiet_pydicom():
         from dicomnode.cli.run import run_pipeline
 
         run_pipeline(

@@ -11,7 +11,10 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 from typing import Any
 
 from pydicom.dataset import Dataset
@@ -31,6 +34,8 @@ from dicomnode.lib.dicom import (
     scan,
 )
 from dicomnode.lib.dimse import IMPLEMENTATION_UID
+from dicomnode.lib.redaction import patient_words
+from dicomnode.server.logs import Scope, about, hide_patient
 from dicomnode.server.routing import Rule, route
 from dicomnode.storage.layout import digest_of
 from dicomnode.storage.store import DuplicateInstance, Instance, Storage
@@ -94,8 +99,9 @@ class _SharedContexts(list[PresentationContext]):
 
 @dataclass(eq=False)
 class _Visit:
-    """One connection: which cases it touched, and whether it is over."""
+    """One connection: its number in the log, which cases it touched, and whether it is over."""
 
+    number: int = 0
     is_accepted: bool = False
     #: The sender asked for its release, so that it has got all answers.
     is_released: bool = False
@@ -138,6 +144,7 @@ class AssociationServer:
         self._storage = storage
         self._logger = logger
         self._visits: dict[Association, _Visit] = {}
+        self._numbers = count(1)
         self._lock = threading.Lock()
         # The threads that store an image or end an association, and how deep they are in it.
         self._busy: Counter[int] = Counter()
@@ -222,12 +229,18 @@ class AssociationServer:
 
     def _on_open(self, event: Any) -> None:
         with self._lock:
-            self._visits[event.assoc] = _Visit()
+            self._visits[event.assoc] = _Visit(next(self._numbers))
         with contextlib.suppress(OSError):
             event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
+    def _about(self, association: Association) -> AbstractContextManager[Scope]:
+        """What is logged inside is about this association."""
+        visit = self._visits.get(association)
+        return about(association=None if visit is None else visit.number)
+
     def _on_echo(self, event: Any) -> int:
-        self._logger.info("C-ECHO from %s", _peer(event.assoc))
+        with self._about(event.assoc):
+            self._logger.info("C-ECHO from %s", _peer(event.assoc))
         return _SUCCESS
 
     def _on_data(self, event: Any) -> None:
@@ -274,17 +287,20 @@ class AssociationServer:
             visit = self._visits.get(event.assoc)
             if visit is not None:
                 visit.is_accepted = True
-        self._logger.info("association with %s opened", _peer(event.assoc))
+        with self._about(event.assoc):
+            self._logger.info("association with %s opened", _peer(event.assoc))
 
     def _on_rejected(self, event: Any) -> None:
-        self._logger.warning(
-            "association with %s rejected (called AE title %r)",
-            _peer(event.assoc),
-            str(event.assoc.requestor.primitive.called_ae_title).strip(),
-        )
+        with self._about(event.assoc):
+            self._logger.warning(
+                "association with %s rejected (called AE title %r)",
+                _peer(event.assoc),
+                str(event.assoc.requestor.primitive.called_ae_title).strip(),
+            )
 
     def _on_aborted(self, event: Any) -> None:
-        self._logger.warning("association with %s aborted", _peer(event.assoc))
+        with self._about(event.assoc):
+            self._logger.warning("association with %s aborted", _peer(event.assoc))
 
     def _on_close(self, event: Any) -> None:
         self._end(event.assoc)
@@ -298,7 +314,8 @@ class AssociationServer:
                 # An image that was cut off would stay until the collector of cycles comes by.
                 association.dimse.message = None
                 if visit.is_accepted:
-                    self._leave(association, visit)
+                    with about(association=visit.number):
+                        self._leave(association, visit)
 
     def _leave(self, association: Association, visit: _Visit) -> None:
         with visit.lock:
@@ -323,7 +340,7 @@ class AssociationServer:
             # Without a visit the connection has closed while this image was on its way.
             visit = self._visits.get(event.assoc) or _Visit(over=True)
         self._arrived(visit)
-        with self._working():
+        with self._working(), about(association=visit.number):
             return self._answered(event, visit)
 
     def _answered(self, event: Any, visit: _Visit) -> Dataset:
@@ -366,6 +383,7 @@ class AssociationServer:
         except InvalidDicom as error:
             self._logger.error("%s cannot be understood: %s", uid, error)
             return self._refuse(uid, _NOT_UNDERSTOOD, "dataset cannot be understood")
+        hide_patient(partial(patient_words, header))
         for tag, wanted, name in (
             (0x00080018, uid, "SOPInstanceUID"),
             (0x00080016, sop_class, "SOPClassUID"),

@@ -11,9 +11,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from dicomnode.errors import DicomnodeError
 from dicomnode.lib.dicom import printable
+from dicomnode.lib.redaction import patient_words_of
+from dicomnode.server.logs import about, current
 from dicomnode.storage.ledger import State
 from dicomnode.storage.store import Storage
 
@@ -153,6 +156,12 @@ class Failures:
     @contextmanager
     def blaming(self, case_id: int) -> Iterator[None]:
         """What fails inside belongs to this case: it becomes FAILED and is kept, others go on."""
+        patient = partial(self._patient_words, case_id)
+        with about(case=case_id, patient=patient), self._recorded(case_id):
+            yield
+
+    @contextmanager
+    def _recorded(self, case_id: int) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
@@ -171,9 +180,12 @@ class Failures:
                 error,
                 exc_info=True,
             )
-            trace = traceback.format_exc().splitlines()
+            trace = current().hide(traceback.format_exc()).splitlines()
             self._unrecorded[case_id] = "\n".join(printable(line) for line in trace)
             self.record()
+
+    def _patient_words(self, case_id: int) -> frozenset[str]:
+        return patient_words_of(self._storage.sources_of(case_id))
 
     def record(self) -> None:
         """Write failures to the ledger; those that cannot be written now are tried again later."""

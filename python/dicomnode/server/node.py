@@ -23,33 +23,21 @@ from pydicom.dataset import Dataset
 from pydicom.tag import TagType
 
 from dicomnode.errors import IncorrectlyConfigured, OutOfResources, UnknownCase
-from dicomnode.lib.dicom import printable, tag_of
+from dicomnode.lib.dicom import tag_of
 from dicomnode.lib.dimse import Address
 from dicomnode.server.association import AssociationServer, Reception, default_contexts
 from dicomnode.server.eager import EagerDecoding
 from dicomnode.server.input import AbstractInput, eager_reading
+from dicomnode.server.logs import Annotating, formatter
 from dicomnode.server.routing import compile_rules
 from dicomnode.server.runner import Runner, Work
 from dicomnode.storage.ledger import Case
 from dicomnode.storage.store import Storage
 
-_DATE_FORMAT = "%Y/%m/%d %H:%M:%S"
 _STOP_SECONDS = 30.0
 # How often a blocking node looks whether a signal came.
 _LOOK_SECONDS = 0.2
 _AE_TITLE = re.compile(r"[ -\[\]-~]{1,16}")
-
-
-class _Formatter(logging.Formatter):
-    """One line for a message whatever it holds; a traceback is indented below it."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        record.message = printable(record.message)
-        return super().formatMessage(record)
-
-    def formatException(self, ei: Any) -> str:  # noqa: N802
-        lines = super().formatException(ei).splitlines()
-        return "\n".join(f"    {printable(line)}" for line in lines)
 
 
 class AbstractPipeline:
@@ -86,7 +74,12 @@ class AbstractPipeline:
     #: Where the log goes, rotated every Monday at midnight; None is the screen.
     log_path: str | os.PathLike[str] | None = None
     log_level: int | str = logging.INFO
+    #: As in the module logging, also with `%(association)s` and `%(case)s`; or `"json"`: one object
+    #: in each line.
     log_format: str = "%(asctime)s %(name)s %(levelname)s %(message)s"
+    #: Show in the log what exceptions and log lines of your own code tell of a patient. For
+    #: debugging: without it the values that are known of the patient are `***`.
+    log_patient_data: bool = False
     #: How many rotated logs are kept.
     backup_weeks: int = 8
 
@@ -104,6 +97,7 @@ class AbstractPipeline:
         self.endpoints = list(_addresses(self.endpoints))
         self._check_settings()
         self.logger = logging.getLogger(f"dicomnode.{type(self).__name__}-{next(self._numbers)}")
+        self.logger.addFilter(Annotating(lambda: self.log_patient_data))
         self._handler: logging.Handler | None = None
         self._state = threading.RLock()
         self._closed = threading.Event()
@@ -142,6 +136,10 @@ class AbstractPipeline:
                 raise IncorrectlyConfigured(f"{name} has to be a path or None, not {folder!r}")
             if folder is not None and not str(folder):
                 raise IncorrectlyConfigured(f"{name} is empty; None means that there is none")
+        if not isinstance(self.log_patient_data, bool):
+            raise IncorrectlyConfigured(
+                f"log_patient_data has to be True or False, not {self.log_patient_data!r}"
+            )
         for name, value, least in (
             ("port", self.port, 0),
             ("workers", self.workers, 0),
@@ -417,14 +415,10 @@ class AbstractPipeline:
                     f"log_path {path} cannot be written: {error.strerror}"
                 ) from error
         try:
-            formatter = _Formatter(self.log_format, _DATE_FORMAT)
-            formatter.format(logging.LogRecord("", 0, "", 0, "", None, None))
-        except (ValueError, TypeError, KeyError) as error:
+            handler.setFormatter(formatter(self.log_format))
+        except IncorrectlyConfigured:
             handler.close()
-            raise IncorrectlyConfigured(
-                f"log_format {self.log_format!r} cannot be used: {error}"
-            ) from error
-        handler.setFormatter(formatter)
+            raise
         self._set_level()
         self.logger.addHandler(handler)
         self._handler = handler

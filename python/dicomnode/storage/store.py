@@ -340,6 +340,15 @@ class Storage:
                 if not row.damaged
             }
 
+    def sources_of(self, case_id: int) -> list[Source]:
+        """All images of a case, open or sealed, that are not damaged."""
+        folder = self.ledger.case(case_id).folder
+        return [
+            self._instances.source(input_folder(folder, row.input), row.file)
+            for row in self.ledger.instances(case_id)
+            if not row.damaged
+        ]
+
     def contents(self, case: Case) -> Contents:
         """What a sealed case holds."""
         rows = self.ledger.instances(case.id)

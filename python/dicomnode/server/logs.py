@@ -1,0 +1,184 @@
+"""Log lines: which association and case each is about, one line for each event, and no patient.
+
+Solves that a line can be followed without reading it: what runs inside `about` puts its numbers on
+each line that is logged there, also by user code with `self.logger`. What user code says of its
+patient is taken out (see `dicomnode.lib.redaction`).
+"""
+
+import json
+import logging
+import sqlite3
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dicomnode.errors import DicomnodeError, IncorrectlyConfigured
+from dicomnode.lib.dicom import printable
+from dicomnode.lib.redaction import redacted
+
+#: The `log_format` with one JSON object in each line.
+JSON = "json"
+
+_DATE_FORMAT = "%Y/%m/%d %H:%M:%S"
+_PACKAGE = str(Path(__file__).parents[1])
+
+
+@dataclass
+class Scope:
+    """What runs now is about these."""
+
+    association: int | None = None
+    case: int | None = None
+    #: Tells what may not be in a log, when it is asked the first time.
+    patient: Callable[[], frozenset[str]] | None = None
+    _words: frozenset[str] | None = None
+
+    def hide(self, text: str) -> str:
+        """A text without what is known of the patient that this is about."""
+        if self.patient is None:
+            return text
+        if self._words is None:
+            try:
+                self._words = self.patient()
+            except (DicomnodeError, sqlite3.Error, OSError, KeyError):
+                return "*** (not shown: the patient cannot be read now)"
+        return redacted(text, self._words)
+
+
+_NOTHING = Scope()
+_scope: ContextVar[Scope] = ContextVar("dicomnode_scope", default=_NOTHING)
+
+
+@contextmanager
+def about(
+    *,
+    association: int | None = None,
+    case: int | None = None,
+    patient: Callable[[], frozenset[str]] | None = None,
+) -> Iterator[Scope]:
+    """What is logged inside, in this thread, is about these; what is None stays as it is outside."""
+    outer = _scope.get()
+    scope = Scope(
+        outer.association if association is None else association,
+        outer.case if case is None else case,
+        outer.patient if patient is None else patient,
+    )
+    token = _scope.set(scope)
+    try:
+        yield scope
+    finally:
+        _scope.reset(token)
+
+
+def current() -> Scope:
+    """What runs in this thread is about."""
+    return _scope.get()
+
+
+def hide_patient(patient: Callable[[], frozenset[str]]) -> None:
+    """From now on, until the innermost `about` ends, do not show this patient."""
+    scope = current()
+    if scope is not _NOTHING:
+        scope.patient, scope._words = patient, None
+
+
+class Annotating(logging.Filter):
+    """Puts association and case on each record, and takes the patient out of what users say.
+
+    Also for handlers that the program has given to its own loggers: they see the record after this.
+    """
+
+    def __init__(self, shows_patients: Callable[[], bool]) -> None:
+        super().__init__()
+        self._shows_patients = shows_patients
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        scope = current()
+        record.association, record.case = scope.association, _case_of(record, scope)
+        is_ours = record.pathname.startswith(_PACKAGE)
+        if is_ours and record.levelno < logging.WARNING and not record.exc_info:
+            return True
+        if scope.patient is not None and not self._shows_patients():
+            record.msg, record.args = scope.hide(record.getMessage()), None
+            if record.exc_info and record.exc_info[1] is not None:
+                lines = traceback.format_exception(record.exc_info[1])
+                record.exc_text = indented(scope.hide("".join(lines)))
+                # A handler that formats it itself would show everything.
+                record.exc_info = None
+        return True
+
+
+def _case_of(record: logging.LogRecord, scope: Scope) -> int | None:
+    """A line of ours that begins with a case has its number as first argument."""
+    args = record.args
+    if str(record.msg).startswith("case %d") and isinstance(args, tuple) and args:
+        return args[0] if isinstance(args[0], int) else scope.case
+    return scope.case
+
+
+def formatter(log_format: str) -> logging.Formatter:
+    """The formatter for a `log_format`. Raises IncorrectlyConfigured for one that is none."""
+    if log_format == JSON:
+        return _JsonFormatter()
+    try:
+        found = _TextFormatter(log_format, _DATE_FORMAT)
+        record = logging.LogRecord("", 0, "", 0, "", None, None)
+        record.association = record.case = None
+        found.format(record)
+    except (ValueError, TypeError, KeyError) as error:
+        raise IncorrectlyConfigured(
+            f"log_format {log_format!r} cannot be used: {error}; use {JSON!r}, or a format as in the "
+            "module logging"
+        ) from error
+    return found
+
+
+def indented(trace: str) -> str:
+    """The lines of a traceback below a message, none of which can pass for a message."""
+    return "\n".join(f"    {printable(line)}" for line in trace.splitlines())
+
+
+class _TextFormatter(logging.Formatter):
+    """One line for a message whatever it holds; a traceback is indented below it.
+
+    The numbers that a record is about stand at its end, where its text does not tell them.
+    """
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        said = printable(record.message)
+        numbers = [
+            f"{name} {number}"
+            for name in ("association", "case")
+            if (number := getattr(record, name, None)) is not None
+            and f"{name} {number}" not in said
+        ]
+        record.message = f"{said} [{', '.join(numbers)}]" if numbers else said
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        return indented(super().formatException(ei))
+
+
+class _JsonFormatter(logging.Formatter):
+    """One object in one line: time (UTC), level, logger, association, case, message, error."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "association": getattr(record, "association", None),
+            "case": getattr(record, "case", None),
+            "message": record.getMessage(),
+        }
+        error = record.exc_text
+        if record.exc_info and not error:
+            error = indented(self.formatException(record.exc_info))
+        if error:
+            fields["error"] = "\n".join(line.removeprefix("    ") for line in error.splitlines())
+        return json.dumps({name: value for name, value in fields.items() if value is not None})

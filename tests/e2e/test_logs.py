@@ -1,0 +1,207 @@
+"""Log lines: numbers of association and case, one line for each event, and nobody's name."""
+
+import json
+import logging
+import re
+import socket
+from pathlib import Path
+
+import pytest
+from pydicom.dataset import Dataset
+from tests.e2e.programs import Command, pipeline_file
+
+from dicomnode.errors import IncorrectlyConfigured
+from dicomnode.lib.dimse import Address, send
+from dicomnode.server.node import AbstractPipeline
+from dicomnode.testing import StoringNode, address_of, make_series, running_node
+
+# One for each attribute that tells who the patient is.
+MARKERS = {
+    "PatientName": "Zyxname^Zyxgiven",
+    "PatientBirthDate": "19330417",
+    "OtherPatientNames": "Zyxother^Zyxalias",
+    "PatientBirthName": "Zyxmaiden^",
+    "PatientMotherBirthName": "Zyxmother^",
+    "PatientAddress": "Zyxstreet 9",
+    "PatientTelephoneNumbers": "Zyxphone",
+    "OtherPatientIDs": "Zyxnumber",
+    "AccessionNumber": "Zyxaccession",
+    "ReferringPhysicianName": "Zyxdoctor^",
+    "OperatorsName": "Zyxoperator^",
+}
+MARKED = re.compile("zyx|1933.?04.?17|17.?04.?1933", re.IGNORECASE)
+
+NODE = """
+class Node(Base):
+    log_format = os.environ["LOG_FORMAT"]
+    log_level = logging.DEBUG
+    log_patient_data = bool(os.environ.get("LOG_PATIENT_DATA"))
+    endpoints = [Address("127.0.0.1", 9, "NOBODY")]
+
+    def filter(self, dataset):
+        if dataset.PatientID == "ZYXID-FILTER":
+            raise ValueError(f"filter of {dataset.PatientName}")
+        return dataset.PatientID != "ZYXID-REFUSED"
+
+    def process(self, input_data):
+        first = input_data["ct"][0]
+        self.logger.info("begins with %s, %s", first.PatientName, first.PatientBirthDate)
+        told = " ".join(str(first[name].value) for name in os.environ["NAMES"].split())
+        if first.PatientID == "ZYXID-PROCESS":
+            try:
+                raise KeyError(told)
+            except KeyError as error:
+                raise ValueError(f"process of {told}") from error
+        return None if first.PatientID == "ZYXID-FINE" else [first]
+
+class Failing(Two):
+    required_values = {"PatientID": lambda value: value.endswith("VALIDATE")}
+    def validate(self):
+        for dataset in self.data.values():
+            raise ValueError(f"validate of {dataset.PatientName}")
+        return True
+
+Node.input = {"ct": Two, "failing": Failing}
+"""
+
+
+def marked(patient_id: str) -> list[Dataset]:
+    series = make_series(2, 8, 8, patient_id=patient_id)
+    for dataset in series:
+        for name, value in MARKERS.items():
+            setattr(dataset, name, value)
+    return series
+
+
+@pytest.mark.parametrize("log_format", ["json", "%(asctime)s %(name)s %(levelname)s %(message)s"])
+def test_d3_no_patient_is_in_a_log(log_format: str, tmp_path: Path) -> None:
+    file = pipeline_file(tmp_path, NODE)
+    environment = {"LOG_FORMAT": log_format, "NAMES": " ".join(MARKERS)}
+    with Command("run", file, environment=environment) as node:
+        address = node.address("NODE")
+        for patient_id in (
+            "ZYXID-FINE",
+            "ZYXID-REFUSED",
+            "ZYXID-FILTER",
+            "ZYXID-VALIDATE",
+            "ZYXID-PROCESS",
+            "ZYXID-EXPORT",
+        ):
+            send(address, marked(patient_id))
+        for number, end in ((1, "is done"), (2, "FAILED"), (3, "FAILED"), (4, "FAILED")):
+            node.until(f"case {number} {end}")
+        command_line = Path(f"/proc/{node.process.pid}/cmdline").read_text()
+        node.process.terminate()
+        log = node.ended()
+    for told in ("validate of", "process of", "filter of", "begins with", "cannot be reached"):
+        assert told in log, log
+    for text in (log, command_line):
+        assert not MARKED.search(text), MARKED.search(text)
+    for path in tmp_path.rglob("*"):
+        # The folder of a case is called by its identifier.
+        assert not MARKED.search(str(path).replace("ZYXID", "")), path
+    with Command("cases", "--root", tmp_path / "root", "--case", 3) as cases:
+        told = cases.ended()
+        assert "process of ***" in told
+        assert not MARKED.search(told.replace("ZYXID", ""))
+
+
+def test_patients_are_in_the_log_where_that_is_asked_for(tmp_path: Path) -> None:
+    file = pipeline_file(tmp_path, NODE)
+    environment = {"LOG_FORMAT": "json", "NAMES": "PatientName", "LOG_PATIENT_DATA": "1"}
+    with Command("run", file, environment=environment) as node:
+        send(node.address("NODE"), marked("ZYXID-PROCESS"))
+        node.until(r"process of Zyxname\^Zyxgiven")
+
+
+def test_json_lines_tell_the_time_the_association_and_the_case(tmp_path: Path) -> None:
+    file = pipeline_file(tmp_path, NODE)
+    environment = {"LOG_FORMAT": "json", "NAMES": "PatientName"}
+    with Command("run", file, environment=environment) as node:
+        address = node.address("NODE")
+        send(address, marked("ZYXID-FINE"))
+        send(address, marked("ZYXID-PROCESS"))
+        node.until("case 2 FAILED")
+        node.process.terminate()
+        lines = [json.loads(line) for line in node.ended().splitlines()]
+    by_message = {line["message"]: line for line in lines}
+    opened = [line for line in lines if line["message"].endswith("opened")]
+    assert [line["association"] for line in opened] == [1, 2]
+    assert by_message["case 2 is ready"]["association"] == 2
+    assert by_message["case 2 is ready"]["case"] == 2
+    (begins,) = (
+        line for line in lines if "begins with" in line["message"] and line.get("case") == 1
+    )
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", begins["time"])
+    assert begins["level"] == "INFO" and begins["logger"].startswith("dicomnode.Node-")
+    (failed,) = (line for line in lines if line["message"].startswith("case 2 FAILED"))
+    assert "Traceback" in failed["error"] and "pipeline.py" in failed["error"]
+    for line in lines:
+        if re.search("stored in case|association with|answered 0x", line["message"]):
+            assert line["association"] in (1, 2)
+
+
+def test_d2_a_line_for_each_event_whatever_the_network_says(tmp_path: Path) -> None:
+    file = pipeline_file(tmp_path, NODE)
+    for log_format in ("json", "%(levelname)s %(message)s"):
+        environment = {"LOG_FORMAT": log_format, "NAMES": "PatientName"}
+        with Command("run", file, environment=environment) as node:
+            address = node.address("NODE")
+            hostile = requested(address, calling="A\n\x1b[31m\r2026 X Y", called="N\nODE")
+            # Whatever the answer is, there is one, or the connection ends.
+            hostile.settimeout(60)
+            hostile.recv(1)
+            hostile.close()
+            odd = make_series(1, 8, 8, patient_id="EVIL\n\x1b[2J")
+            odd[0].Modality = "C\n\x1b[31mT"
+            send(address, odd)
+            node.until("closed: 1 stored")
+            node.process.terminate()
+            log = node.ended()
+        assert "\x1b" not in log and "\r" not in log
+        for line in log.splitlines():
+            assert line.startswith(("{", "INFO ", "WARNING ", "ERROR ", "DEBUG ", "    ")), log
+
+
+def requested(address: Address, calling: str, called: str) -> socket.socket:
+    """A connection that asked for an association with AE titles that no library would send."""
+    items = item(0x10, b"1.2.840.10008.3.1.1.1")
+    abstract, syntax = b"1.2.840.10008.1.1", b"1.2.840.10008.1.2"
+    context = b"\x01\0\0\0" + item(0x30, abstract) + item(0x40, syntax)
+    items += item(0x20, context)
+    items += item(0x50, item(0x51, (16384).to_bytes(4, "big")) + item(0x52, b"1.2.3"))
+    titles = called.encode().ljust(16) + calling.encode().ljust(16)
+    body = b"\0\x01\0\0" + titles + b"\0" * 32 + items
+    connection = socket.create_connection((address.ip, address.port), 10)
+    connection.sendall(b"\x01\0" + len(body).to_bytes(4, "big") + body)
+    return connection
+
+
+def item(kind: int, value: bytes) -> bytes:
+    return bytes([kind, 0]) + len(value).to_bytes(2, "big") + value
+
+
+def test_a_program_with_its_own_log_sees_no_patient_either(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Node(StoringNode):
+        def filter(self, dataset: Dataset) -> bool:
+            raise ValueError(f"filter of {dataset.PatientName}")
+
+    with caplog.at_level(logging.DEBUG), running_node(Node) as node:
+        send(address_of(node), marked("P1"))
+    assert "filter of ***" in caplog.text
+    assert not MARKED.search(caplog.text)
+    (record, _) = (one for one in caplog.records if one.exc_text)
+    assert vars(record)["association"] == 1
+
+
+def test_log_settings_that_cannot_work_are_refused() -> None:
+    class Node(AbstractPipeline):
+        ip, port = "127.0.0.1", 0
+
+    for name, value in (("log_format", "%(nope)s"), ("log_patient_data", "yes")):
+        node = Node(start=False)
+        setattr(node, name, value)
+        with pytest.raises(IncorrectlyConfigured, match=name):
+            node.open(blocking=False)
