@@ -36,6 +36,7 @@ from dicomnode.lib.dicom import (
 from dicomnode.lib.dimse import IMPLEMENTATION_UID
 from dicomnode.lib.redaction import patient_words
 from dicomnode.server.logs import Scope, about, hide_patient
+from dicomnode.server.meters import Meters
 from dicomnode.server.routing import Rule, route
 from dicomnode.storage.layout import digest_of
 from dicomnode.storage.store import DuplicateInstance, Instance, Storage
@@ -130,6 +131,7 @@ class Reception:
     most_bytes: int
     #: The user's filter, None where it was not overridden; gets a lazy dataset.
     accept: Callable[[Dataset], bool] | None
+    meters: Meters
     #: Called after an image was stored, before the answer, with its identifier and SOPInstanceUID.
     on_stored: Callable[[str, str], None]
     #: Called after an association, with the identifiers that it touched.
@@ -287,10 +289,13 @@ class AssociationServer:
             visit = self._visits.get(event.assoc)
             if visit is not None:
                 visit.is_accepted = True
+                self._reception.meters.associations_open.add(1)
+        self._reception.meters.associations.add(label="accepted")
         with self._about(event.assoc):
             self._logger.info("association with %s opened", _peer(event.assoc))
 
     def _on_rejected(self, event: Any) -> None:
+        self._reception.meters.associations.add(label="rejected")
         with self._about(event.assoc):
             self._logger.warning(
                 "association with %s rejected (called AE title %r)",
@@ -314,6 +319,7 @@ class AssociationServer:
                 # An image that was cut off would stay until the collector of cycles comes by.
                 association.dimse.message = None
                 if visit.is_accepted:
+                    self._reception.meters.associations_open.add(-1)
                     with about(association=visit.number):
                         self._leave(association, visit)
 
@@ -354,6 +360,7 @@ class AssociationServer:
             self._logger.exception("%s not stored", event.request.AffectedSOPInstanceUID)
             status, comment, identifier = _NOT_UNDERSTOOD, "the node failed, see its log", ""
             case_id = 0
+        self._reception.meters.instances.add(label=f"0x{status:04X}")
         with visit.lock:
             if identifier:
                 visit.stored += 1
@@ -378,6 +385,7 @@ class AssociationServer:
             return self._refuse(uid, _DOES_NOT_MATCH, "SOP class is not that of the context")
         syntax = str(event.context.transfer_syntax)
         dataset = b"" if request.DataSet is None else request.DataSet.getvalue()
+        self._reception.meters.bytes_received.add(len(dataset))
         try:
             header = scan(dataset, syntax)
         except InvalidDicom as error:

@@ -21,6 +21,7 @@ from dicomnode.errors import (
 from dicomnode.lib.dicom import read
 from dicomnode.lib.dimse import Address, Response, send
 from dicomnode.server.loop import Failures, Loop
+from dicomnode.server.meters import Meters
 from dicomnode.storage.ledger import Case, ResultRow, State
 from dicomnode.storage.store import DamagedResult, Storage
 
@@ -43,7 +44,9 @@ class Exporter:
         logger: logging.Logger,
         loop: Loop,
         failures: Failures,
+        meters: Meters,
     ) -> None:
+        self._meters = meters
         self._ae_title = ae_title
         self._endpoints = endpoints
         self._storage = storage
@@ -113,7 +116,8 @@ class Exporter:
                 # It failed for another case while this one waited for its turn.
                 return problem
             try:
-                return self._send(case, endpoint, key)
+                with self._meters.export_seconds.timing():
+                    return self._send(case, endpoint, key)
             except PeerUnreachable as error:
                 self._outages[endpoint] = (time.monotonic(), str(error))
                 return str(error)
@@ -127,6 +131,8 @@ class Exporter:
         acknowledged: list[tuple[str, int]] = []
 
         def record(response: Response) -> None:
+            meter = self._meters.results_sent if response.is_stored else self._meters.results_failed
+            meter.add(label=key)
             if response.is_stored:
                 acknowledged.append((response.sop_instance_uid, response.status))
                 if response.status:

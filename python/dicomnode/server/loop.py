@@ -17,6 +17,7 @@ from dicomnode.errors import DicomnodeError
 from dicomnode.lib.dicom import printable
 from dicomnode.lib.redaction import patient_words_of
 from dicomnode.server.logs import about, current
+from dicomnode.server.meters import Meters
 from dicomnode.storage.ledger import State
 from dicomnode.storage.store import Storage
 
@@ -141,7 +142,8 @@ class Loop:
 class Failures:
     """What went wrong with cases, on its way to the ledger."""
 
-    def __init__(self, storage: Storage, logger: logging.Logger) -> None:
+    def __init__(self, storage: Storage, logger: logging.Logger, meters: Meters) -> None:
+        self._meters = meters
         self._storage = storage
         self._logger = logger
         self._unrecorded: dict[int, str] = {}
@@ -180,6 +182,7 @@ class Failures:
                 error,
                 exc_info=True,
             )
+            self._meters.failures.add()
             trace = current().hide(traceback.format_exc()).splitlines()
             self._unrecorded[case_id] = "\n".join(printable(line) for line in trace)
             self.record()

@@ -27,8 +27,10 @@ from dicomnode.lib.dicom import tag_of
 from dicomnode.lib.dimse import Address
 from dicomnode.server.association import AssociationServer, Reception, default_contexts
 from dicomnode.server.eager import EagerDecoding
+from dicomnode.server.health import Health
 from dicomnode.server.input import AbstractInput, eager_reading
 from dicomnode.server.logs import Annotating, formatter
+from dicomnode.server.meters import Meters
 from dicomnode.server.routing import compile_rules
 from dicomnode.server.runner import Runner, Work
 from dicomnode.storage.ledger import Case
@@ -71,6 +73,12 @@ class AbstractPipeline:
     #: How many cases are processed at once; 0 only receives.
     workers: int = 1
 
+    #: Port of the pages `/healthz` and `/metrics`; None has none, 0 finds a free one, which
+    #: `health_port` then tells.
+    health_port: int | None = None
+    #: Address of these pages. They tell nothing of a patient, but do not show them to everybody.
+    health_ip: str = "127.0.0.1"
+
     #: Where the log goes, rotated every Monday at midnight; None is the screen.
     log_path: str | os.PathLike[str] | None = None
     log_level: int | str = logging.INFO
@@ -107,6 +115,7 @@ class AbstractPipeline:
         self._eager: EagerDecoding | None = None
         self._runner: Runner | None = None
         self._server: AssociationServer | None = None
+        self._health: Health | None = None
         if start:
             self.open()
 
@@ -126,8 +135,11 @@ class AbstractPipeline:
             raise IncorrectlyConfigured(
                 f"require_calling_aet has to be a list of AE titles, not {self.require_calling_aet!r}"
             )
-        if not isinstance(self.ip, str):
-            raise IncorrectlyConfigured(f"ip has to be a text such as '0.0.0.0', not {self.ip!r}")
+        for name, ip in (("ip", self.ip), ("health_ip", self.health_ip)):
+            if not isinstance(ip, str):
+                raise IncorrectlyConfigured(
+                    f"{name} has to be a text such as '0.0.0.0', not {ip!r}"
+                )
         for name, folder in (
             ("root_data_directory", self.root_data_directory),
             ("log_path", self.log_path),
@@ -142,6 +154,7 @@ class AbstractPipeline:
             )
         for name, value, least in (
             ("port", self.port, 0),
+            ("health_port", 0 if self.health_port is None else self.health_port, 0),
             ("workers", self.workers, 0),
             ("backup_weeks", self.backup_weeks, 0),
             ("memory_limit", 1 if self.memory_limit is None else self.memory_limit, 1),
@@ -265,7 +278,8 @@ class AbstractPipeline:
             self.logger,
         )
         self._eager = eager
-        runner = Runner(work, storage, eager, self.logger, self.workers)
+        meters = Meters()
+        runner = Runner(work, storage, eager, self.logger, self.workers, meters)
         server = AssociationServer(
             Reception(
                 ae_title=self.ae_title,
@@ -274,6 +288,7 @@ class AbstractPipeline:
                 supported_contexts=self.supported_contexts,
                 require_called_aet=self.require_called_aet,
                 require_calling_aet=self.require_calling_aet,
+                meters=meters,
                 accept=None if type(self).filter is AbstractPipeline.filter else self.filter,
                 most_bytes=limit,
                 on_stored=eager.add,
@@ -282,6 +297,15 @@ class AbstractPipeline:
             storage,
             self.logger,
         )
+        if self.health_port is not None:
+            self._health = Health(
+                storage,
+                meters,
+                lambda: self._server is not None,
+                [str(endpoint) for endpoint in work.endpoints],
+                self.logger,
+            )
+            self.health_port = self._health.open(self.health_ip, self.health_port)
         eager.open()
         self.port = server.open(self.ip, self.port)
         self._server = server
@@ -347,6 +371,7 @@ class AbstractPipeline:
             self._server.close(_STOP_SECONDS)
             self._server = None
         runner, eager, storage = self._runner, self._eager, self._storage
+        health, self._health = self._health, None
         self._runner = self._eager = self._storage = None
         if storage is not None:
             drain = self.root_data_directory is None and self.workers > 0
@@ -373,6 +398,8 @@ class AbstractPipeline:
                     daemon=True,
                 ).start()
             self.logger.info("%s closed", self.ae_title)
+        if health is not None:
+            health.close()
         if self._handler is not None:
             self.logger.removeHandler(self._handler)
             self._handler.close()

@@ -21,6 +21,7 @@ from dicomnode.server.eager import EagerDecoding
 from dicomnode.server.exporter import EXPORTERS, Exporter
 from dicomnode.server.input import AbstractInput, Datasets
 from dicomnode.server.loop import Failures, Loop
+from dicomnode.server.meters import Meters
 from dicomnode.storage.ledger import Case, State
 from dicomnode.storage.store import Contents, Storage
 
@@ -45,7 +46,9 @@ class Runner:
         eager: EagerDecoding,
         logger: logging.Logger,
         workers: int,
+        meters: Meters,
     ) -> None:
+        self._meters = meters
         self._work = work
         self._storage = storage
         self._eager = eager
@@ -56,10 +59,10 @@ class Runner:
         self._processing = 0
         self._alone = False
         self._is_awaited = False
-        self._failures = Failures(storage, logger)
+        self._failures = Failures(storage, logger, meters)
         self._loop = Loop(storage, logger, lambda: bool(self._failures or self._unchecked))
         exporter = Exporter(
-            work.ae_title, work.endpoints, storage, logger, self._loop, self._failures
+            work.ae_title, work.endpoints, storage, logger, self._loop, self._failures, meters
         )
         self._loop.add("worker", self._process_next, workers)
         self._loop.add("exporter", exporter.export_next, EXPORTERS)
@@ -180,12 +183,14 @@ class Runner:
                 self._is_awaited = True
                 return False
             self._processing += 1
+            self._meters.workers_busy.add(1)
             self._alone = case.attempts > 0
             return True
 
     def _end(self, worked: bool) -> None:
         with self._lock:
             self._processing -= 1
+            self._meters.workers_busy.add(-1)
             self._alone = False
             # What could not be claimed now wakes nobody, or workers would wake each other for ever.
             wakes, self._is_awaited = worked or self._is_awaited, False
@@ -224,9 +229,11 @@ class Runner:
             finally:
                 self._eager.drop(case.id)
             ground = time.perf_counter()
+            self._meters.grind_seconds.observe(ground - start)
             self._logger.info("case %d ground in %.3f s", case.id, ground - start)
             results = self._work.process(data)
             count = self._storage.keep_results(case, _encoded(results))
+            self._meters.process_seconds.observe(time.perf_counter() - ground)
             self._logger.info(
                 "case %d processed in %.3f s: %d results",
                 case.id,

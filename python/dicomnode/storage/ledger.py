@@ -249,6 +249,25 @@ class Ledger:
             ).fetchall()
         return [_case(row) for row in rows]
 
+    def summary(self) -> dict[State, tuple[int, float]]:
+        """{state: (how many cases are in it, when the first of them came into it)}."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT state, count(*), min(changed) FROM cases GROUP BY state"
+            ).fetchall()
+        return {State(state): (count, first) for state, count, first in rows}
+
+    def undelivered(self, endpoint: str) -> int:
+        """How many results an endpoint has yet to acknowledge, of cases that are not DONE."""
+        with self._lock:
+            row = self._db.execute(
+                "SELECT count(*) FROM results AS r JOIN cases AS c ON c.id = r.case_id "
+                "WHERE c.state != ? AND NOT EXISTS (SELECT 1 FROM deliveries AS d "
+                "WHERE d.case_id = r.case_id AND d.endpoint = ? AND d.uid = r.uid)",
+                (State.DONE.value, endpoint),
+            ).fetchone()
+        return int(row[0])
+
     def case_in(self, folder: str) -> Case | None:
         """The newest case with this folder that is not DONE; None where there is none."""
         with self._lock:

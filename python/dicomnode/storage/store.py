@@ -312,6 +312,10 @@ class Storage:
             return folder
         raise AssertionError("unreachable: a count never ends")
 
+    def probe(self) -> None:
+        """Keep and let go a few bytes as those of an image. Raises OutOfResources."""
+        self._instances.discard(self._instances.stage([b"probe"]))
+
     # From RECEIVING to PROCESSING
 
     def open_identifiers(self) -> list[str]:
