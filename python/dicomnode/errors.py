@@ -38,11 +38,28 @@ class InconsistentSeries(DicomnodeError, ValueError):
 
 
 class CouldNotCompleteDIMSEMessage(DicomnodeError):
-    """A peer could not be reached, refused, or did not acknowledge what was sent to it."""
+    """A peer could not be reached, refused, or did not acknowledge what was sent to it.
+
+    `is_permanent` is true where it will say the same until somebody changes its configuration, or ours.
+    """
+
+    is_permanent = False
+
+
+class PeerRefuses(CouldNotCompleteDIMSEMessage):
+    """A peer accepts no presentation context of what would be sent to it."""
+
+    is_permanent = True
 
 
 class PeerUnreachable(CouldNotCompleteDIMSEMessage):
     """A peer is not there, or takes no association, whatever would be sent over it."""
+
+
+class PeerRejects(PeerUnreachable):
+    """A peer rejects the association for good: it does not know the AE title, for example."""
+
+    is_permanent = True
 
 
 class OutOfResources(DicomnodeError):

@@ -106,6 +106,7 @@ def test_what_is_wrong_with_the_results_of_one_case_is_not_put_on_another() -> N
 
     class Mixed(Echoing):
         workers = 2
+        export_give_up_seconds = 0
 
         def process(self, input_data: dict[str, Any]) -> Iterable[Dataset]:
             for one in super().process(input_data) or ():
@@ -249,7 +250,11 @@ def test_results_that_were_on_their_way_when_the_ledger_was_lost_do_not_go_out_t
             return True
 
     with running_node(Half) as store:
-        options = {"root_data_directory": tmp_path, "endpoints": [address_of(store)]}
+        options = {
+            "root_data_directory": tmp_path,
+            "endpoints": [address_of(store)],
+            "export_give_up_seconds": 0,
+        }
         with running_node(Echoing, **options) as node:
             send(address_of(node), make_series(6))
             wait_for_cases(node, State.FAILED)

@@ -68,6 +68,7 @@ class Node(AbstractPipeline):
     ae_title = "NODE"
     input = {"ct": Two}
     health_port = 0
+    export_give_up_seconds = 0
 
     def process(self, input_data: dict[str, Any]) -> Any:
         images = list(input_data["ct"])

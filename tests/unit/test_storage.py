@@ -14,6 +14,7 @@ from dicomnode.lib.dicom import encode
 from dicomnode.storage.instances import FileInstances, MemoryInstances
 from dicomnode.storage.layout import digest_of
 from dicomnode.storage.ledger import InstanceRow, Ledger, ResultRow, State
+from dicomnode.storage.outbox import Answer
 from dicomnode.storage.store import (
     DamagedResult,
     DuplicateInstance,
@@ -131,7 +132,7 @@ def test_results_are_kept_in_order_and_none_is_kept_where_one_fails(storage: Sto
     results = [(f"1.{k}", "1", "1", b"x" * k) for k in (3, 1, 2)]
     assert storage.keep_results(storage.ledger.case(number), iter(results)) == 3
     assert [row.uid for row in storage.undelivered(number, "A")] == ["1.3", "1.1", "1.2"]
-    storage.ledger.deliver(number, "A", [("1.1", 0)])
+    storage.outbox.answer(number, "A", [Answer("1.1", 0, True)])
     assert [row.uid for row in storage.undelivered(number, "A")] == ["1.3", "1.2"]
     assert len(storage.undelivered(number, "B")) == 3
     storage.finish(storage.ledger.case(number))
@@ -369,7 +370,7 @@ def test_a_result_that_is_not_what_was_kept_is_not_given(tmp_path: Path) -> None
         for row in rows[1:]:
             with pytest.raises(DamagedResult, match=row.uid):
                 storage.result(number, row)
-        storage.ledger.deliver(number, "A", [("1.0", 0)])
+        storage.outbox.answer(number, "A", [Answer("1.0", 0, True)])
         storage.drop_results(number, "damaged")
         assert storage.undelivered(number, "A") == [] and not outbox.exists()
         assert storage.ledger.case(number).state is State.FAILED

@@ -23,7 +23,7 @@ def list_cases(root: Path, show_all: bool) -> None:
         rows = [_row(case, _images(ledger, case)) for case in found]
         hidden = 0 if show_all else len(ledger.cases(State.DONE))
     if rows:
-        _table(rows)
+        table(_HEAD, rows)
     else:
         typer.echo("no case" if show_all else "no unfinished case")
     if hidden:
@@ -56,7 +56,7 @@ def retry_case(root: Path, number: int) -> None:
     """FAILED -> READY or EXPORTING, and when that happens."""
     with open_ledger(root) as ledger:
         state = ledger.retry(number)
-    if _node_runs(root):
+    if node_runs(root):
         when = "the running node takes it up now"
     else:
         when = "it runs at the next start of the node"
@@ -81,7 +81,7 @@ def open_ledger(root: Path) -> Iterator[Ledger]:
         raise CommandFailed(f"the ledger {path} cannot be used: {error}") from error
 
 
-def _node_runs(root: Path) -> bool:
+def node_runs(root: Path) -> bool:
     """Whether a node holds the lock of this root."""
     try:
         with (root / ".dicomnode" / "lock").open("rb") as lock:
@@ -109,9 +109,10 @@ def _images(ledger: Ledger, case: Case) -> str:
     return ", ".join(parts) or "-"
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> None:
-    cells = [_HEAD, *[tuple(map(printable, row)) for row in rows]]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(_HEAD) - 1)]
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Show rows below a head, each column as wide as it needs."""
+    cells = [head, *[tuple(map(printable, row)) for row in rows]]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(head) - 1)]
     for row in cells:
         padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         typer.echo("  ".join([*padded, row[-1]]).rstrip())

@@ -294,3 +294,37 @@ def retry(
         from dicomnode.cli.cases import retry_case
 
         retry_case(root, case)
+
+
+@app.command(epilog="Example: dicomnode outbox --root /var/lib/node --case 7")
+def outbox(
+    root: Root,
+    case: Annotated[
+        int | None, typer.Option(metavar="CASE", help="Show each result of one case.")
+    ] = None,
+) -> None:
+    """List what has yet to go to the endpoints, and what they said."""
+    with one_line_errors():
+        from dicomnode.cli.outbox import list_outbox, show_results
+
+        if case is None:
+            list_outbox(root)
+        else:
+            show_results(root, case)
+
+
+@app.command(epilog="Example: dicomnode resend 7 --root /var/lib/node")
+def resend(
+    root: Root,
+    case: Annotated[
+        int | None, typer.Argument(help="The number of a case; without it all.")
+    ] = None,
+) -> None:
+    """Send now what waits for an endpoint or was given up, also while the node runs.
+
+    What an endpoint acknowledged before is not sent again.
+    """
+    with one_line_errors():
+        from dicomnode.cli.outbox import resend_results
+
+        resend_results(root, case)

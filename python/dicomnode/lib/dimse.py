@@ -24,6 +24,8 @@ from dicomnode.errors import (
     CouldNotCompleteDIMSEMessage,
     IncorrectlyConfigured,
     InvalidDataset,
+    PeerRefuses,
+    PeerRejects,
     PeerUnreachable,
 )
 from dicomnode.lib.dicom import printable
@@ -193,18 +195,17 @@ def _associate(address: Address, ae_title: str, contexts: list[PresentationConte
                 pause = min(2 * pause, 1.0)
                 continue
             reason = getattr(answer, "reason_str", "") if answer is not None else ""
-            raise PeerUnreachable(
+            told = (
                 f"{address} rejected the association of {ae_title!r}: {reason or 'no reason given'}"
             )
+            raise PeerUnreachable(told) if is_busy else PeerRejects(told)
         if not is_connected:
             raise PeerUnreachable(
                 f"{address} cannot be reached: nobody listens there, or it does not answer"
             )
-        raise CouldNotCompleteDIMSEMessage(
-            f"{address} accepted none of the presentation contexts"
-            if answer is not None
-            else f"{address} did not answer the request for an association"
-        )
+        if answer is not None:
+            raise PeerRefuses(f"{address} accepted none of the presentation contexts")
+        raise PeerUnreachable(f"{address} did not answer the request for an association")
 
 
 def _ask_for_association(

@@ -1,14 +1,17 @@
-"""The exporter: sends the results of cases to the endpoints.
+"""The exporter: sends the results of cases to the endpoints, again and again where that is needed.
 
-Solves that a slow endpoint keeps neither a worker nor another endpoint: cases that are EXPORTING are
-taken by threads of their own, each endpoint is served at the same time, and what one acknowledged is
-recorded instance by instance.
+Solves that an endpoint that is slow, down or broken keeps neither a worker nor another endpoint: each
+endpoint has a thread of its own, and one sender at a time. What it acknowledged is recorded instance
+by instance, what it did not is sent again later, and what it will not take is given up and kept.
 """
 
 import logging
-import threading
+import math
+import random
+import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from pydicom.dataset import Dataset
@@ -16,30 +19,58 @@ from pydicom.dataset import Dataset
 from dicomnode.errors import (
     CouldNotCompleteDIMSEMessage,
     IncorrectlyConfigured,
+    OutOfResources,
     PeerUnreachable,
 )
 from dicomnode.lib.dicom import read
 from dicomnode.lib.dimse import Address, Response, send
 from dicomnode.server.loop import Failures, Loop
 from dicomnode.server.meters import Meters
-from dicomnode.storage.ledger import Case, ResultRow, State
+from dicomnode.storage.ledger import ResultRow
+from dicomnode.storage.outbox import Answer, Delivery, Export, Outage
 from dicomnode.storage.store import DamagedResult, Storage
 
-# How many cases are exported at once, so that an endpoint that hangs does not hold up the others.
-EXPORTERS = 16
+# No wait is longer.
+_LONGEST_SECONDS = 15 * 60.0
+# Where an operator has to change something, asking often does not help: with the usual settings five
+# minutes pass between these attempts.
+_SLOWLY = 60
+_MOST_REFUSALS = 3
+# So many answers are recorded at once.
+_RECORDED_TOGETHER = 32
+# Answers of a peer that has no room or no time now (PS3.4 B.2.3, PS3.7 annex C): out of resources,
+# processing failure, resource limitation; and 0xFE00, cancelled.
+_PASSING = frozenset({0x0110, 0x0213, 0xFE00, *range(0xA700, 0xA800)})
 
 
 class _Stopping(Exception):
     """The node stops between two results of an export."""
 
 
+@dataclass(frozen=True)
+class Retries:
+    """When to send again, and when to give up."""
+
+    retry_seconds: float
+    give_up_seconds: float
+
+    def pause(self, attempts: int, slowly: bool) -> float:
+        """How long to wait after so many attempts that failed in a row."""
+        if slowly:
+            return min(_LONGEST_SECONDS, _SLOWLY * self.retry_seconds)
+        longest = min(_LONGEST_SECONDS, self.retry_seconds * 2.0 ** min(attempts - 1, 60))
+        # A random part of it, so that what failed together does not come back together.
+        return random.uniform(0, longest)  # noqa: S311  (no secret)
+
+
 class Exporter:
-    """Sends the results of one case after the other; safe to use from any thread."""
+    """A thread for each endpoint, and one that tells when a case is over."""
 
     def __init__(
         self,
         ae_title: str,
         endpoints: Sequence[Address],
+        retries: Retries,
         storage: Storage,
         logger: logging.Logger,
         loop: Loop,
@@ -48,159 +79,261 @@ class Exporter:
     ) -> None:
         self._meters = meters
         self._ae_title = ae_title
-        self._endpoints = endpoints
+        self._endpoints = tuple(dict.fromkeys(endpoints))
+        self._retries = retries
         self._storage = storage
         self._logger = logger
         self._loop = loop
         self._failures = failures
-        self._exporting: set[int] = set()
-        self._lock = threading.Lock()
-        # One association for each endpoint at a time: many peers take no more.
-        self._locks = {endpoint: threading.Lock() for endpoint in endpoints}
-        self._outages: dict[Address, tuple[float, str]] = {}
+        # Of what waits: its time by the ledger's clock, and by one that nobody sets.
+        self._times: dict[tuple[int, str], tuple[float, float]] = {}
+        self._due = dict.fromkeys(self._endpoints, math.inf)
+        self._unrecorded = dict.fromkeys(self._endpoints, 0)
+        loop.add("settler", self._settle_next)
+        for endpoint in self._endpoints:
+            loop.add(
+                "exporter",
+                partial(self._export_next, endpoint),
+                due=partial(self._seconds_left, endpoint),
+            )
 
-    def export_next(self) -> bool:
-        """Export one case, and tell whether there was one. The step of an exporter."""
+    # One endpoint
+
+    def _seconds_left(self, endpoint: Address) -> float:
+        return self._due[endpoint] - time.monotonic()
+
+    def _export_next(self, endpoint: Address) -> bool:
+        """Send the results of one case to an endpoint, and tell whether there were some."""
         self._failures.record()
-        for case_id in self._storage.ledger.queue(State.EXPORTING):
-            if not self._take(case_id):
+        if self._unrecorded[endpoint] and self._seconds_left(endpoint) > 0:
+            return False
+        key = str(endpoint)
+        soonest = math.inf
+        pending = self._storage.outbox.pending(key)
+        outage = self._storage.outbox.outages().get(key)
+        if outage is not None and pending and (left := self._left(0, key, outage.next)) > 0:
+            self._due[endpoint] = time.monotonic() + left
+            return False
+        for export in pending:
+            if export.case_id in self._failures:
                 continue
-            try:
-                case = self._storage.ledger.case(case_id)
-                if case.state is not State.EXPORTING:
-                    continue
-                with self._failures.blaming(case_id):
-                    self._export(case)
-            finally:
-                self._exporting.discard(case_id)
+            left = self._left(export.case_id, key, export.next)
+            if left > 0:
+                soonest = min(soonest, left)
+                continue
+            with self._failures.blaming(export.case_id):
+                self._deliver(endpoint, export, outage)
             return True
+        self._due[endpoint] = time.monotonic() + soonest
         return False
 
-    def _take(self, case_id: int) -> bool:
-        """Make an EXPORTING case this thread's own, unless it is another's."""
-        with self._lock:
-            if case_id in self._exporting or case_id in self._failures:
-                return False
-            self._exporting.add(case_id)
-            return True
+    def _left(self, case_id: int, key: str, moment: float) -> float:
+        """Seconds until a moment of the ledger.
 
-    def _export(self, case: Case) -> None:
-        endpoints = self._endpoints
-        if not endpoints and self._storage.ledger.results(case.id):
-            raise IncorrectlyConfigured(
-                "process() returned results but the pipeline has no endpoints: set `endpoints`, "
-                "start the node again and retry this case; or return nothing"
-            )
+        Its clock may be set meanwhile, or before a start: nothing waits longer than the longest
+        pause for that.
+        """
+        if self._loop.is_draining:
+            return 0.0
+        known = self._times.get((case_id, key))
+        if known is None or known[0] != moment:
+            left = min(max(moment - time.time(), 0.0), _LONGEST_SECONDS)
+            known = self._times[case_id, key] = moment, time.monotonic() + left
+        return known[1] - time.monotonic()
+
+    def _next(self, case_id: int, key: str, pause: float) -> float:
+        """The moment after a pause, for the ledger."""
+        moment = time.time() + pause
+        self._times[case_id, key] = moment, time.monotonic() + pause
+        return moment
+
+    def _deliver(self, endpoint: Address, export: Export, outage: Outage | None) -> None:
         try:
-            problems = list(filter(None, _at_once(partial(self._deliver, case), endpoints)))
+            try:
+                self._attempt(endpoint, export, outage)
+            except PeerUnreachable as error:
+                self._miss(endpoint, outage, error)
+            self._unrecorded[endpoint] = 0
         except _Stopping:
             # What is not acknowledged goes out after the next start.
             return
         except DamagedResult as error:
             reason = f"{error}; a retry makes all results again from the images, under new UIDs"
-            self._logger.error("case %d FAILED and is kept: %s", case.id, reason)
-            self._storage.drop_results(case.id, reason)
-            return
-        if problems:
-            raise CouldNotCompleteDIMSEMessage("; ".join(problems))
-        self._storage.finish(case)
-        self._logger.info("case %d is done", case.id)
+            self._logger.error("case %d FAILED and is kept: %s", export.case_id, reason)
+            self._storage.drop_results(export.case_id, reason)
+        except (OutOfResources, sqlite3.Error) as error:
+            # It was sent, and cannot be recorded: not again and again, as long as that lasts.
+            self._unrecorded[endpoint] += 1
+            pause = self._retries.pause(self._unrecorded[endpoint] + 1, slowly=False) / 2
+            pause += self._retries.retry_seconds / 2
+            self._due[endpoint] = time.monotonic() + pause
+            self._logger.error(
+                "case %d: what %s answered cannot be recorded: %s", export.case_id, endpoint, error
+            )
 
-    def _deliver(self, case: Case, endpoint: Address) -> str:
-        """Send what one endpoint has not acknowledged yet; the problem, empty where there is none."""
-        key = str(endpoint)
-        asked = time.monotonic()
-        with self._locks[endpoint]:
-            failed, problem = self._outages.get(endpoint, (0.0, ""))
-            if failed > asked:
-                # It failed for another case while this one waited for its turn.
-                return problem
-            try:
+    def _attempt(self, endpoint: Address, export: Export, outage: Outage | None) -> None:
+        """Send what this endpoint has not acknowledged, and record what comes of it."""
+        key, number, outbox = export.endpoint, export.case_id, self._storage.outbox
+        rows = self._storage.undelivered(number, key)
+        problem, is_permanent = "", False
+        try:
+            if rows:
                 with self._meters.export_seconds.timing():
-                    return self._send(case, endpoint, key)
-            except PeerUnreachable as error:
-                self._outages[endpoint] = (time.monotonic(), str(error))
-                return str(error)
-            except CouldNotCompleteDIMSEMessage as error:
-                return str(error)
+                    self._send(endpoint, number, rows)
+        except PeerUnreachable:
+            raise
+        except CouldNotCompleteDIMSEMessage as error:
+            problem, is_permanent = str(error), error.is_permanent
+        if outage is not None:
+            outbox.mend(key)
+            self._logger.info("%s takes associations again", key)
+        answers = outbox.answers(number, key)
+        left = [row for row in rows if row.uid not in answers or not answers[row.uid].stored]
+        if not left:
+            self._times.pop((number, key), None)
+            outbox.update(replace(export, state=Delivery.SENT, attempts=0, next=0.0, problem=""))
+            return
+        refused = [answers[row.uid] for row in left if row.uid in answers]
+        problem = problem or _told(key, refused, len(rows))
+        final = [one for one in refused if one.status not in _PASSING]
+        is_over = len(left) == sum(one.attempts > _MOST_REFUSALS for one in final)
+        self._postpone(
+            replace(
+                export,
+                attempts=1 if len(left) < len(rows) else export.attempts + 1,
+                refusals=export.refusals + is_permanent,
+                problem=problem,
+            ),
+            slowly=is_permanent or bool(final),
+            is_over=is_over,
+        )
 
-    def _send(self, case: Case, endpoint: Address, key: str) -> str:
-        pending = self._storage.undelivered(case.id, key)
-        if not pending:
-            return ""
-        acknowledged: list[tuple[str, int]] = []
+    def _postpone(self, export: Export, slowly: bool, is_over: bool) -> None:
+        """Try it again later, or give it up."""
+        if (
+            is_over
+            or export.refusals > _MOST_REFUSALS
+            or export.waited >= self._retries.give_up_seconds
+            or self._loop.is_draining
+        ):
+            self._storage.outbox.update(replace(export, state=Delivery.DEAD))
+            return
+        pause = self._retries.pause(export.attempts, slowly)
+        self._logger.warning(
+            "case %d: %s; attempt %d, the next in %.0f s",
+            export.case_id,
+            export.problem,
+            export.attempts,
+            pause,
+        )
+        self._storage.outbox.update(
+            replace(
+                export,
+                waited=export.waited + pause,
+                next=self._next(export.case_id, export.endpoint, pause),
+            )
+        )
+
+    def _miss(self, endpoint: Address, outage: Outage | None, error: PeerUnreachable) -> None:
+        """Nothing goes to this endpoint now: one attempt tells for all cases."""
+        attempts = 1 if outage is None else outage.attempts + 1
+        pause = self._retries.pause(attempts, slowly=error.is_permanent)
+        self._logger.warning("%s; attempt %d, the next in %.0f s", error, attempts, pause)
+        self._storage.outbox.miss(
+            Outage(str(endpoint), attempts, self._next(0, str(endpoint), pause), str(error)),
+            waits=pause,
+            refused=error.is_permanent,
+            most_refusals=_MOST_REFUSALS,
+            most_seconds=-1.0 if self._loop.is_draining else self._retries.give_up_seconds,
+        )
+
+    def _send(self, endpoint: Address, case_id: int, rows: Sequence[ResultRow]) -> None:
+        """Send results, and record each answer."""
+        key = str(endpoint)
+        answers: list[Answer] = []
+        stored = 0
 
         def record(response: Response) -> None:
+            nonlocal stored
             meter = self._meters.results_sent if response.is_stored else self._meters.results_failed
             meter.add(label=key)
-            if response.is_stored:
-                acknowledged.append((response.sop_instance_uid, response.status))
-                if response.status:
-                    self._logger.warning(
-                        "case %d: %s stored %s with status 0x%04X",
-                        case.id,
-                        key,
-                        response.sop_instance_uid,
-                        response.status,
-                    )
-            if len(acknowledged) >= 32:
-                self._storage.ledger.deliver(case.id, key, acknowledged)
-                acknowledged.clear()
+            stored += response.is_stored
+            answers.append(
+                Answer(
+                    response.sop_instance_uid,
+                    response.status,
+                    response.is_stored,
+                    response.comment,
+                )
+            )
+            if response.is_stored and response.status:
+                self._logger.warning(
+                    "case %d: %s stored %s with status 0x%04X",
+                    case_id,
+                    key,
+                    response.sop_instance_uid,
+                    response.status,
+                )
+            if len(answers) >= _RECORDED_TOGETHER:
+                self._storage.outbox.answer(case_id, key, answers)
+                answers.clear()
             if self._loop.is_stopping:
                 raise _Stopping
 
         try:
-            responses = send(
+            send(
                 endpoint,
-                [partial(self._result, case.id, row) for row in pending],
+                [partial(self._result, case_id, row) for row in rows],
                 self._ae_title,
-                contexts={(row.sop_class, row.syntax) for row in pending},
+                contexts={(row.sop_class, row.syntax) for row in rows},
                 on_response=record,
             )
         finally:
-            self._storage.ledger.deliver(case.id, key, acknowledged)
-        refused = [response for response in responses if not response.is_stored]
+            self._storage.outbox.answer(case_id, key, answers)
         self._logger.info(
-            "case %d: %s acknowledged %d of %d results",
-            case.id,
-            key,
-            len(responses) - len(refused),
-            len(responses),
-        )
-        if not refused:
-            return ""
-        first = refused[0]
-        return (
-            f"{key} refused {len(refused)} of {len(responses)} results, the first "
-            f"{first.sop_instance_uid} with status 0x{first.status:04X} {first.comment}".rstrip()
+            "case %d: %s acknowledged %d of %d results", case_id, key, stored, len(rows)
         )
 
     def _result(self, case_id: int, row: ResultRow) -> Dataset:
         return read(self._storage.result(case_id, row))
 
+    # EXPORTING -> DONE | FAILED
 
-def _at_once(job: Callable[[Address], str], endpoints: Sequence[Address]) -> list[str]:
-    """What `job` gives for each endpoint, all at the same time; raises what one of them raised.
+    def _settle_next(self) -> bool:
+        """Look for cases that are over with every endpoint, and tell whether there were some."""
+        self._failures.record()
+        keys = {str(endpoint) for endpoint in self._endpoints}
+        worked = False
+        for case_id, exports in self._storage.outbox.open_exports().items():
+            if case_id in self._failures:
+                continue
+            known = [export for export in exports if export.endpoint in keys]
+            is_over = {one.endpoint for one in known if one.state is not Delivery.PENDING} == keys
+            if is_over or not self._storage.ledger.results(case_id):
+                worked = True
+                with self._failures.blaming(case_id):
+                    self._settle(case_id, known)
+        return worked
 
-    In daemon threads, which do not keep a program from ending, as those of a pool would.
-    """
-    results: dict[Address, str] = {}
-    errors: list[BaseException] = []
+    def _settle(self, case_id: int, exports: Sequence[Export]) -> None:
+        if not self._endpoints and self._storage.ledger.results(case_id):
+            raise IncorrectlyConfigured(
+                "process() returned results but the pipeline has no endpoints: set `endpoints`, "
+                "start the node again and retry this case; or return nothing"
+            )
+        dead = [export.problem for export in exports if export.state is Delivery.DEAD]
+        if dead:
+            raise CouldNotCompleteDIMSEMessage("; ".join(dead))
+        self._storage.finish(self._storage.ledger.case(case_id))
+        self._logger.info("case %d is done", case_id)
 
-    def run(endpoint: Address) -> None:
-        try:
-            results[endpoint] = job(endpoint)
-        except BaseException as error:  # noqa: BLE001  (raised again below, in the exporter)
-            errors.append(error)
 
-    threads = [threading.Thread(target=run, args=(one,), daemon=True) for one in endpoints[1:]]
-    for thread in threads:
-        thread.start()
-    for endpoint in endpoints[:1]:
-        run(endpoint)
-    for thread in threads:
-        thread.join()
-    if errors:
-        # What is wrong with the case counts more than that the node stops.
-        raise min(errors, key=lambda error: isinstance(error, _Stopping))
-    return [results[endpoint] for endpoint in endpoints]
+def _told(key: str, refused: Sequence[Answer], count: int) -> str:
+    """What an endpoint refused, in one line."""
+    if not refused:
+        return f"{key} did not answer for all results"
+    first = refused[0]
+    return (
+        f"{key} refused {len(refused)} of {count} results, the first {first.uid} with status "
+        f"0x{first.status:04X} {first.comment}"
+    ).rstrip()

@@ -5,6 +5,7 @@ a failure that cannot be written to the ledger now is written later.
 """
 
 import logging
+import math
 import sqlite3
 import threading
 import time
@@ -43,10 +44,19 @@ class Loop:
         self._draining = False
         self._threads: list[threading.Thread] = []
 
-    def add(self, name: str, step: Callable[[], bool], count: int) -> None:
-        """Have `count` threads repeat a step, which tells whether it found work."""
+    def add(
+        self,
+        name: str,
+        step: Callable[[], bool],
+        count: int = 1,
+        due: Callable[[], float] = lambda: math.inf,
+    ) -> None:
+        """Have `count` threads repeat a step, which tells whether it found work.
+
+        `due` tells in how many seconds it has work of itself, without being woken.
+        """
         self._threads += [
-            threading.Thread(target=self._run, args=(step,), name=f"{name}-{k}", daemon=True)
+            threading.Thread(target=self._run, args=(step, due), name=f"{name}-{k}", daemon=True)
             for k in range(count)
         ]
 
@@ -75,6 +85,11 @@ class Loop:
         """Whether to stop as soon as possible."""
         return self._stopping and not self._draining
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether to stop as soon as there is nothing left to do."""
+        return self._stopping and self._draining
+
     def owns(self, thread: threading.Thread) -> bool:
         """Whether a thread is one of these."""
         return thread in self._threads
@@ -99,7 +114,7 @@ class Loop:
         self._generation += 1
         self._wake.notify_all()
 
-    def _run(self, step: Callable[[], bool]) -> None:
+    def _run(self, step: Callable[[], bool], due: Callable[[], float]) -> None:
         seen = changes = -1
         while True:
             with self._wake:
@@ -108,7 +123,10 @@ class Loop:
                     if now != changes:
                         changes = now
                         break
-                    self._wake.wait(_LOOK_SECONDS)
+                    left = due()
+                    if left <= 0:
+                        break
+                    self._wake.wait(min(left, _LOOK_SECONDS))
                 seen = self._generation
                 if self.is_stopping:
                     return

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import inspect
 import logging
+import math
 import os
 import re
 import signal
@@ -27,6 +28,7 @@ from dicomnode.lib.dicom import tag_of
 from dicomnode.lib.dimse import Address
 from dicomnode.server.association import AssociationServer, Reception, default_contexts
 from dicomnode.server.eager import EagerDecoding
+from dicomnode.server.exporter import Retries
 from dicomnode.server.health import Health
 from dicomnode.server.input import AbstractInput, eager_reading
 from dicomnode.server.logs import Annotating, formatter
@@ -63,6 +65,11 @@ class AbstractPipeline:
     input: Mapping[str, type[AbstractInput]] = {}
     #: Where every result goes.
     endpoints: Sequence[Address] = []
+    #: How long to wait before what an endpoint did not take is sent again. It doubles with each
+    #: attempt, to at most 15 minutes, and the wait is a random part of it.
+    export_retry_seconds: float = 5.0
+    #: What has waited so long for an endpoint is given up: the case is FAILED, and kept.
+    export_give_up_seconds: float = 5 * 24 * 3600.0
     #: The attribute that tells which images belong together.
     patient_identifier_tag: TagType = 0x00100020
     #: Where images rest until they are done with; None keeps them in memory, lost at the end.
@@ -163,6 +170,13 @@ class AbstractPipeline:
                 raise IncorrectlyConfigured(
                     f"{name} has to be a whole number, at least {least}, not {value!r}"
                 )
+        for name, seconds in (
+            ("export_retry_seconds", self.export_retry_seconds),
+            ("export_give_up_seconds", self.export_give_up_seconds),
+        ):
+            is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+            if not (is_number and 0 <= seconds < math.inf):
+                raise IncorrectlyConfigured(f"{name} has to be 0 or more seconds, not {seconds!r}")
         for name, titles in (
             ("ae_title", [self.ae_title]),
             ("require_calling_aet", self.require_calling_aet),
@@ -269,7 +283,13 @@ class AbstractPipeline:
         self._check_settings()
         if self.input and type(self).process is AbstractPipeline.process:
             self.logger.warning("%s does not define process()", type(self).__name__)
-        work = Work(self.ae_title, self.input, tuple(self.endpoints), self.process)
+        work = Work(
+            self.ae_title,
+            self.input,
+            tuple(self.endpoints),
+            Retries(self.export_retry_seconds, self.export_give_up_seconds),
+            self.process,
+        )
         readings = {name: eager_reading(kind) for name, kind in self.input.items()}
         eager = EagerDecoding(
             {name: reading for name, reading in readings.items() if reading is not None},

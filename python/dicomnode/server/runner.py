@@ -18,7 +18,7 @@ from dicomnode.errors import InvalidDataset, OutOfResources
 from dicomnode.lib.dicom import encode
 from dicomnode.lib.dimse import Address
 from dicomnode.server.eager import EagerDecoding
-from dicomnode.server.exporter import EXPORTERS, Exporter
+from dicomnode.server.exporter import Exporter, Retries
 from dicomnode.server.input import AbstractInput, Datasets
 from dicomnode.server.loop import Failures, Loop
 from dicomnode.server.meters import Meters
@@ -33,6 +33,7 @@ class Work:
     ae_title: str
     inputs: Mapping[str, type[AbstractInput]]
     endpoints: Sequence[Address]
+    retries: Retries
     process: Callable[[dict[str, Any]], Iterable[Dataset] | None]
 
 
@@ -61,11 +62,17 @@ class Runner:
         self._is_awaited = False
         self._failures = Failures(storage, logger, meters)
         self._loop = Loop(storage, logger, lambda: bool(self._failures or self._unchecked))
-        exporter = Exporter(
-            work.ae_title, work.endpoints, storage, logger, self._loop, self._failures, meters
-        )
         self._loop.add("worker", self._process_next, workers)
-        self._loop.add("exporter", exporter.export_next, EXPORTERS)
+        Exporter(
+            work.ae_title,
+            work.endpoints,
+            work.retries,
+            storage,
+            logger,
+            self._loop,
+            self._failures,
+            meters,
+        )
 
     def start(self) -> None:
         """Start the threads."""

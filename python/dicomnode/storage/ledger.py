@@ -77,7 +77,7 @@ class ResultRow:
 # A case is in one of these until it is claimed.
 _UNCLAIMED = (State.RECEIVING, State.READY, State.FAILED)
 # Of the tables in ledger.sql; a ledger of another version is left alone.
-_VERSION = 1
+_VERSION = 2
 # SQLite counts no further.
 _MOST = 1 << 63
 # A sender tries again within hours; the same images after that are a wish to process them again.
@@ -120,7 +120,11 @@ class Ledger:
             self._db.close()
 
     @contextmanager
-    def _transaction(self, durable: bool = True) -> Iterator[sqlite3.Connection]:
+    def transaction(self, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """Changes that become durable together, or not at all. For this package.
+
+        Raises OutOfResources where the ledger cannot be written.
+        """
         with self._lock:
             try:
                 self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
@@ -141,12 +145,17 @@ class Ledger:
         with self._lock:
             return int(self._db.execute("PRAGMA data_version").fetchone()[0])
 
+    def rows(self, query: str, arguments: tuple[object, ...]) -> list[tuple[object, ...]]:
+        """What a query finds. For this package."""
+        with self._lock:
+            return self._db.execute(query, arguments).fetchall()
+
     # Cases
 
     def open_case(self, identifier: str, folder: str) -> Case:
         """The case that takes new images of an identifier; made, with that folder, where none is."""
         now = time.time()
-        with self._transaction() as db:
+        with self.transaction() as db:
             row = db.execute(
                 f"SELECT {_CASE} FROM cases WHERE identifier = ? AND sealed = 0", (identifier,)
             ).fetchone()
@@ -164,7 +173,7 @@ class Ledger:
     def failed_case(self, identifier: str, folder: str, error: str) -> Case:
         """A new case that takes no images and waits for a retry."""
         now = time.time()
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute(
                 "INSERT INTO cases (identifier, folder, state, sealed, error, created, changed) "
                 "VALUES (?, ?, ?, 1, ?, ?, ?)",
@@ -178,7 +187,7 @@ class Ledger:
 
         It takes no more images and waits for a retry.
         """
-        with self._transaction() as db:
+        with self.transaction() as db:
             cursor = db.execute(
                 "UPDATE cases SET state = ?, sealed = 1, error = ?, changed = ? "
                 "WHERE id = ? AND state IN (?, ?) AND NOT sealed",
@@ -195,7 +204,7 @@ class Ledger:
 
     def interrupt(self, case_id: int) -> None:
         """Remember what a case holds, since its sender may send that again."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute(
                 "INSERT OR REPLACE INTO interrupted (case_id, input, uid, digest) "
                 "SELECT case_id, input, uid, digest FROM instances "
@@ -223,7 +232,7 @@ class Ledger:
 
     def excuse(self) -> None:
         """Take back the attempts that are under way: the node is stopped, it did not die."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute(
                 "UPDATE cases SET attempts = attempts - 1 WHERE state = ?",
                 (State.PROCESSING.value,),
@@ -294,7 +303,7 @@ class Ledger:
 
         Entering PROCESSING counts an attempt.
         """
-        with self._transaction() as db:
+        with self.transaction() as db:
             cursor = db.execute(
                 "UPDATE cases SET state = ?, sealed = max(sealed, ?), error = ?, changed = ?, "
                 "attempts = attempts + ? WHERE id = ? AND state = ?",
@@ -317,7 +326,7 @@ class Ledger:
         each start asks that again of all cases that take images.
         """
         before = [one.value for one in _UNCLAIMED if one is not state]
-        with self._transaction(durable=False) as db:
+        with self.transaction(durable=False) as db:
             db.execute(
                 "UPDATE cases SET state = ?, error = '', changed = ? WHERE id = ? AND state IN (?, ?)",
                 (state.value, time.time(), case_id, *before),
@@ -328,7 +337,7 @@ class Ledger:
 
         A case that was not claimed yet still takes images, and can become READY by them.
         """
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute(
                 "UPDATE cases SET state = ?, error = ?, changed = ? WHERE id = ? AND state != ?",
                 (State.FAILED.value, error, time.time(), case_id, State.DONE.value),
@@ -339,7 +348,7 @@ class Ledger:
 
         Raises UnknownCase for a case that does not exist or has not failed.
         """
-        with self._transaction() as db:
+        with self.transaction() as db:
             case = self.case(case_id)
             if case.state is not State.FAILED:
                 raise UnknownCase(
@@ -353,11 +362,24 @@ class Ledger:
                 "UPDATE cases SET state = ?, attempts = 0, error = '', changed = ? WHERE id = ?",
                 (state.value, time.time(), case_id),
             )
+            self.restart_exports(case_id)
         return state
+
+    def restart_exports(self, case_id: int) -> None:
+        """Within a transaction: count anew the attempts to deliver a case, the next of which is now."""
+        self._db.execute(
+            "DELETE FROM outages WHERE endpoint IN "
+            "(SELECT endpoint FROM exports WHERE case_id = ? AND state != 'SENT')",
+            (case_id,),
+        )
+        self._db.execute("DELETE FROM exports WHERE case_id = ? AND state != 'SENT'", (case_id,))
+        self._db.execute(
+            "UPDATE deliveries SET attempts = 0 WHERE case_id = ? AND NOT stored", (case_id,)
+        )
 
     def forget(self, keep: int) -> None:
         """Drop the oldest DONE cases whose files are gone, all but the newest `keep`."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             old = db.execute(
                 "SELECT id FROM cases WHERE state = ? AND NOT EXISTS "
                 "(SELECT 1 FROM instances WHERE case_id = cases.id) "
@@ -366,6 +388,7 @@ class Ledger:
             ).fetchall()
             for table, column in (
                 ("deliveries", "case_id"),
+                ("exports", "case_id"),
                 ("interrupted", "case_id"),
                 ("cases", "id"),
             ):
@@ -375,7 +398,7 @@ class Ledger:
 
     def add_instances(self, case_id: int, rows: Iterable[InstanceRow]) -> None:
         """Record instances as stored. Their files have to be durable before."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.executemany(
                 "INSERT OR REPLACE INTO instances (case_id, input, uid, file, size, digest, damaged) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -408,7 +431,7 @@ class Ledger:
 
     def export(self, case_id: int, rows: Iterable[ResultRow]) -> None:
         """PROCESSING -> EXPORTING together with the rows of all results."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.executemany(
                 "INSERT INTO results (case_id, number, uid, sop_class, syntax, file, digest) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -434,15 +457,6 @@ class Ledger:
             ).fetchall()
         return [ResultRow(*row) for row in rows]
 
-    def deliver(self, case_id: int, endpoint: str, acknowledged: Iterable[tuple[str, int]]) -> None:
-        """Record (SOPInstanceUID, status) pairs that an endpoint acknowledged."""
-        with self._transaction() as db:
-            db.executemany(
-                "INSERT OR REPLACE INTO deliveries (case_id, endpoint, uid, status) "
-                "VALUES (?, ?, ?, ?)",
-                [(case_id, endpoint, uid, status) for uid, status in acknowledged],
-            )
-
     def queue(self, state: State) -> list[int]:
         """The numbers of the cases in a state, oldest first."""
         with self._lock:
@@ -451,27 +465,20 @@ class Ledger:
             ).fetchall()
         return [row[0] for row in rows]
 
-    def delivered(self, case_id: int, endpoint: str) -> set[str]:
-        """The SOPInstanceUIDs that an endpoint acknowledged."""
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT uid FROM deliveries WHERE case_id = ? AND endpoint = ?", (case_id, endpoint)
-            ).fetchall()
-        return {row[0] for row in rows}
-
     def drop_results(self, case_id: int, error: str) -> None:
         """EXPORTING -> FAILED without results, in one step: a retry makes them anew."""
-        with self._transaction() as db:
-            db.execute("DELETE FROM deliveries WHERE case_id = ?", (case_id,))
-            db.execute("DELETE FROM results WHERE case_id = ?", (case_id,))
-            db.execute(
-                "UPDATE cases SET state = ?, error = ?, changed = ? WHERE id = ?",
-                (State.FAILED.value, error, time.time(), case_id),
+        with self.transaction() as db:
+            cursor = db.execute(
+                "UPDATE cases SET state = ?, error = ?, changed = ? WHERE id = ? AND state = ?",
+                (State.FAILED.value, error, time.time(), case_id, State.EXPORTING.value),
             )
+            if cursor.rowcount == 1:
+                for table in ("deliveries", "exports", "results"):
+                    db.execute(f"DELETE FROM {table} WHERE case_id = ?", (case_id,))
 
     def clear(self, case_id: int) -> None:
         """Forget instances and results of a case, whose files are gone."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute("DELETE FROM instances WHERE case_id = ?", (case_id,))
             db.execute("DELETE FROM results WHERE case_id = ?", (case_id,))
 

@@ -41,13 +41,40 @@ CREATE TABLE IF NOT EXISTS results (
     PRIMARY KEY (case_id, number)
 ) WITHOUT ROWID;
 
--- One row for each result that an endpoint acknowledged.
+-- One row for each result and endpoint that was asked to keep it: what it answered the last time.
+-- `stored` is 1 where that means that it has the result.
 CREATE TABLE IF NOT EXISTS deliveries (
     case_id  INTEGER NOT NULL REFERENCES cases (id),
     endpoint TEXT    NOT NULL,
     uid      TEXT    NOT NULL,
     status   INTEGER NOT NULL,
+    stored   INTEGER NOT NULL DEFAULT 1,
+    comment  TEXT    NOT NULL DEFAULT '',
+    attempts INTEGER NOT NULL DEFAULT 1,
     PRIMARY KEY (case_id, endpoint, uid)
+) WITHOUT ROWID;
+
+-- One row for each case and endpoint of which something is known: all is SENT, it is PENDING and tried
+-- again, or it is DEAD, given up. `waited` counts the seconds between attempts, not those of a clock
+-- that may be set.
+CREATE TABLE IF NOT EXISTS exports (
+    case_id  INTEGER NOT NULL REFERENCES cases (id),
+    endpoint TEXT    NOT NULL,
+    state    TEXT    NOT NULL DEFAULT 'PENDING',
+    attempts INTEGER NOT NULL DEFAULT 0,
+    refusals INTEGER NOT NULL DEFAULT 0,
+    waited   REAL    NOT NULL DEFAULT 0,
+    next     REAL    NOT NULL DEFAULT 0,
+    problem  TEXT    NOT NULL DEFAULT '',
+    PRIMARY KEY (case_id, endpoint)
+) WITHOUT ROWID;
+
+-- One row for each endpoint that takes no associations: one attempt at `next` tells for all cases.
+CREATE TABLE IF NOT EXISTS outages (
+    endpoint TEXT    NOT NULL PRIMARY KEY,
+    attempts INTEGER NOT NULL,
+    next     REAL    NOT NULL,
+    problem  TEXT    NOT NULL
 ) WITHOUT ROWID;
 
 -- One row for each image of a case that took images when the node ended. Its sender may not have got

@@ -46,6 +46,7 @@ from dicomnode.storage.layout import (
     outbox_folder,
 )
 from dicomnode.storage.ledger import Case, InstanceRow, Ledger, ResultRow, State
+from dicomnode.storage.outbox import Outbox
 from dicomnode.storage.recovery import OpenCase, Recovery, delete_files, mark_damaged
 
 _DONE_KEPT = 1000
@@ -118,6 +119,7 @@ class Storage:
         else:
             self._instances = FileInstances(root, root / OWN / "incoming")
         self.ledger: Ledger
+        self.outbox: Outbox
 
     # Opening and closing
 
@@ -129,6 +131,7 @@ class Storage:
         """
         if self.root is None:
             self.ledger = Ledger(None)
+            self.outbox = Outbox(self.ledger)
             return
         own = self.root / OWN
         try:
@@ -149,6 +152,7 @@ class Storage:
         os.register_at_fork(after_in_child=partial(_let_go, weakref.ref(self)))
         try:
             self.ledger = self._open_ledger(own / "ledger.sqlite")
+            self.outbox = Outbox(self.ledger)
             try:
                 recovery = Recovery(
                     self.root,
@@ -504,8 +508,9 @@ class Storage:
 
     def undelivered(self, case_id: int, endpoint: str) -> list[ResultRow]:
         """The results that an endpoint has not acknowledged yet."""
-        done = self.ledger.delivered(case_id, endpoint)
-        return [row for row in self.ledger.results(case_id) if row.uid not in done]
+        answers = self.outbox.answers(case_id, endpoint)
+        stored = {answer.uid for answer in answers.values() if answer.stored}
+        return [row for row in self.ledger.results(case_id) if row.uid not in stored]
 
     def result(self, case_id: int, row: ResultRow) -> Source:
         """A result as it was kept.
