@@ -37,6 +37,7 @@ class Node(Base):
     log_level = logging.DEBUG
     log_patient_data = bool(os.environ.get("LOG_PATIENT_DATA"))
     endpoints = [Address("127.0.0.1", 9, "NOBODY")]
+    export_give_up_seconds = 0
 
     def filter(self, dataset):
         if dataset.PatientID == "ZYXID-FILTER":
