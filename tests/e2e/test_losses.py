@@ -557,12 +557,7 @@ def test_two_cases_of_one_identifier_survive_the_loss_of_the_ledger(tmp_path: Pa
     assert {path: path.read_bytes() for path in images_below(tmp_path)} == before
 
 
-def test_a_process_that_outlasts_close_ends_in_peace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from dicomnode.server import node as module
-
-    monkeypatch.setattr(module, "_STOP_SECONDS", 0.2)
+def test_a_process_that_outlasts_close_ends_in_peace(tmp_path: Path) -> None:
     started, go_on = threading.Event(), threading.Event()
 
     class Slow(Echoing):
@@ -571,7 +566,7 @@ def test_a_process_that_outlasts_close_ends_in_peace(
             assert go_on.wait(30)
             return super().process(input_data)
 
-    with running_node(Slow, root_data_directory=tmp_path) as node:
+    with running_node(Slow, root_data_directory=tmp_path, stop_seconds=0.2) as node:
         send_and_check(node, make_series(4))
         assert started.wait(30)
     # While it runs, the root is not given to another node.

@@ -108,6 +108,10 @@ def run(
         Path | None,
         typer.Option(parser=_path, metavar="DIR", help="Where images rest: root_data_directory."),
     ] = None,
+    health_port: Annotated[
+        int | None, typer.Option(help="Port of /healthz and /metrics.", min=0, max=65535)
+    ] = None,
+    health_ip: Annotated[str | None, typer.Option(help="Address of these pages.")] = None,
 ) -> None:
     """Open the pipeline of a file, and stay until Ctrl-C or SIGTERM.
 
@@ -117,9 +121,15 @@ def run(
     with one_line_errors(), quiet_pydicom():
         from dicomnode.cli.run import run_pipeline
 
-        run_pipeline(
-            file, {"ip": ip, "port": port, "ae_title": ae_title, "root_data_directory": root}
-        )
+        settings = {
+            "ip": ip,
+            "port": port,
+            "ae_title": ae_title,
+            "root_data_directory": root,
+            "health_port": health_port,
+            "health_ip": health_ip,
+        }
+        run_pipeline(file, settings)
 
 
 @app.command(epilog="Example: dicomnode doctor")

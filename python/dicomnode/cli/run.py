@@ -1,11 +1,20 @@
-"""`dicomnode run`: from a file that a user wrote to a node that is open."""
+"""`dicomnode run`: from a file that a user wrote to a node that is open, until it is stopped."""
 
+import logging
+import os
 import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from dicomnode.cli.notify import notifier
 from dicomnode.cli.pipeline import blaming, pipeline_in
+
+# A thread that serves a peer ends within this time after the node is closed, or is left behind.
+_PATIENCE_SECONDS = 2.0
 
 
 def run_pipeline(where: str, settings: Mapping[str, Any]) -> None:
@@ -18,10 +27,19 @@ def run_pipeline(where: str, settings: Mapping[str, Any]) -> None:
         for attribute, value in settings.items():
             if value is not None:
                 setattr(node, attribute, value)
+        supervisor = notifier(os.environ)
+
+        def notify(word: str) -> None:
+            if word == "STOPPING=1":
+                _end_within(node.stop_seconds + _PATIENCE_SECONDS, node.logger)
+            if supervisor is not None:
+                supervisor(word)
+
         try:
-            node.open(blocking=True)
+            node.open(blocking=True, notify=notify)
         finally:
             node.close()
+    _leave_stalled_threads()
 
 
 @contextmanager
@@ -36,3 +54,37 @@ def _stopping_on_sigterm() -> Iterator[None]:
 
 def _stop(*_: object) -> None:
     raise SystemExit(0)
+
+
+def _end_within(seconds: float, logger: logging.Logger) -> None:
+    """End this process after so many seconds, whatever it still does.
+
+    What was answered is stored, and what is under way goes on after the next start: it is as safe as
+    a node that is killed.
+    """
+
+    def end() -> None:
+        logger.error("the node is not closed after %.0f s: it ends now", seconds)
+        _end()
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+
+
+def _leave_stalled_threads() -> None:
+    """Python waits for threads that are no daemons without end, and a peer may hold one."""
+    end = time.monotonic() + _PATIENCE_SECONDS
+    own = threading.current_thread()
+    left = [one for one in threading.enumerate() if one is not own and not one.daemon]
+    for thread in left:
+        thread.join(max(0.0, end - time.monotonic()))
+    if any(thread.is_alive() for thread in left):
+        _end()
+
+
+def _end() -> None:
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

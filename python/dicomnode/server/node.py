@@ -38,9 +38,9 @@ from dicomnode.server.runner import Runner, Work
 from dicomnode.storage.ledger import Case
 from dicomnode.storage.store import Storage
 
-_STOP_SECONDS = 30.0
 # How often a blocking node looks whether a signal came.
 _LOOK_SECONDS = 0.2
+_ALL_ADDRESSES = ("", "0.0.0.0", "::")  # noqa: S104  (it is warned of)
 _AE_TITLE = re.compile(r"[ -\[\]-~]{1,16}")
 
 
@@ -79,6 +79,8 @@ class AbstractPipeline:
     memory_limit: int | None = None
     #: How many cases are processed at once; 0 only receives.
     workers: int = 1
+    #: How long `close`, a signal too, waits for images that arrive and cases that are processed.
+    stop_seconds: float = 30.0
 
     #: Port of the pages `/healthz` and `/metrics`; None has none, 0 finds a free one, which
     #: `health_port` then tells.
@@ -110,6 +112,7 @@ class AbstractPipeline:
     def __init__(self, start: bool = True) -> None:
         self.input = dict(_checked(self.input))
         self.endpoints = list(_addresses(self.endpoints))
+        self._stop_seconds = 0.0
         self._check_settings()
         self.logger = logging.getLogger(f"dicomnode.{type(self).__name__}-{next(self._numbers)}")
         self.logger.addFilter(Annotating(lambda: self.log_patient_data))
@@ -159,6 +162,11 @@ class AbstractPipeline:
             raise IncorrectlyConfigured(
                 f"log_patient_data has to be True or False, not {self.log_patient_data!r}"
             )
+        if not isinstance(self.stop_seconds, int | float) or not 0 <= self.stop_seconds < 1e6:
+            raise IncorrectlyConfigured(
+                f"stop_seconds has to be a number of seconds, not {self.stop_seconds!r}"
+            )
+        self._stop_seconds = float(self.stop_seconds)
         for name, value, least in (
             ("port", self.port, 0),
             ("health_port", 0 if self.health_port is None else self.health_port, 0),
@@ -214,11 +222,12 @@ class AbstractPipeline:
 
     # Opening and closing
 
-    def open(self, blocking: bool = True) -> None:
+    def open(self, blocking: bool = True, notify: Callable[[str], None] | None = None) -> None:
         """Recover what an earlier run left, listen, and with `blocking` stay until it is stopped.
 
         Ctrl-C and SIGTERM stop a blocking node that was opened in the main thread. May be called
-        from any thread.
+        from any thread. `notify` gets the words of sd_notify(3) from a blocking node: `READY=1`
+        when it listens, `WATCHDOG=1` all the time while it works, `STOPPING=1` when it closes.
 
         Raises CannotListen, InvalidRootDataDirectory, IncorrectlyConfigured.
         """
@@ -240,13 +249,29 @@ class AbstractPipeline:
                 finally:
                     self._is_opening = False
             if blocking:
+                tell = notify or _nobody
                 try:
                     with contextlib.suppress(KeyboardInterrupt):
+                        tell("READY=1")
                         # The handler of a signal may not touch a lock, so it sets a flag only.
                         while not (self._is_told_to_stop or self._closed.wait(_LOOK_SECONDS)):
-                            pass
+                            if self._is_at_work():
+                                tell("WATCHDOG=1")
                 finally:
+                    tell("STOPPING=1")
                     self.close()
+
+    def _is_at_work(self) -> bool:
+        """Whether the ledger answers, which nothing happens without; does not return else."""
+        storage = self._storage
+        try:
+            return storage is not None and storage.ledger.changes() >= 0
+        except sqlite3.Error:
+            return False
+
+    def _is_open_to_all(self) -> bool:
+        """Whether every machine in every network may send."""
+        return self.ip in _ALL_ADDRESSES and not self.require_calling_aet
 
     @contextlib.contextmanager
     def _stopped_by_signals(self, wanted: bool) -> Iterator[None]:
@@ -326,6 +351,7 @@ class AbstractPipeline:
                 self.logger,
             )
             self.health_port = self._health.open(self.health_ip, self.health_port)
+            self.logger.info("health is told on %s:%d", self.health_ip, self.health_port)
         eager.open()
         self.port = server.open(self.ip, self.port)
         self._server = server
@@ -338,12 +364,21 @@ class AbstractPipeline:
         # A program that ends without close() does not leave a step half done.
         atexit.register(self.close)
         self.logger.info("%s listens on %s:%d", self.ae_title, self.ip, self.port)
+        if self._is_open_to_all():
+            self.logger.warning(
+                "ANYBODY WHO REACHES THIS MACHINE CAN SEND TO %s: it listens on all addresses "
+                "(ip = %r) without any restriction. Set `ip` to one address, or "
+                "`require_calling_aet`, or let a firewall decide who reaches port %d",
+                self.ae_title,
+                self.ip,
+                self.port,
+            )
 
     def close(self) -> None:
         """Stop to listen, finish the step that runs, and let everything go. Nothing is deleted.
 
         Without `root_data_directory` all complete cases are processed first, since what is in
-        memory would be lost. Waits for at most 30 seconds. May be called from any thread, and more
+        memory would be lost. Waits for at most `stop_seconds`. May be called from any thread, and more
         than once.
         """
         if self._process_id not in (0, os.getpid()):
@@ -386,9 +421,9 @@ class AbstractPipeline:
         return condition() if runner is None else runner.wait(condition, seconds)
 
     def _close(self) -> None:
-        end = time.monotonic() + _STOP_SECONDS
+        end = time.monotonic() + self._stop_seconds
         if self._server is not None:
-            self._server.close(_STOP_SECONDS)
+            self._server.close(self._stop_seconds)
             self._server = None
         runner, eager, storage = self._runner, self._eager, self._storage
         health, self._health = self._health, None
@@ -475,6 +510,10 @@ class AbstractPipeline:
             self.logger.setLevel(self.log_level)
         except (ValueError, TypeError) as error:
             raise IncorrectlyConfigured(f"log_level {self.log_level!r} is no level") from error
+
+
+def _nobody(word: str) -> None:
+    del word
 
 
 def _shows_on_screen(logger: logging.Logger) -> bool:
