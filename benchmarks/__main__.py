@@ -42,6 +42,7 @@ class Sizes:
         self.sent = 8 if quick else 140
         self.repeats = 2 if quick else 9
         self.receive_repeats = 1 if quick else 5
+        self.associations = (1, 2) if quick else (1, 4, 16)
         self.memory = not quick
         self.quick = quick
 
@@ -145,9 +146,13 @@ class Bench:
         return tables
 
     def _send(self, folder: Path, kind: str) -> list[Table]:
-        title = f"Receiving {len(series.paths_of(folder))} {kind} over one association"
-        table = receive.answer(title, folder, self._sizes.receive_repeats)
-        return [] if table is None else [table]
+        tables = []
+        for count in self._sizes.associations:
+            title = f"Receiving {len(series.paths_of(folder))} {kind} over {count} association"
+            title += "s at once" if count > 1 else ""
+            repeats = self._sizes.receive_repeats
+            tables.append(receive.answer(title, folder, repeats, associations=count))
+        return [table for table in tables if table is not None]
 
 
 def machine() -> str:

@@ -1,9 +1,9 @@
 """How many images per second does a node receive, and what do they cost it?
 
-The sender is dcmtk's dcmsend, without Nagle's algorithm, over one association. The clock runs from
-its request for the association to its release, by the sender's own log. What arrived is counted,
-since dcmsend ends with success after losing images. Every run has a fresh receiver, because a node
-that has an image already does not store it again.
+The sender is dcmtk's dcmsend, without Nagle's algorithm, or as many of them as there are associations, each
+with its part of the images. The clock runs from the first request for an association to the last
+release, by the senders' own logs. What arrived is counted, since dcmsend ends with success after losing
+images. Every run has a fresh receiver, because a node that has an image already does not store it again.
 """
 
 import os
@@ -58,10 +58,10 @@ class Receiver(ABC):
 class Python(Receiver):
     """One of `benchmarks.receiver`."""
 
-    def __init__(self, name: str, kind: str, on_disk: bool = False) -> None:
+    def __init__(self, name: str, kind: str) -> None:
         super().__init__(name)
         self._kind = kind
-        self._on_disk = on_disk
+        self._on_disk = kind in ("power", "process")
 
     def start(self, folder: Path) -> tuple["subprocess.Popen[str]", int]:
         root = str(folder) if self._on_disk else ""
@@ -120,8 +120,9 @@ class Storescp(Receiver):
 def receivers() -> list[Receiver]:
     """Ours first."""
     found: list[Receiver] = [
-        Python("dicomnode, on disk, flushed", "node", on_disk=True),
-        Python("dicomnode, in memory", "node"),
+        Python('dicomnode, durability="power"', "power"),
+        Python('dicomnode, durability="process"', "process"),
+        Python("dicomnode, in memory", "memory"),
         Python("pynetdicom alone, our socket settings, stores nothing", "tuned"),
         Python("pynetdicom alone, defaults, stores nothing", "bare"),
     ]
@@ -131,13 +132,18 @@ def receivers() -> list[Receiver]:
                 "storescp +B -pdu 131072, TCP_NODELAY=1", "+B", "-pdu", "131072", no_delay=True
             ),
             Storescp("storescp, TCP_NODELAY=1", no_delay=True),
+            Storescp("storescp --fork, TCP_NODELAY=1", "--fork", no_delay=True),
             Storescp("storescp, defaults", no_delay=False),
         ]
     return found
 
 
 def answer(
-    title: str, folder: Path, repeats: int, everyone: Sequence[Receiver] | None = None
+    title: str,
+    folder: Path,
+    repeats: int,
+    everyone: Sequence[Receiver] | None = None,
+    associations: int = 1,
 ) -> Table | None:
     """Send a folder to every receiver, in turn; None without dcmsend."""
     sender = program("dcmsend")
@@ -151,7 +157,7 @@ def answer(
         for receiver in everyone:
             if receiver.name in wrong or _is_slow(results.get(receiver.name, [])):
                 continue
-            seconds, cpu, peak, count = _run(receiver, sender, folder)
+            seconds, cpu, peak, count = _run(receiver, sender, folder, associations)
             if count != images:
                 wrong[receiver.name] = f"{count} of {images} arrived"
             results.setdefault(receiver.name, []).append((seconds, cpu, peak))
@@ -173,7 +179,9 @@ def _is_slow(runs: Sequence[tuple[float, float, float]]) -> bool:
     return bool(runs) and runs[0][0] > _SLOW_SECONDS
 
 
-def _run(receiver: Receiver, sender: str, folder: Path) -> tuple[float, float, float, int]:
+def _run(
+    receiver: Receiver, sender: str, folder: Path, associations: int
+) -> tuple[float, float, float, int]:
     """Seconds, CPU seconds and memory growth of the receiver, and how many images arrived."""
     with tempfile.TemporaryDirectory() as place:
         target = Path(place, "received")
@@ -181,7 +189,7 @@ def _run(receiver: Receiver, sender: str, folder: Path) -> tuple[float, float, f
         process, port = receiver.start(target)
         try:
             cpu, memory = cpu_seconds(process.pid), memory_mb("VmRSS", process.pid)
-            seconds = _send(sender, port, paths_of(folder), Path(place))
+            seconds = _send(sender, port, paths_of(folder), Path(place), associations)
             used = cpu_seconds(process.pid) - cpu
             peak = memory_mb("VmHWM", process.pid) - memory
             count = receiver.count(process, target)
@@ -196,26 +204,34 @@ def _run(receiver: Receiver, sender: str, folder: Path) -> tuple[float, float, f
     return seconds, used, peak, count
 
 
-def _send(sender: str, port: int, paths: Sequence[Path], place: Path) -> float:
+def _send(sender: str, port: int, paths: Sequence[Path], place: Path, associations: int) -> float:
     config = place / "log.cfg"
     config.write_text(LOG)
-    done = subprocess.run(
-        [sender, "-lc", str(config), "127.0.0.1", str(port), *map(str, paths)],
-        env=environment(no_delay=True),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    start = end = None
-    for line in done.stderr.splitlines():
-        clock, _, message = line.partition(" ")
-        if message.lower().startswith("requesting association") and start is None:
-            start = datetime.strptime(clock, "%H:%M:%S.%f")
-        if message.lower().startswith(("releasing association", "aborting association")):
-            end = datetime.strptime(clock, "%H:%M:%S.%f")
-    if start is None or end is None:
-        raise RuntimeError(f"dcmsend told no times: {done.stderr[-500:]}")
-    return (end - start).total_seconds() % 86400
+    senders = [
+        subprocess.Popen(
+            [sender, "-lc", str(config), "127.0.0.1", str(port), *map(str, part)],
+            env=environment(no_delay=True),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for part in (paths[k::associations] for k in range(associations))
+    ]
+    starts, ends = [], []
+    for process in senders:
+        said = process.communicate()[1]
+        start = end = None
+        for line in said.splitlines():
+            clock, _, message = line.partition(" ")
+            if message.lower().startswith("requesting association") and start is None:
+                start = datetime.strptime(clock, "%H:%M:%S.%f")
+            if message.lower().startswith(("releasing association", "aborting association")):
+                end = datetime.strptime(clock, "%H:%M:%S.%f")
+        if start is None or end is None:
+            raise RuntimeError(f"dcmsend told no times: {said[-500:]}")
+        starts.append(start)
+        ends.append(end)
+    return (max(ends) - min(starts)).total_seconds() % 86400
 
 
 def environment(no_delay: bool) -> dict[str, str]:

@@ -37,9 +37,10 @@ class Receiver(AbstractPipeline):
         """Never called: the input is never complete."""
 
 
-def serve_node(root: Path | None) -> None:
-    """Our node, on disk or in memory."""
-    with running_node(Receiver, root_data_directory=root) as node:
+def serve_node(kind: str, root: Path | None) -> None:
+    """Our node with a durability, or in memory."""
+    settings = {"root_data_directory": root, "durability": kind} if kind != "memory" else {}
+    with running_node(Receiver, **settings) as node:
         answer(node.port, lambda: Everything.count)
 
 
@@ -78,7 +79,7 @@ def answer(port: int, count: Callable[[], int]) -> None:
 
 if __name__ == "__main__":
     kind, folder = sys.argv[1:]
-    if kind == "node":
-        serve_node(Path(folder) if folder else None)
+    if kind in ("power", "process", "memory"):
+        serve_node(kind, Path(folder) if folder else None)
     else:
         serve_bare(kind == "tuned")

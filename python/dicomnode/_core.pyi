@@ -5,7 +5,7 @@ the whole Part 10 object in memory. Neither is copied: a file is read in place w
 `bytes` are kept alive and borrowed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self, TypeAlias, final
 
 import numpy
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 __all__ = [
     "Header",
     "Image",
+    "Received",
+    "Receiver",
     "Source",
     "__version__",
     "codecs",
@@ -60,7 +62,92 @@ class Header:
     @property
     def big_endian(self) -> bool: ...
 
-def scan(source: Source, transfer_syntax: str | None = None) -> Header:
+@final
+class Receiver:
+    """Parses one association's bytes into C-STORE requests (PS3.7 section 9.1.1).
+
+    `contexts` are the accepted presentation context IDs. `socket` is read by `receive`; it is duplicated,
+    so that the caller may close it at any time. Of a dataset at most `memory` bytes are held, where
+    `on_full` gives a file for the rest.
+
+    Raises OSError where the socket cannot be duplicated.
+    """
+
+    def __new__(
+        cls,
+        contexts: Sequence[int],
+        pdu: int,
+        dataset: int,
+        memory: int,
+        socket: int | None = None,
+    ) -> Self: ...
+    @property
+    def arriving(self) -> int:
+        """Bytes of the dataset that is arriving which are in memory."""
+
+    @property
+    def total(self) -> int:
+        """Bytes that ever came."""
+
+    @property
+    def is_within(self) -> bool:
+        """Whether a message has begun and is not whole."""
+
+    def receive(
+        self, wake: int, seconds: float, on_full: Callable[[str, str, int], int]
+    ) -> Received | bytes | None:
+        """Read from the socket until something is whole.
+
+        A request gives `Received`, any other PDU its bytes, a closed connection empty bytes. None
+        after `seconds` or 32 MiB, or as soon as `wake` can be read.
+
+        Raises InvalidDicom for what breaks the protocol or a limit, and OSError.
+        """
+
+    def offer(
+        self, data: bytes, on_full: Callable[[str, str, int], int]
+    ) -> Received | bytes | None:
+        """The same for bytes that the caller has read; None where they make nothing whole."""
+
+@final
+class Received:
+    """A C-STORE request with its dataset, whose bytes it gives as a buffer."""
+
+    @property
+    def context_id(self) -> int:
+        """Presentation context ID."""
+
+    @property
+    def sop_class_uid(self) -> str:
+        """(0000,0002), whatever it may be."""
+
+    @property
+    def sop_instance_uid(self) -> str:
+        """(0000,1000), whatever it may be."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the dataset."""
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the dataset."""
+
+    @property
+    def in_file(self) -> bool:
+        """Whether the dataset is in the file that `on_full` gave."""
+
+    @property
+    def errno(self) -> int | None:
+        """The number of the error at which writing that file ended."""
+
+    def response(self, status: int, comment: str = "", offending: int = 0) -> bytes:
+        """The bytes of a C-STORE-RSP (PS3.7 section 9.3.1.2)."""
+
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+def scan(source: Source | Received, transfer_syntax: str | None = None) -> Header:
     """Scan one object. With `transfer_syntax`, `source` is a bare dataset (as DIMSE carries it).
 
     Raises InvalidDicom (not DICOM, truncated, lying lengths, nested too deep) or OSError.

@@ -139,13 +139,13 @@ def test_lying_lengths_and_depth_bombs_are_C000(node: Node) -> None:
             assert sender.store(hostile, image.SOPInstanceUID).Status == 0xC000
 
 
-def test_request_and_dataset_that_differ_are_A900(node: Node) -> None:
+def test_n15_request_dataset_and_context_that_differ_are_refused(node: Node) -> None:
     (image,) = make_series(1)
     data = dataset_bytes(image)
     with RawSender(node) as sender:
         assert sender.store(data, "1.2.3.4").Status == 0xA900
         other = sender.store(data, image.SOPInstanceUID, "1.2.840.10008.5.1.4.1.1.4")
-        assert other.Status == 0xA900
+        assert other.Status == 0x0122
 
 
 @pytest.mark.parametrize("uid", ["../../x", "/etc/passwd", "1.2.a", "x" * 64])

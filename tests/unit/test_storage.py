@@ -281,17 +281,17 @@ def test_a_rebuild_that_was_interrupted_goes_on(
 
 def test_memory_is_limited_and_let_go() -> None:
     memory = MemoryInstances(100)
-    staged = memory.stage([b"x" * 60])
-    with pytest.raises(OutOfResources):
-        memory.stage([b"x" * 60])
-    memory.place(staged, "a", ["1"])
-    memory.place(staged, "b", ["1"])
-    memory.discard(staged)
+    with memory.staging([b"x" * 60]) as staged:
+        with pytest.raises(OutOfResources), memory.staging([b"x" * 60]):
+            pass
+        memory.place(staged, "a", ["1"])
+        memory.place(staged, "b", ["1"])
     memory.remove("a", ["1"])
-    with pytest.raises(OutOfResources):
-        memory.stage([b"x" * 60])
+    with pytest.raises(OutOfResources), memory.staging([b"x" * 60]):
+        pass
     memory.remove("b", ["1", "2"])
-    memory.discard(memory.stage([b"x" * 60]))
+    with memory.staging([b"x" * 60]):
+        pass
     assert memory.size("a", "1") is None
 
 
@@ -299,9 +299,8 @@ def test_files_are_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "own" / "incoming").mkdir(parents=True)
     files = FileInstances(tmp_path, tmp_path / "own" / "incoming")
     for data, name in ((b"one", "1"), (b"two", "2")):
-        staged = files.stage([data])
-        assert files.place(staged, "a/b", iter(["1", "2", "3"])) == name
-        files.discard(staged)
+        with files.staging([data]) as staged:
+            assert files.place(staged, "a/b", iter(["1", "2", "3"])) == name
     assert (tmp_path / "a" / "b" / "1").read_bytes() == b"one"
     files.remove("a/b", ["1"])
     assert (tmp_path / "a" / "b" / "2").read_bytes() == b"two"

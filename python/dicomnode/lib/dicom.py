@@ -30,6 +30,8 @@ from pydicom.uid import PYDICOM_IMPLEMENTATION_UID, UID
 
 from dicomnode import _core
 from dicomnode._core import Header as Header
+from dicomnode._core import Received as Received
+from dicomnode._core import Receiver as Receiver
 from dicomnode._core import is_dicom as is_dicom
 from dicomnode._core import scan as scan
 from dicomnode.errors import InvalidDataset, InvalidDicom

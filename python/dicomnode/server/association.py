@@ -5,12 +5,13 @@ nothing of a case is processed here. 0x0000 is answered after storage has kept i
 """
 
 import contextlib
+import errno
 import logging
 import re
-import socket
+import ssl
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ from typing import Any
 
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
-from pynetdicom import AE, AllStoragePresentationContexts, evt
+from pynetdicom import AllStoragePresentationContexts, evt
 from pynetdicom.association import Association
 from pynetdicom.presentation import PresentationContext, build_context
 
@@ -27,6 +28,7 @@ from dicomnode.errors import CannotListen, IncorrectlyConfigured, InvalidDicom, 
 from dicomnode.lib.dicom import (
     Header,
     LazyDataset,
+    Received,
     header_text,
     is_uid,
     part10_prefix,
@@ -38,7 +40,15 @@ from dicomnode.lib.redaction import patient_words
 from dicomnode.server.logs import Scope, about, hide_patient
 from dicomnode.server.meters import Meters
 from dicomnode.server.routing import Rule, route
-from dicomnode.storage.layout import digest_of
+from dicomnode.server.transport import (
+    Limits,
+    Network,
+    NodeAssociation,
+    NodeEntity,
+    Server,
+    is_within,
+)
+from dicomnode.storage.instances import Growing
 from dicomnode.storage.store import DuplicateInstance, Instance, Storage
 
 _VERIFICATION = "1.2.840.10008.1.1"
@@ -50,8 +60,9 @@ _DOES_NOT_MATCH = 0xA900
 _REFUSED = 0xB006
 _NO_IDENTIFIER = 0xB007
 _NOT_UNDERSTOOD = 0xC000
-# The type of an A-RELEASE-RQ PDU (PS3.8 section 9.3.6).
-_RELEASE_REQUEST = b"\x05"
+_CLASS_NOT_SUPPORTED = 0x0122
+# An image larger than this goes to the disk while it arrives.
+_MOST_IN_MEMORY = 4 << 20
 
 # What a sender may choose from: everything that can be kept as it is sent. Explicit Little Endian
 # first, because it is the cheapest to read. Deflated is left out: a small object may inflate
@@ -89,15 +100,6 @@ def default_contexts() -> list[PresentationContext]:
     ]
 
 
-class _SharedContexts(list[PresentationContext]):
-    """pynetdicom copies the contexts for each association, which takes longer than the rest of
-    the negotiation; they are never changed, so all associations may share them.
-    """
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_SharedContexts":
-        return self
-
-
 @dataclass(eq=False)
 class _Visit:
     """One connection: its number in the log, which cases it touched, and whether it is over."""
@@ -106,9 +108,9 @@ class _Visit:
     is_accepted: bool = False
     #: The sender asked for its release, so that it has got all answers.
     is_released: bool = False
-    #: Bytes that came since the last whole image.
-    arriving: int = 0
     is_cut_off: bool = False
+    #: Where an image goes that is too large for memory.
+    growing: Growing | None = None
 
     touched: dict[str, set[int]] = field(default_factory=dict)
     stored: int = 0
@@ -126,7 +128,12 @@ class Reception:
     identifier_tag: int
     supported_contexts: Sequence[PresentationContext]
     require_called_aet: bool
-    require_calling_aet: Sequence[str]
+    #: The AE titles that may send, each with the networks that it may send from; empty for all.
+    calling: Mapping[str, Sequence[Network]]
+    #: The networks that may connect; empty for all.
+    networks: Sequence[Network]
+    tls: ssl.SSLContext | None
+    limits: Limits
     #: Most bytes of images that are arriving, over all connections.
     most_bytes: int
     #: The user's filter, None where it was not overridden; gets a lazy dataset.
@@ -151,36 +158,46 @@ class AssociationServer:
         # The threads that store an image or end an association, and how deep they are in it.
         self._busy: Counter[int] = Counter()
         self._idle = threading.Condition(self._lock)
-        self._arriving = 0
-        self._ae = AE(ae_title=reception.ae_title)
+        self._ae = NodeEntity(ae_title=reception.ae_title)
         self._ae.require_called_aet = reception.require_called_aet
-        self._ae.require_calling_aet = list(reception.require_calling_aet)
+        self._ae.require_calling_aet = list(reception.calling)
         self._ae.implementation_class_uid = UID(IMPLEMENTATION_UID)
-        self._ae.maximum_associations = 100
-        self._ae.maximum_pdu_size = 131072
-        self._server: Any = None
+        self._ae.maximum_associations = reception.limits.associations
+        self._ae.maximum_pdu_size = reception.limits.pdu_bytes
+        self._server: Server | None = None
 
     def open(self, ip: str, port: int) -> int:
         """Start to listen, and tell the port. Raises CannotListen, naming port and remedy."""
+        reception, contexts = self._reception, self._contexts()
+        handlers = [
+            (evt.EVT_C_ECHO, self._on_echo),
+            (evt.EVT_CONN_OPEN, self._on_open),
+            (evt.EVT_REQUESTED, self._on_requested),
+            (evt.EVT_ACCEPTED, self._on_accepted),
+            (evt.EVT_REJECTED, self._on_rejected),
+            (evt.EVT_ABORTED, self._on_aborted),
+            (evt.EVT_CONN_CLOSE, self._on_close),
+        ]
         try:
-            self._server = self._ae.start_server(
+            server = Server(
+                self._ae,
                 (ip, port),
-                block=False,
-                contexts=_SharedContexts(self._contexts()),
-                evt_handlers=[
-                    (evt.EVT_C_STORE, self._on_store),
-                    (evt.EVT_C_ECHO, self._on_echo),
-                    (evt.EVT_CONN_OPEN, self._on_open),
-                    (evt.EVT_DATA_RECV, self._on_data),
-                    (evt.EVT_ACCEPTED, self._on_accepted),
-                    (evt.EVT_REJECTED, self._on_rejected),
-                    (evt.EVT_ABORTED, self._on_aborted),
-                    (evt.EVT_CONN_CLOSE, self._on_close),
-                ],
+                contexts,
+                handlers,
+                self,
+                reception.limits,
+                # What is kept in memory has to be there anyway.
+                reception.most_bytes if self._storage.root is None else _MOST_IN_MEMORY,
+                reception.networks,
+                reception.tls,
+                self._logger,
             )
         except (OSError, OverflowError) as error:
             raise CannotListen(_why_not(ip, port, error)) from error
-        return int(self._server.server_address[1])
+        self._server = server
+        self._ae._servers.append(server)
+        threading.Thread(target=server.serve_forever, name="listener", daemon=True).start()
+        return int(server.server_address[1])
 
     def _contexts(self) -> list[PresentationContext]:
         given = self._reception.supported_contexts
@@ -197,10 +214,11 @@ class AssociationServer:
 
     def close(self, seconds: float) -> None:
         """Stop to listen, end the associations that are open, and wait until all are dealt with."""
-        if self._server is None:
+        server, self._server = self._server, None
+        if server is None:
             return
         self._ae.shutdown()
-        self._server = None
+        server.disconnect()
         for association in list(self._visits):
             self._end(association)
         own = threading.get_ident()
@@ -232,8 +250,6 @@ class AssociationServer:
     def _on_open(self, event: Any) -> None:
         with self._lock:
             self._visits[event.assoc] = _Visit(next(self._numbers))
-        with contextlib.suppress(OSError):
-            event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def _about(self, association: Association) -> AbstractContextManager[Scope]:
         """What is logged inside is about this association."""
@@ -245,44 +261,19 @@ class AssociationServer:
             self._logger.info("C-ECHO from %s", _peer(event.assoc))
         return _SUCCESS
 
-    def _on_data(self, event: Any) -> None:
-        """A sender with Nagle's algorithm waits for our TCP acknowledgement; do not delay it 40 ms.
-
-        What arrives is held until the image is whole. One that never ends must not take the memory
-        of all.
-        """
-        client = event.assoc.dul.socket.socket
-        size = len(event.data)
-        with self._lock:
-            visit = self._visits.get(event.assoc)
-            if visit is not None:
-                visit.arriving += size
-                self._arriving += size
-                # pynetdicom's own event may come after that of the closed connection.
-                visit.is_released |= event.data[:1] == _RELEASE_REQUEST
-            greatest: Any = None
-            if self._arriving > self._reception.most_bytes:
-                greatest, its_visit = max(self._visits.items(), key=lambda one: one[1].arriving)
-                greatest = None if its_visit.is_cut_off else greatest
-                its_visit.is_cut_off = True
-        with contextlib.suppress(OSError, AttributeError):
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-        if greatest is not None:
-            self._logger.error(
-                "association with %s is cut off: %d bytes of images are arriving at once, most of "
-                "them there, and memory_limit is %d",
-                _peer(greatest),
-                self._arriving,
-                self._reception.most_bytes,
+    def _on_requested(self, event: Any) -> None:
+        """Reject an AE title that is called from a network that is not its own."""
+        association = event.assoc
+        title = str(association.requestor.primitive.calling_ae_title or "").strip()
+        networks = self._reception.calling.get(title, ())
+        if networks and not is_within(str(association.requestor.address), networks):
+            association.requestor.ae_title = title
+            association.acse.send_reject(0x01, 0x01, 0x03)
+            association.is_rejected = True
+            self._logger.warning(
+                "association with %s rejected: not an address of this AE title", _peer(association)
             )
-            with contextlib.suppress(OSError, AttributeError):
-                greatest.dul.socket.socket.shutdown(socket.SHUT_RDWR)
-
-    def _arrived(self, visit: _Visit) -> None:
-        """An image is whole, or its connection is over."""
-        with self._lock:
-            self._arriving -= visit.arriving
-            visit.arriving = 0
+            association.kill()
 
     def _on_accepted(self, event: Any) -> None:
         with self._lock:
@@ -315,9 +306,8 @@ class AssociationServer:
             with self._lock:
                 visit = self._visits.pop(association, None)
             if visit is not None:
-                self._arrived(visit)
-                # An image that was cut off would stay until the collector of cycles comes by.
-                association.dimse.message = None
+                if visit.growing is not None:
+                    visit.growing.discard()
                 if visit.is_accepted:
                     self._reception.meters.associations_open.add(-1)
                     with about(association=visit.number):
@@ -341,23 +331,82 @@ class AssociationServer:
             self._logger.error("what may be sent again is not remembered: %s", error)
         self._reception.on_end(touched)
 
-    def _on_store(self, event: Any) -> Dataset:
+    # What the transport asks
+
+    def released(self, association: Association) -> None:
+        """The sender has got all answers."""
+        visit = self._visits.get(association)
+        if visit is not None:
+            visit.is_released = True
+
+    def arriving(self, association: Association) -> None:
+        """Images that are arriving are in memory until they are whole; they must not take all of it."""
+        del association
+        with self._lock:
+            held = {
+                one: one.arriving
+                for one, visit in self._visits.items()
+                if isinstance(one, NodeAssociation) and not visit.is_cut_off
+            }
+            total = sum(held.values())
+            if total <= self._reception.most_bytes:
+                return
+            greatest = max(held, key=lambda one: held[one])
+            self._visits[greatest].is_cut_off = True
+        self._logger.error(
+            "association with %s is cut off: %d bytes of images are arriving at once, most of "
+            "them there, and memory_limit is %d",
+            _peer(greatest),
+            total,
+            self._reception.most_bytes,
+        )
+        greatest.cut_off()
+
+    def begin_file(self, association: Association, sop_class: str, uid: str, context: int) -> int:
+        """Where an image goes that is too large for memory; -1 where it cannot be kept."""
+        visit = self._visits.get(association)
+        if visit is None or not is_uid(uid) or not is_uid(sop_class):
+            return -1
+        try:
+            prefix = self._prefix(association, sop_class, uid, context)
+            visit.growing = self._storage.begin(prefix)
+        except OutOfResources as error:
+            self._logger.error("%s not stored: %s", uid, error)
+            return -1
+        return visit.growing.descriptor
+
+    def store(self, association: Association, received: Received) -> bytes:
+        """Keep an image, and answer."""
         with self._lock:
             # Without a visit the connection has closed while this image was on its way.
-            visit = self._visits.get(event.assoc) or _Visit(over=True)
-        self._arrived(visit)
+            visit = self._visits.get(association) or _Visit(over=True)
         with self._working(), about(association=visit.number):
-            return self._answered(event, visit)
+            growing, visit.growing = visit.growing, None
+            try:
+                status, comment = self._answered(association, received, growing, visit)
+            finally:
+                if growing is not None:
+                    growing.discard()
+            return received.response(status, comment[:64])
 
-    def _answered(self, event: Any, visit: _Visit) -> Dataset:
+    def _answered(
+        self,
+        association: Association,
+        received: Received,
+        growing: Growing | None,
+        visit: _Visit,
+    ) -> tuple[int, str]:
+        uid = received.sop_instance_uid
         try:
-            status, comment, identifier, case_id = self._store(event)
+            status, comment, identifier, case_id = self._store(
+                association, received, growing, visit
+            )
         except OutOfResources as error:
-            self._logger.error("not stored: %s", error)
+            self._logger.error("%s not stored: %s", uid, error)
             status, comment, identifier, case_id = _OUT_OF_RESOURCES, "out of resources", "", 0
         except Exception:
             # filter() and functions in required_values are the user's: anything can come here.
-            self._logger.exception("%s not stored", event.request.AffectedSOPInstanceUID)
+            self._logger.exception("%s not stored", uid)
             status, comment, identifier = _NOT_UNDERSTOOD, "the node failed, see its log", ""
             case_id = 0
         self._reception.meters.instances.add(label=f"0x{status:04X}")
@@ -372,22 +421,32 @@ class AssociationServer:
             # The connection closed while this image was being stored.
             self._storage.interrupt([case_id])
             self._reception.on_end([identifier])
-        return _answer(status, comment)
+        return status, comment
 
-    def _store(self, event: Any) -> tuple[int, str, str, int]:
+    def _store(
+        self,
+        association: Association,
+        received: Received,
+        growing: Growing | None,
+        visit: _Visit,
+    ) -> tuple[int, str, str, int]:
         """Status, comment, and identifier and number of the case where the image was stored."""
-        request = event.request
-        uid = str(request.AffectedSOPInstanceUID or "")
-        sop_class = str(request.AffectedSOPClassUID or "")
+        uid, sop_class = received.sop_instance_uid, received.sop_class_uid
+        context = association._accepted_cx[received.context_id]
         if not is_uid(uid):
             return self._refuse(uid, _INVALID_INSTANCE, "SOPInstanceUID is no UID")
-        if sop_class != str(event.context.abstract_syntax):
-            return self._refuse(uid, _DOES_NOT_MATCH, "SOP class is not that of the context")
-        syntax = str(event.context.transfer_syntax)
-        dataset = b"" if request.DataSet is None else request.DataSet.getvalue()
-        self._reception.meters.bytes_received.add(len(dataset))
+        if sop_class != str(context.abstract_syntax):
+            return self._refuse(uid, _CLASS_NOT_SUPPORTED, "SOP class is not that of the context")
+        if visit.stored + visit.refused >= self._reception.limits.instances:
+            return self._refuse(uid, _OUT_OF_RESOURCES, "too many images in one association")
+        if received.in_file and (growing is None or received.errno is not None):
+            raise OutOfResources(
+                "cannot write: " + errno.errorcode.get(received.errno or 0, "no file for it")
+            )
+        syntax = str(context.transfer_syntax[0])
+        self._reception.meters.bytes_received.add(received.size)
         try:
-            header = scan(dataset, syntax)
+            header = scan(received, syntax) if growing is None else scan(growing.path)
         except InvalidDicom as error:
             self._logger.error("%s cannot be understood: %s", uid, error)
             return self._refuse(uid, _NOT_UNDERSTOOD, "dataset cannot be understood")
@@ -398,16 +457,24 @@ class AssociationServer:
         ):
             if header_text(header, tag) != wanted:
                 return self._refuse(uid, _DOES_NOT_MATCH, f"{name} differs from the request")
-        prefix = part10_prefix(sop_class, uid, syntax, str(event.assoc.requestor.ae_title).strip())
+        prefix = self._prefix(association, sop_class, uid, received.context_id)
         accept = self._reception.accept
-        if accept is not None and not accept(LazyDataset(prefix + dataset)):
+        if accept is not None and not accept(
+            LazyDataset(prefix + memoryview(received) if growing is None else growing.path)
+        ):
             return self._refuse(uid, _REFUSED, "refused by filter")
-        return self._keep(uid, header, prefix, dataset)
+        chunks = (prefix, memoryview(received)) if growing is None else ()
+        return self._keep(
+            header, Instance(uid, _file_stem(header, uid), chunks, received.digest, growing)
+        )
 
-    def _keep(
-        self, uid: str, header: Header, prefix: bytes, dataset: bytes
-    ) -> tuple[int, str, str, int]:
-        reception = self._reception
+    def _prefix(self, association: Association, sop_class: str, uid: str, context: int) -> bytes:
+        syntax = str(association._accepted_cx[context].transfer_syntax[0])
+        title = str(association.requestor.ae_title or "").strip()
+        return part10_prefix(sop_class, uid, syntax, title)
+
+    def _keep(self, header: Header, instance: Instance) -> tuple[int, str, str, int]:
+        reception, uid = self._reception, instance.sop_instance_uid
         try:
             target = route(header, reception.rules, reception.identifier_tag)
         except InvalidDicom as error:
@@ -426,11 +493,7 @@ class AssociationServer:
         if not target.accepted:
             return self._refuse(uid, _REFUSED, "no input takes it")
         try:
-            case_id = self._storage.add(
-                target.identifier,
-                target.accepted,
-                Instance(uid, _file_stem(header, uid), (prefix, dataset), digest_of(dataset)),
-            )
+            case_id = self._storage.add(target.identifier, target.accepted, instance)
         except DuplicateInstance as error:
             self._logger.error("%s; the first is kept", error)
             return self._refuse(uid, _DUPLICATE, "same SOPInstanceUID, other content")
@@ -453,14 +516,6 @@ def _file_stem(header: Header, uid: str) -> str:
     if re.fullmatch(r"[+-]?[0-9]{1,12}", number) is None:
         return f"Image_{modality}_{uid}"
     return f"Image_{modality}_{int(number)}"
-
-
-def _answer(status: int, comment: str) -> Dataset:
-    answer = Dataset()
-    answer.Status = status
-    if comment:
-        answer.ErrorComment = comment[:64]
-    return answer
 
 
 def _peer(association: Association) -> str:

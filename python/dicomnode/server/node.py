@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import inspect
+import ipaddress
 import logging
 import math
 import os
@@ -18,7 +19,7 @@ from itertools import count
 from logging.handlers import TimedRotatingFileHandler
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from pydicom.dataset import Dataset
 from pydicom.tag import TagType
@@ -26,6 +27,7 @@ from pydicom.tag import TagType
 from dicomnode.errors import IncorrectlyConfigured, OutOfResources, UnknownCase
 from dicomnode.lib.dicom import tag_of
 from dicomnode.lib.dimse import Address
+from dicomnode.lib.tls import TLS
 from dicomnode.server.association import AssociationServer, Reception, default_contexts
 from dicomnode.server.eager import EagerDecoding
 from dicomnode.server.exporter import Retries
@@ -35,8 +37,9 @@ from dicomnode.server.logs import Annotating, formatter
 from dicomnode.server.meters import Meters
 from dicomnode.server.routing import compile_rules
 from dicomnode.server.runner import Runner, Work
+from dicomnode.server.transport import Limits, Network
 from dicomnode.storage.ledger import Case
-from dicomnode.storage.store import Storage
+from dicomnode.storage.store import Durability, Storage
 
 # How often a blocking node looks whether a signal came.
 _LOOK_SECONDS = 0.2
@@ -74,6 +77,9 @@ class AbstractPipeline:
     patient_identifier_tag: TagType = 0x00100020
     #: Where images rest until they are done with; None keeps them in memory, lost at the end.
     root_data_directory: str | os.PathLike[str] | None = None
+    #: What an answer 0x0000 promises with a `root_data_directory`: the image survives a power cut
+    #: ("power"), or only a killed process ("process"), which is faster.
+    durability: Durability = "power"
     #: At most so many bytes of images in memory, and of images that are arriving; None is half of
     #: what the machine has. Decoded images of eager inputs take at most half of it on top.
     memory_limit: int | None = None
@@ -104,8 +110,15 @@ class AbstractPipeline:
     supported_contexts: Sequence[Any] = default_contexts()
     #: Whether a sender has to call this node by its AE title.
     require_called_aet: bool = True
-    #: The AE titles that may send; empty lets everybody.
-    require_calling_aet: Sequence[str] = []
+    #: The AE titles that may send; empty lets everybody. A mapping also tells from which addresses or
+    #: networks: `{"SCANNER": ["10.1.2.3"], "PACS": ["10.1.0.0/16"]}`.
+    require_calling_aet: Sequence[str] | Mapping[str, Sequence[str]] = []
+    #: Addresses or networks that may connect, such as "10.1.0.0/16"; empty lets all.
+    allowed_networks: Sequence[str] = []
+    #: Certificates for receiving over TLS; None receives without.
+    tls: TLS | None = None
+    #: What strangers may take of this node.
+    limits: Limits = Limits()
 
     _numbers: ClassVar[Iterator[int]] = count(1)
 
@@ -140,11 +153,28 @@ class AbstractPipeline:
             ) from error
         _addresses(self.endpoints)
         if isinstance(self.require_calling_aet, str) or not isinstance(
-            self.require_calling_aet, Sequence
+            self.require_calling_aet, Sequence | Mapping
         ):
             raise IncorrectlyConfigured(
-                f"require_calling_aet has to be a list of AE titles, not {self.require_calling_aet!r}"
+                "require_calling_aet has to be a list of AE titles, or to map them to addresses, not "
+                f"{self.require_calling_aet!r}"
             )
+        calling = self.require_calling_aet
+        self._calling = {
+            title: _networks("require_calling_aet", calling[title])
+            if isinstance(calling, Mapping)
+            else ()
+            for title in calling
+        }
+        self._networks = _networks("allowed_networks", self.allowed_networks)
+        if self.durability not in get_args(Durability):
+            raise IncorrectlyConfigured(
+                f"durability has to be one of {get_args(Durability)}, not {self.durability!r}"
+            )
+        if not isinstance(self.limits, Limits):
+            raise IncorrectlyConfigured(f"limits has to be Limits(...), not {self.limits!r}")
+        if self.tls is not None and not isinstance(self.tls, TLS):
+            raise IncorrectlyConfigured(f"tls has to be TLS(...) or None, not {self.tls!r}")
         for name, ip in (("ip", self.ip), ("health_ip", self.health_ip)):
             if not isinstance(ip, str):
                 raise IncorrectlyConfigured(
@@ -299,7 +329,10 @@ class AbstractPipeline:
             self._identifier_tag,
             limit,
             self.logger,
+            durability=self.durability,
+            least_free=self.limits.free_bytes,
         )
+        tls = None if self.tls is None else self.tls.server()
         storage.open()
         self._storage = storage
         self.post_init()
@@ -332,7 +365,10 @@ class AbstractPipeline:
                 identifier_tag=self._identifier_tag,
                 supported_contexts=self.supported_contexts,
                 require_called_aet=self.require_called_aet,
-                require_calling_aet=self.require_calling_aet,
+                calling=self._calling,
+                networks=self._networks,
+                tls=tls,
+                limits=self.limits,
                 meters=meters,
                 accept=None if type(self).filter is AbstractPipeline.filter else self.filter,
                 most_bytes=limit,
@@ -569,6 +605,19 @@ def _addresses(endpoints: object) -> Sequence[Address]:
                 "port a number"
             )
     return endpoints
+
+
+def _networks(name: str, given: object) -> tuple[Network, ...]:
+    """Addresses and networks as the standard library knows them."""
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise IncorrectlyConfigured(f"{name} has to list addresses or networks, not {given!r}")
+    try:
+        return tuple(ipaddress.ip_network(one) for one in given)
+    except ValueError as error:
+        raise IncorrectlyConfigured(
+            f"{name}: {error}; it takes addresses such as '10.1.2.3' and networks such as "
+            "'10.1.0.0/16'"
+        ) from error
 
 
 def _close_later(runner: Runner, storage: Storage, drain: bool) -> None:

@@ -1,7 +1,7 @@
 """The bytes of instances: on disk, durable before anyone is told so, or in memory.
 
 Solves one thing: an object is either wholly there under its name, or not there. A file is written
-under another name, flushed, linked to its place, and the folder is flushed; then, and only then,
+without a name, flushed, linked to its place, and the folder is flushed; then, and only then,
 `place` returns (as maildir and SQLite do).
 """
 
@@ -9,8 +9,8 @@ import errno
 import os
 import secrets
 import threading
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,24 +26,74 @@ class Staged:
     """Bytes that are safe but not yet in any folder."""
 
     size: int
-    path: Path | None = None
+    descriptor: int = -1
     data: bytes = b""
+
+
+class Growing:
+    """A file without a name that is written by whoever has its `descriptor`; `discard` it in the end.
+
+    Nothing is left of it when the process ends, unless it was placed before.
+    """
+
+    def __init__(self, folder: Path, flush: bool) -> None:
+        """Raises OSError."""
+        self._flush = flush
+        self._name: Path | None = None
+        flags = os.O_RDWR | os.O_CLOEXEC
+        try:
+            self.descriptor = os.open(folder, flags | os.O_TMPFILE, 0o600)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
+                raise
+            # A file system that has no such files.
+            self._name = folder / f"{secrets.token_hex(16)}.part"
+            self.descriptor = os.open(self._name, flags | os.O_CREAT | os.O_EXCL, 0o600)
+
+    @property
+    def path(self) -> str:
+        """By what it can be read, as long as it is open."""
+        return f"/proc/self/fd/{self.descriptor}"
+
+    def write(self, parts: list[Buffer]) -> None:
+        """Write all of these. Raises OutOfResources."""
+        try:
+            _write_parts(self.descriptor, parts, sum(map(len, parts)))
+        except OSError as error:
+            raise out_of_resources(error) from error
+
+    def staged(self) -> Staged:
+        """The file once it is whole. Raises OutOfResources."""
+        try:
+            if self._flush:
+                os.fsync(self.descriptor)
+            return Staged(os.fstat(self.descriptor).st_size, self.descriptor)
+        except OSError as error:
+            raise out_of_resources(error) from error
+
+    def discard(self) -> None:
+        """Close the file; where it was placed it stays."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            if self._name is not None:
+                self._name.unlink(missing_ok=True)
+        self.descriptor = -1
 
 
 class Instances(Protocol):
     """Bytes by folder and name. `folder` is a relative path made of safe names."""
 
-    def stage(self, chunks: Iterable[Buffer]) -> Staged:
-        """Keep bytes. Raises OutOfResources; then nothing is kept."""
+    def staging(self, chunks: Iterable[Buffer]) -> AbstractContextManager[Staged]:
+        """Keep bytes as long as this is open; where they are placed they stay.
+
+        Raises OutOfResources; then nothing is kept.
+        """
 
     def place(self, staged: Staged, folder: str, names: Iterable[str]) -> str:
         """Put staged bytes into a folder under the first of `names` that is free, and tell it.
 
         Raises OutOfResources; never overwrites.
         """
-
-    def discard(self, staged: Staged) -> None:
-        """Forget the staged bytes; where they were placed they stay."""
 
     def source(self, folder: str, name: str) -> Source:
         """What to read an instance from."""
@@ -56,49 +106,55 @@ class Instances(Protocol):
 
 
 class FileInstances:
-    """Instances as files below a root; `incoming` is a folder on the same file system."""
+    """Instances as files below a root; `incoming` is a folder on the same file system.
 
-    def __init__(self, root: Path, incoming: Path) -> None:
+    With `flush` they survive a power cut, without a killed process only.
+    """
+
+    def __init__(self, root: Path, incoming: Path, flush: bool = True) -> None:
         self._root = root
         self._incoming = incoming
+        self._flush = flush
 
-    def stage(self, chunks: Iterable[Buffer]) -> Staged:
-        path = self._incoming / f"{secrets.token_hex(16)}.part"
-        parts = list(chunks)
-        size = sum(len(part) for part in parts)
+    def begin(self) -> Growing:
+        """A file to be written. Raises OutOfResources."""
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                for part in parts:
-                    _write_all(descriptor, part)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            return Growing(self._incoming, self._flush)
         except OSError as error:
-            path.unlink(missing_ok=True)
-            raise _out_of_resources(error) from error
-        return Staged(size, path=path)
+            raise out_of_resources(error) from error
+
+    @contextmanager
+    def staging(self, chunks: Iterable[Buffer]) -> Iterator[Staged]:
+        growing = self.begin()
+        try:
+            growing.write(list(chunks))
+            yield growing.staged()
+        finally:
+            growing.discard()
 
     def place(self, staged: Staged, folder: str, names: Iterable[str]) -> str:
-        if staged.path is None:
-            raise ValueError("these bytes were staged in memory")
         directory = self._root / folder
         try:
             make_folder(directory)
-            for name in names:
-                try:
-                    os.link(staged.path, directory / name)
-                except FileExistsError:
-                    continue
-                flush_folder(directory)
-                return name
+            place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                return self._link(staged.descriptor, place, names)
+            finally:
+                os.close(place)
         except OSError as error:
-            raise _out_of_resources(error) from error
-        raise ValueError("no name is free")
+            raise out_of_resources(error) from error
 
-    def discard(self, staged: Staged) -> None:
-        if staged.path is not None:
-            staged.path.unlink(missing_ok=True)
+    def _link(self, descriptor: int, place: int, names: Iterable[str]) -> str:
+        for name in names:
+            try:
+                # Given a folder for its source, `link` follows the name to the file that has none.
+                os.link(f"/proc/self/fd/{descriptor}", name, src_dir_fd=place, dst_dir_fd=place)
+            except FileExistsError:
+                continue
+            if self._flush:
+                os.fsync(place)
+            return name
+        raise ValueError("no name is free")
 
     def source(self, folder: str, name: str) -> Source:
         # Joined by hand, because it is asked for each image of a case whenever that is looked at.
@@ -135,8 +191,16 @@ class MemoryInstances:
         self._places: dict[int, int] = {}
         self._lock = threading.Lock()
 
-    def stage(self, chunks: Iterable[Buffer]) -> Staged:
-        parts = list(chunks)
+    @contextmanager
+    def staging(self, chunks: Iterable[Buffer]) -> Iterator[Staged]:
+        staged = self._stage(list(chunks))
+        try:
+            yield staged
+        finally:
+            with self._lock:
+                self._release(staged.data)
+
+    def _stage(self, parts: list[Buffer]) -> Staged:
         size = sum(len(part) for part in parts)
         with self._lock:
             if self._used + size > self._limit:
@@ -163,10 +227,6 @@ class MemoryInstances:
                     self._places[id(staged.data)] += 1
                     return name
         raise ValueError("no name is free")
-
-    def discard(self, staged: Staged) -> None:
-        with self._lock:
-            self._release(staged.data)
 
     def _release(self, data: bytes) -> None:
         self._places[id(data)] -= 1
@@ -207,12 +267,23 @@ def flush_folder(directory: Path) -> None:
         os.close(descriptor)
 
 
+def _write_parts(descriptor: int, parts: list[Buffer], size: int) -> None:
+    """Write all; at once where the system takes it."""
+    written = os.writev(descriptor, parts)
+    if written == size:
+        return
+    for part in parts:
+        if written < len(part):
+            _write_all(descriptor, memoryview(part)[written:])
+        written = max(0, written - len(part))
+
+
 def _write_all(descriptor: int, data: Buffer) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
 
 
-def _out_of_resources(error: OSError) -> OutOfResources:
+def out_of_resources(error: OSError) -> OutOfResources:
     reason = errno.errorcode.get(error.errno or 0, "unknown")
     return OutOfResources(f"cannot write: {reason} ({error.strerror})")

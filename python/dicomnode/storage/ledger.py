@@ -85,11 +85,28 @@ _REPEAT_SECONDS = 24 * 3600.0
 _CASE = "id, identifier, folder, state, sealed, attempts, error, created, changed"
 
 
-class Ledger:
-    """Cases and their states. `path` None keeps them in memory. Safe to use from any thread."""
+@dataclass
+class _Waiting:
+    """Rows of an instance that wait for the next transaction, and what came of them."""
 
-    def __init__(self, path: Path | None) -> None:
+    case_id: int
+    rows: list[InstanceRow]
+    is_written: bool = False
+    error: OutOfResources | None = None
+
+
+class Ledger:
+    """Cases and their states. `path` None keeps them in memory. Safe to use from any thread.
+
+    Without `flush` changes survive a killed process, not a power cut.
+    """
+
+    def __init__(self, path: Path | None, flush: bool = True) -> None:
         self._lock = threading.RLock()
+        self._queue: list[_Waiting] = []
+        self._queue_lock = threading.Lock()
+        self._durable = "FULL" if flush else "OFF"
+        self._synchronous = ""
         self._db = sqlite3.connect(
             ":memory:" if path is None else path,
             isolation_level=None,
@@ -98,7 +115,6 @@ class Ledger:
         )
         try:
             self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
             if version != _VERSION and tables:
@@ -127,7 +143,10 @@ class Ledger:
         """
         with self._lock:
             try:
-                self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                wanted = self._durable if durable or self._durable == "OFF" else "NORMAL"
+                if wanted != self._synchronous:
+                    self._db.execute(f"PRAGMA synchronous = {wanted}")
+                    self._synchronous = wanted
                 self._db.execute("BEGIN IMMEDIATE")
                 try:
                     yield self._db
@@ -397,16 +416,43 @@ class Ledger:
     # Instances
 
     def add_instances(self, case_id: int, rows: Iterable[InstanceRow]) -> None:
-        """Record instances as stored. Their files have to be durable before."""
-        with self.transaction() as db:
-            db.executemany(
-                "INSERT OR REPLACE INTO instances (case_id, input, uid, file, size, digest, damaged) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                [
-                    (case_id, row.input, row.uid, row.file, row.size, row.digest, row.damaged)
-                    for row in rows
-                ],
-            )
+        """Record instances as stored. Their files have to be durable before.
+
+        What several threads record at the same time is one transaction: the first to come writes
+        for all that wait by then.
+        """
+        mine = _Waiting(case_id, list(rows))
+        with self._queue_lock:
+            self._queue.append(mine)
+        with self._lock:
+            if not mine.is_written:
+                with self._queue_lock:
+                    batch, self._queue = self._queue, []
+                self._write(batch)
+        if mine.error is not None:
+            raise mine.error
+
+    def _write(self, batch: list[_Waiting]) -> None:
+        trouble: OutOfResources | None = OutOfResources("the ledger was not written")
+        try:
+            with self.transaction() as db:
+                db.executemany(
+                    "INSERT OR REPLACE INTO instances "
+                    "(case_id, input, uid, file, size, digest, damaged) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    [
+                        (one.case_id, r.input, r.uid, r.file, r.size, r.digest, r.damaged)
+                        for one in batch
+                        for r in one.rows
+                    ],
+                )
+        except OutOfResources as error:
+            trouble = error
+        else:
+            trouble = None
+        finally:
+            for one in batch:
+                one.error, one.is_written = trouble, True
 
     def instances(self, case_id: int) -> list[InstanceRow]:
         """The instances of a case, damaged ones too."""

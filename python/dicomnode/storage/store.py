@@ -13,6 +13,7 @@ On disk, below the root:
     .dicomnode/damaged/                                            set aside at a start
 """
 
+import contextlib
 import fcntl
 import itertools
 import logging
@@ -26,12 +27,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from dicomnode.errors import InvalidDataset, InvalidRootDataDirectory, OutOfResources
 from dicomnode.lib.dicom import Source, safe_name
 from dicomnode.storage.instances import (
     Buffer,
     FileInstances,
+    Growing,
     Instances,
     MemoryInstances,
     flush_folder,
@@ -50,6 +53,10 @@ from dicomnode.storage.outbox import Outbox
 from dicomnode.storage.recovery import OpenCase, Recovery, delete_files, mark_damaged
 
 _DONE_KEPT = 1000
+_FREE_BYTES = 1 << 30
+
+#: What an answer 0x0000 promises: the image survives a power cut, or a killed process only.
+Durability: TypeAlias = Literal["power", "process"]
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,14 @@ class Instance:
     """An image that arrived: who it is, what its file is called, and its bytes as a Part 10 object.
 
     `digest` is over the dataset without the file meta, so that a resend in another association
-    counts as the same.
+    counts as the same. A large one is in a file already, `growing`.
     """
 
     sop_instance_uid: str
     name: str
     chunks: Sequence[Buffer]
     digest: bytes
+    growing: Growing | None = None
 
 
 class DuplicateInstance(Exception):
@@ -102,14 +110,22 @@ class Storage:
         identifier_tag: int,
         memory_limit: int,
         logger: logging.Logger,
+        *,
+        durability: Durability = "power",
+        least_free: int | None = None,
     ) -> None:
         self.root = root
+        self._is_flushed = durability == "power"
+        self._wanted_free = least_free
+        self._least_free = 0
         self._input_names = tuple(input_names)
         self._identifier_tag = identifier_tag
         self._logger = logger
         self._open_cases: dict[str, OpenCase] = {}
         self._guard = threading.Lock()
         self._locks: dict[str, _Held] = {}
+        # The instances that are on their way into the open case of an identifier.
+        self._arriving: dict[str, set[str]] = {}
         self._lock_file = -1
         self._unverified: set[int] = set()
         self._unfinished: set[str] = set()
@@ -117,7 +133,7 @@ class Storage:
         if root is None:
             self._instances = MemoryInstances(memory_limit)
         else:
-            self._instances = FileInstances(root, root / OWN / "incoming")
+            self._instances = FileInstances(root, root / OWN / "incoming", self._is_flushed)
         self.ledger: Ledger
         self.outbox: Outbox
 
@@ -148,6 +164,12 @@ class Storage:
                 f"root_data_directory {self.root} is in use by another running node; "
                 "give every node its own"
             )
+        disk = os.statvfs(self.root)
+        self._least_free = (
+            min(_FREE_BYTES, disk.f_blocks * disk.f_frsize // 20)
+            if self._wanted_free is None
+            else self._wanted_free
+        )
         # A program that process() forks has the lock too, and would keep it when the node is gone.
         os.register_at_fork(after_in_child=partial(_let_go, weakref.ref(self)))
         try:
@@ -186,14 +208,14 @@ class Storage:
         try:
             if is_lost and any((path.parent / "outbox").iterdir()):
                 self._set_ledger_aside(path, "is gone, but there are results")
-            return Ledger(path)
+            return Ledger(path, self._is_flushed)
         except sqlite3.OperationalError as error:
             raise InvalidRootDataDirectory(
                 f"the ledger {path} cannot be opened: {error}"
             ) from error
         except sqlite3.DatabaseError as error:
             self._set_ledger_aside(path, f"is damaged ({error})")
-            return Ledger(path)
+            return Ledger(path, self._is_flushed)
 
     def _set_ledger_aside(self, path: Path, trouble: str) -> None:
         """Keep what is left of a ledger, and the results that only it could tell the way of."""
@@ -216,7 +238,7 @@ class Storage:
     # Receiving
 
     @contextmanager
-    def holding(self, identifier: str) -> Iterator[None]:
+    def holding(self, identifier: str) -> Iterator[threading.Condition]:
         """Nothing is added to, or sealed of, the cases of this identifier meanwhile.
 
         No code of a user runs while this is held: it could wait for ever.
@@ -225,8 +247,8 @@ class Storage:
             held = self._locks.setdefault(identifier, _Held())
             held.users += 1
         try:
-            with held.lock:
-                yield
+            with held.turn:
+                yield held.turn
         finally:
             with self._guard:
                 held.users -= 1
@@ -241,35 +263,93 @@ class Storage:
         Raises OutOfResources (nothing was stored) and DuplicateInstance (other content under the
         same SOPInstanceUID; the first is kept).
         """
-        names = tuple(input_names)
-        with self.holding(identifier):
+        names, uid = tuple(input_names), instance.sop_instance_uid
+        with self.holding(identifier) as turn:
+            # The same image may be arriving over another association.
+            while uid in self._arriving.get(identifier, ()):
+                turn.wait()
             known = self._open_cases.get(identifier)
-            if known is not None and not self._lacking(known, names, instance):
+            lacking = names if known is None else self._lacking(known, names, instance)
+            if known is not None and not lacking:
                 return known.id
-        staged = self._instances.stage(instance.chunks)
+            self._check_room(sum(map(len, instance.chunks)))
+            case = self._open_case(identifier)
+            self._arriving.setdefault(identifier, set()).add(uid)
+        rows: list[InstanceRow] = []
         try:
-            with self.holding(identifier):
-                case = self._open_case(identifier)
-                rows: list[InstanceRow] = []
-                try:
-                    for name in self._lacking(case, names, instance):
-                        file = self._instances.place(
-                            staged,
-                            input_folder(case.folder, name),
-                            self._free_names(case, name, instance.name),
-                        )
-                        uid, digest = instance.sop_instance_uid, instance.digest
-                        rows.append(InstanceRow(name, uid, file, staged.size, digest))
-                    self.ledger.add_instances(case.id, rows)
-                except OutOfResources:
-                    for row in rows:
-                        self._instances.remove(input_folder(case.folder, row.input), [row.file])
-                    raise
+            # While it is on its way, the case is neither claimed nor set aside.
+            rows = self._put_instance(case, lacking, instance)
+        finally:
+            with self.holding(identifier) as turn:
+                arriving = self._arriving[identifier]
+                arriving.discard(uid)
+                if not arriving:
+                    del self._arriving[identifier]
                 for row in rows:
                     case.put(row)
-                return case.id
-        finally:
-            self._instances.discard(staged)
+                turn.notify_all()
+        return case.id
+
+    def _put_instance(
+        self, case: OpenCase, names: Iterable[str], instance: Instance
+    ) -> list[InstanceRow]:
+        """Make an instance durable in these inputs: its files, their folders, then the rows."""
+        growing, uid, digest = instance.growing, instance.sop_instance_uid, instance.digest
+        kept = (
+            self._instances.staging(instance.chunks)
+            if growing is None
+            else contextlib.nullcontext(growing.staged())
+        )
+        with kept as staged:
+            rows: list[InstanceRow] = []
+            try:
+                for name in names:
+                    file = self._instances.place(
+                        staged,
+                        input_folder(case.folder, name),
+                        self._free_names(case, name, instance.name),
+                    )
+                    rows.append(InstanceRow(name, uid, file, staged.size, digest))
+                self.ledger.add_instances(case.id, rows)
+            except OutOfResources:
+                for row in rows:
+                    self._instances.remove(input_folder(case.folder, row.input), [row.file])
+                raise
+        return rows
+
+    def begin(self, prefix: Buffer) -> Growing:
+        """A file for an instance that is too large for memory, with these bytes at its start.
+
+        Raises OutOfResources.
+        """
+        if not isinstance(self._instances, FileInstances):
+            raise OutOfResources("there is no root_data_directory")
+        self._check_room(0)
+        growing = self._instances.begin()
+        try:
+            growing.write([prefix])
+        except OutOfResources:
+            growing.discard()
+            raise
+        return growing
+
+    def _check_room(self, size: int) -> None:
+        if self.root is None:
+            return
+        free = self.free_bytes()
+        if free - size < self._least_free:
+            raise OutOfResources(
+                f"{free} bytes are free on the disk of root_data_directory, and {self._least_free} "
+                "have to stay free (limits.free_bytes)"
+            )
+
+    def free_bytes(self) -> int:
+        """How many bytes may be written to the disk of the root; it counts as full where it is gone."""
+        try:
+            found = os.statvfs(self.root or "/")
+        except OSError:
+            return 0
+        return found.f_bavail * found.f_frsize
 
     def _lacking(self, case: OpenCase, names: tuple[str, ...], instance: Instance) -> list[str]:
         """The inputs that do not hold this instance yet, or hold it damaged.
@@ -318,7 +398,9 @@ class Storage:
 
     def probe(self) -> None:
         """Keep and let go a few bytes as those of an image. Raises OutOfResources."""
-        self._instances.discard(self._instances.stage([b"probe"]))
+        self._check_room(0)
+        with self._instances.staging([b"probe"]):
+            pass
 
     # From RECEIVING to PROCESSING
 
@@ -441,9 +523,10 @@ class Storage:
         """
         with self.holding(identifier):
             known = self._open_cases.get(identifier)
-            if known is None or (known.id, known.generation) != (
-                contents.case_id,
-                contents.generation,
+            if (
+                identifier in self._arriving
+                or known is None
+                or (known.id, known.generation) != (contents.case_id, contents.generation)
             ):
                 return None
             repeated = self.ledger.repeated(known.id)
@@ -459,12 +542,13 @@ class Storage:
     def seal(self, case: Case, contents: Contents) -> bool:
         """READY -> PROCESSING: the case is claimed, and takes no further images.
 
-        False where it is not READY, or holds something else than `contents` by now.
+        False where it is not READY, holds something else than `contents` by now, or will in a moment.
         """
         with self.holding(case.identifier):
             known = self._open_cases.get(case.identifier)
             if not case.sealed and (
-                known is None
+                case.identifier in self._arriving
+                or known is None
                 or (known.id, known.generation) != (contents.case_id, contents.generation)
             ):
                 return False
@@ -500,11 +584,8 @@ class Storage:
         return len(rows)
 
     def _put(self, folder: str, name: str, data: Buffer) -> str:
-        staged = self._instances.stage([data])
-        try:
+        with self._instances.staging([data]) as staged:
             return self._instances.place(staged, folder, [name])
-        finally:
-            self._instances.discard(staged)
 
     def undelivered(self, case_id: int, endpoint: str) -> list[ResultRow]:
         """The results that an endpoint has not acknowledged yet."""
@@ -544,7 +625,7 @@ class Storage:
 class _Held:
     """The lock of one identifier, and how many want it."""
 
-    lock: threading.RLock = field(default_factory=threading.RLock)
+    turn: threading.Condition = field(default_factory=threading.Condition)
     users: int = 0
 
 

@@ -16,6 +16,7 @@
 //! | [`encapsulated`] | which fragments make up which frame |
 //! | [`codec`] | one compressed frame to its samples |
 //! | [`color`] | samples of colour, one pixel after the other, in RGB |
+//! | [`receive`] | the bytes of an association to whole C-STORE requests |
 //! | [`source`] | a file or bytes in memory |
 //! | [`error`] | the one error type |
 
@@ -27,6 +28,7 @@ pub mod folder;
 mod functional;
 pub mod image;
 pub mod pixels;
+pub mod receive;
 pub mod scan;
 pub mod source;
 pub mod stack;

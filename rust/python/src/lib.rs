@@ -10,6 +10,7 @@ mod errors;
 mod header;
 mod image;
 mod memory;
+mod receive;
 
 #[pyo3::pymodule]
 mod _core {
@@ -22,6 +23,9 @@ mod _core {
     use crate::header::{Header, is_dicom, scan};
     #[pymodule_export]
     use crate::image::{Image, load, scan_images, stack};
+
+    #[pymodule_export]
+    use crate::receive::{Received, Receiver};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -9,6 +9,8 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString};
 
+use crate::receive::Received;
+
 /// What holds the bytes of an object; it keeps them alive.
 pub enum Owner {
     Path(PathBuf),
@@ -17,12 +19,14 @@ pub enum Owner {
 }
 
 impl Owner {
-    /// A `str` (path) or `bytes` (the object).
+    /// A `str` (path), or `bytes` or other memory that is never written to (the object).
     pub fn of_source(source: &Bound<'_, PyAny>) -> PyResult<Self> {
         if let Ok(bytes) = source.cast::<PyBytes>() {
             Ok(Owner::Bytes(bytes.clone().unbind()))
         } else if let Ok(path) = source.cast::<PyString>() {
             Ok(Owner::Path(path.extract::<OsString>()?.into()))
+        } else if let Ok(received) = source.cast::<Received>() {
+            Owner::of_pixels(received)
         } else {
             let found = source.get_type().name()?;
             Err(PyTypeError::new_err(format!(

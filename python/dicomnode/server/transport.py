@@ -1,0 +1,645 @@
+"""The transport below associations: pynetdicom's, without its waiting and its trust in strangers.
+
+pynetdicom keeps negotiation, the state machine and every service but one. C-STORE requests, which are
+nearly all that a node receives, are read by the compiled core straight from the socket. Solved here by
+subclassing, with nothing replaced in pynetdicom itself:
+
+- its threads poll; ours wait until something happens;
+- what a stranger can hold is bounded: connections, bytes of a PDU and of a dataset, and how long
+  a PDU and a dataset may take;
+- neither a TLS handshake nor a silent peer keeps the listener from the next one;
+- time is monotonic, so that a corrected clock ends no association.
+"""
+
+import contextlib
+import ipaddress
+import logging
+import os
+import queue
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from pynetdicom import AE
+from pynetdicom.association import Association
+from pynetdicom.dimse import DIMSEServiceProvider
+from pynetdicom.dul import DULServiceProvider
+from pynetdicom.presentation import PresentationContext
+from pynetdicom.timer import Timer
+from pynetdicom.transport import (
+    AssociationSocket,
+    RequestHandler,
+    ThreadedAssociationServer,
+)
+
+from dicomnode.errors import InvalidDicom
+from dicomnode.lib.dicom import Received, Receiver
+
+# How long a thread waits at most before it looks at its timers again.
+_LOOK_SECONDS = 0.5
+# A request for an association with 128 contexts of 50 transfer syntaxes has some 400 KiB.
+_MOST_NEGOTIATION = 1 << 20
+# Messages that are no C-STORE and wait to be served; more are not read.
+_MOST_WAITING = 4
+_ESTABLISHED = "Sta6"
+_CLOSING = "Sta13"
+_IDLE = "Sta1"
+_RELEASE_REQUEST = 0x05
+
+
+Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What strangers may take of a node.
+
+    An association that goes beyond is rejected or aborted, an image answered 0xA700 (out of
+    resources); the others go on.
+    """
+
+    #: Associations at once; more are rejected as a transient problem, so that senders try again.
+    associations: int = 100
+    #: Images of one association; more are answered 0xA700.
+    instances: int = 1_000_000
+    #: Bytes of one image.
+    instance_bytes: int = 16 << 30
+    #: The largest PDU that senders are asked to use, and may use.
+    pdu_bytes: int = 131_072
+    #: Seconds for an association to be asked for, once connected, and to begin with the next message.
+    idle_seconds: float = 60.0
+    #: Seconds without a byte in the middle of a PDU or an image.
+    stall_seconds: float = 30.0
+    #: An image that arrives more slowly, after `stall_seconds`, ends its association.
+    bytes_per_second: int = 10_000
+    #: Bytes that stay free on the disk of `root_data_directory`: below, images are answered 0xA700.
+    #: None is 5 % of the disk, at most 1 GiB.
+    free_bytes: int | None = None
+
+
+class Service(Protocol):
+    """What the owner of a transport does with what arrives."""
+
+    def store(self, association: Association, received: Received) -> bytes:
+        """Keep an image; the PDU of the response. Raises nothing."""
+
+    def begin_file(self, association: Association, sop_class: str, uid: str, context: int) -> int:
+        """A file descriptor for an image too large for memory; -1 where it cannot be kept."""
+
+    def arriving(self, association: Association) -> None:
+        """Bytes of an image have arrived."""
+
+    def released(self, association: Association) -> None:
+        """The peer asked for the release of its association."""
+
+
+class _Timer(Timer):
+    """pynetdicom's timer by a clock that nobody sets."""
+
+    @property
+    def remaining(self) -> float:
+        if self.timeout is None:
+            return 1.0
+        if self._start_time is None:
+            return self.timeout
+        end = time.monotonic() if self._end_time is None else self._end_time
+        return self.timeout - (end - self._start_time)
+
+    def start(self) -> None:
+        self._start_time, self._end_time = time.monotonic(), None
+
+    def stop(self) -> None:
+        self._end_time = time.monotonic()
+
+
+class _Wake:
+    """Ends the waiting of another thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.number = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def set(self) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            if self.number >= 0:
+                os.eventfd_write(self.number, 1)
+
+    def wait(self, seconds: float) -> None:
+        poll = select.poll()
+        if self.number >= 0:
+            poll.register(self.number, select.POLLIN)
+        poll.poll(seconds * 1000)
+        self.clear()
+
+    def clear(self) -> None:
+        with contextlib.suppress(OSError):
+            os.eventfd_read(self.number)
+
+    def close(self) -> None:
+        with self._lock:
+            if self.number >= 0:
+                os.close(self.number)
+            self.number = -1
+
+
+class _Signalling(queue.Queue[Any]):
+    """A queue that tells when something was put into it."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        super().put(item, block, timeout)
+        self._tell()
+
+
+class _Socket(AssociationSocket):
+    """The socket of an association that we accept."""
+
+    def __init__(self, association: "NodeAssociation", client: socket.socket) -> None:
+        self._provider = association.provider
+        super().__init__(association, client_socket=client)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to read, after waiting for it."""
+        client, provider = self.socket, self._provider
+        if client is None or not self._is_connected:
+            # Nothing will come of this; whoever waits looks at the timers.
+            provider.pause()
+            return False
+        if not self.event_queue.empty():
+            # What came before is dealt with first.
+            return False
+        if provider.is_reading:
+            return True
+        if provider.is_served_slowly:
+            provider.pause()
+            return False
+        if isinstance(client, ssl.SSLSocket) and client.pending():
+            return True
+        closing = provider.state_machine.current_state == _CLOSING
+        try:
+            found = _wait(client, provider.wake, 0.0 if closing else _LOOK_SECONDS)
+        except (OSError, ValueError):
+            self.event_queue.put("Evt17")
+            return False
+        return found
+
+    def recv(self, nr_bytes: int) -> bytearray:
+        """So many bytes, or fewer where the connection was closed. For negotiation only.
+
+        Raises OSError where there are more than a negotiation has, or not all within the time.
+        """
+        client = self.socket
+        if client is None or nr_bytes > _MOST_NEGOTIATION:
+            raise OSError(f"a PDU of {nr_bytes} bytes before there is an association")
+        whole = bytearray(nr_bytes)
+        view, count = memoryview(whole), 0
+        end = time.monotonic() + self._provider.limits.stall_seconds
+        while count < nr_bytes:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("the PDU takes too long")
+            client.settimeout(left)
+            read = client.recv_into(view[count:])
+            if not read:
+                return whole[:count]
+            count += read
+        return whole
+
+    def send(self, bytestream: bytes) -> None:
+        """All bytes, within the time; where that fails the connection counts as closed."""
+        client = self.socket
+        try:
+            if client is None:
+                raise OSError("closed")
+            client.settimeout(self._provider.limits.stall_seconds)
+            client.sendall(bytestream)
+        except OSError:
+            self.event_queue.put("Evt17")
+
+
+def _wait(client: socket.socket, wake: _Wake, seconds: float) -> bool:
+    """Whether a socket can be read within so many seconds; sooner false where somebody wakes us."""
+    poll = select.poll()
+    poll.register(client, select.POLLIN)
+    if wake.number >= 0:
+        poll.register(wake.number, select.POLLIN)
+    found = {number for number, _ in poll.poll(seconds * 1000)}
+    if wake.number in found:
+        wake.clear()
+    return client.fileno() in found
+
+
+class _Provider(DULServiceProvider):
+    """The upper layer service; in the state of an established association the core reads."""
+
+    def __init__(self, association: "NodeAssociation", service: Service, limits: Limits) -> None:
+        super().__init__(association)
+        self.daemon = True
+        self.limits = limits
+        self.wake = _Wake()
+        self._service = service
+        self._association = association
+        self._receiver: Receiver | None = None
+        # When the message that is arriving began, and how much had arrived by then; and when last
+        # something came, and how much by then.
+        self._began: tuple[float, int] | None = None
+        self._last: tuple[float, int] = (0.0, 0)
+        self._run_loop_delay = 0.0
+        self._idle_timer = _Timer(limits.idle_seconds)
+        self.artim_timer = _Timer(limits.idle_seconds)
+        self.to_provider_queue = _Signalling(self.wake.set)
+        self.to_user_queue = _Signalling(association.tell)
+
+    @property
+    def arriving(self) -> int:
+        """Bytes in memory of the image that is arriving."""
+        receiver = self._receiver
+        return 0 if receiver is None else receiver.arriving
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether more of a message has to be read, or can be without waiting."""
+        receiver = self._receiver
+        established = self.state_machine.current_state == _ESTABLISHED
+        return receiver is not None and established and receiver.is_within
+
+    @property
+    def is_served_slowly(self) -> bool:
+        """Whether so many messages wait to be served that no more are read."""
+        return self._association.dimse.msg_queue.qsize() >= _MOST_WAITING
+
+    def pause(self) -> None:
+        """Wait a moment for what other threads ask."""
+        self.wake.wait(0.02)
+
+    def kill_dul(self) -> None:
+        super().kill_dul()
+        self.wake.set()
+
+    def stop_dul(self) -> bool:
+        if self.state_machine.current_state == _IDLE:
+            self.kill_dul()
+            if threading.current_thread() is not self:
+                self.join(_LOOK_SECONDS)
+        return not self.is_alive()
+
+    def run_reactor(self) -> None:
+        try:
+            super().run_reactor()
+        finally:
+            self._receiver = None
+            if self.socket is not None:
+                self.socket.close()
+            self.wake.close()
+            self._association.tell()
+
+    def _read_pdu_data(self) -> None:
+        if self.state_machine.current_state != _ESTABLISHED:
+            super()._read_pdu_data()
+            return
+        try:
+            receiver = self._receiver or self._new_receiver()
+            found = self._read(receiver)
+            if found is None:
+                self._check_pace(receiver)
+                return
+        except InvalidDicom as error:
+            self._association.complain(str(error))
+            self.event_queue.put("Evt19")
+            return
+        except OSError:
+            self.event_queue.put("Evt17")
+            return
+        self._began = None
+        if isinstance(found, Received):
+            response = self._service.store(self._association, found)
+            if self.socket is not None:
+                self.socket.send(response)
+        elif not found:
+            self.event_queue.put("Evt17")
+        else:
+            self._pass_on(found)
+
+    def _new_receiver(self) -> Receiver:
+        limits = self.limits
+        client = None if self.socket is None else self.socket.socket
+        if client is None:
+            raise OSError("closed")
+        is_plain = not isinstance(client, ssl.SSLSocket)
+        self._receiver = Receiver(
+            [int(context.context_id or 0) for context in self._association.accepted_contexts],
+            # A tolerance for senders that count the headers in.
+            limits.pdu_bytes + 1024,
+            limits.instance_bytes,
+            self._association.memory_bytes,
+            client.fileno() if is_plain else None,
+        )
+        self._last = (time.monotonic(), 0)
+        return self._receiver
+
+    def _read(self, receiver: Receiver) -> Received | bytes | None:
+        client = None if self.socket is None else self.socket.socket
+        if not isinstance(client, ssl.SSLSocket):
+            found = receiver.receive(self.wake.number, _LOOK_SECONDS, self._begin_file)
+            self.wake.clear()
+            return found
+        found = receiver.offer(b"", self._begin_file)
+        if found is not None or not (client.pending() or _wait(client, self.wake, _LOOK_SECONDS)):
+            return found
+        client.settimeout(_LOOK_SECONDS)
+        try:
+            data = client.recv(65536)
+        except (TimeoutError, ssl.SSLWantReadError):
+            return None
+        return receiver.offer(data, self._begin_file) if data else b""
+
+    def _begin_file(self, sop_class: str, uid: str, context: int) -> int:
+        return self._service.begin_file(self._association, sop_class, uid, context)
+
+    def _check_pace(self, receiver: Receiver) -> None:
+        """Raises InvalidDicom for a message that stalls, or is slower than `bytes_per_second`."""
+        now, total, limits = time.monotonic(), receiver.total, self.limits
+        if total != self._last[1]:
+            self._last = (now, total)
+            self._service.arriving(self._association)
+        if not receiver.is_within:
+            self._began = None
+            return
+        if self._began is None:
+            self._began = self._last = (now, total)
+        began, before = self._began
+        allowed = limits.stall_seconds + (total - before) / limits.bytes_per_second
+        if now - self._last[0] > limits.stall_seconds or now - began > allowed:
+            raise InvalidDicom(
+                f"a message is not whole after {now - began:.0f} s and {total - before} bytes"
+            )
+
+    def _pass_on(self, found: bytes) -> None:
+        """Give a PDU to pynetdicom."""
+        if found[0] == _RELEASE_REQUEST:
+            self._service.released(self._association)
+        try:
+            pdu, event = self._decode_pdu(bytearray(found))
+        except Exception as error:
+            # Its decoder raises whatever comes of the bytes.
+            raise InvalidDicom(f"a PDU of type 0x{found[0]:02X} cannot be decoded") from error
+        self.event_queue.put(event)
+        self._recv_pdu.put(pdu)
+
+
+class _Messages(DIMSEServiceProvider):
+    """The messages of an association; whoever takes one waits until there is something to do."""
+
+    def get_msg(self, block: bool = False) -> Any:
+        try:
+            return self.msg_queue.get(timeout=self.dimse_timeout if block else _LOOK_SECONDS)
+        except queue.Empty:
+            return None, None
+
+
+class NodeAssociation(Association):
+    """An association that a node accepts."""
+
+    def __init__(self, ae: AE, service: Service, limits: Limits, memory_bytes: int) -> None:
+        super().__init__(ae, "acceptor")
+        #: Bytes of an image that may be in memory.
+        self.memory_bytes = memory_bytes
+        self.dimse = _Messages(self)
+        self.dul = self.provider = _Provider(self, service, limits)
+        self.acse_timeout = limits.idle_seconds
+        self.dimse_timeout = limits.stall_seconds
+        self.network_timeout = limits.idle_seconds
+        self._complain: Callable[[str], None] = lambda _: None
+
+    @property
+    def arriving(self) -> int:
+        """Bytes in memory of the image that is arriving."""
+        return self.provider.arriving
+
+    def cut_off(self) -> None:
+        """End the connection at once."""
+        held = self.dul.socket
+        client = None if held is None else held.socket
+        with contextlib.suppress(OSError):
+            if client is not None:
+                client.shutdown(socket.SHUT_RDWR)
+
+    def tell(self) -> None:
+        """Let the thread of the association look what there is to do."""
+        self.dimse.msg_queue.put((None, None))
+
+    def complain(self, trouble: str) -> None:
+        """Why this association is ended."""
+        self._complain(trouble)
+
+    def kill(self) -> None:
+        self.tell()
+        super().kill()
+
+
+class _Contexts(list[PresentationContext]):
+    """pynetdicom copies the contexts for each association, which takes longer than the rest of
+    the negotiation; they are never changed, so all associations may share them.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Contexts":
+        return self
+
+
+class _Handler(RequestHandler):
+    """Makes an association of a connection, in a thread of its own."""
+
+    server: "Server"
+
+    def _create_association(self) -> Association:
+        server = self.server
+        association = NodeAssociation(self.ae, server.service, server.limits, server.memory_bytes)
+        association._server = server
+        association.name = "AcceptorThread"
+        association._complain = lambda trouble: server.complain(association, trouble)
+        association.acceptor.maximum_length = self.ae.maximum_pdu_size
+        association.acceptor.ae_title = server.ae_title
+        association.acceptor.address_info = self.local
+        association.acceptor.implementation_class_uid = self.ae.implementation_class_uid
+        association.acceptor.implementation_version_name = self.ae.implementation_version_name
+        association.acceptor.supported_contexts = server.contexts
+        association.requestor.address_info = self.remote
+        association.set_socket(_Socket(association, self.request))
+        for event, bound in server._handlers.items():
+            if isinstance(bound, tuple):
+                association.bind(event, *bound)
+            else:
+                for function, arguments in bound:
+                    association.bind(event, function, arguments)
+        server.add(self.request, association)
+        return association
+
+    def handle(self) -> None:
+        client = self.request
+        if isinstance(client, ssl.SSLSocket):
+            client.do_handshake()
+        super().handle()
+
+
+class Server(ThreadedAssociationServer):
+    """Listens. `networks` are those that may connect, empty for all."""
+
+    request_queue_size = 128
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(
+        self,
+        ae: AE,
+        address: tuple[str, int],
+        contexts: Sequence[PresentationContext],
+        handlers: list[Any],
+        service: Service,
+        limits: Limits,
+        memory_bytes: int,
+        networks: Sequence[Network],
+        tls: ssl.SSLContext | None,
+        logger: logging.Logger,
+    ) -> None:
+        self.service = service
+        self.limits = limits
+        self.memory_bytes = memory_bytes
+        self._networks = networks
+        self._logger = logger
+        self._guard = threading.Lock()
+        # Oldest first; None until the connection has a thread of its own.
+        self._connections: dict[socket.socket, NodeAssociation | None] = {}
+        super().__init__(ae, address, ae.ae_title, _Contexts(contexts), tls, handlers, _Handler)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        assert self.socket is not None
+        client, address = self.socket.accept()
+        client.settimeout(self.limits.stall_seconds)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if self.ssl_context is not None:
+            client = self.ssl_context.wrap_socket(
+                client, server_side=True, do_handshake_on_connect=False
+            )
+        return client, address
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether a connection may come in; a stranger that says nothing makes room for it."""
+        host = str(client_address[0])
+        if self._networks and not is_within(host, self._networks):
+            self._logger.warning("connection from %s refused: not among allowed_networks", host)
+            return False
+        silent = None
+        with self._guard:
+            for client in [one for one in self._connections if one.fileno() < 0]:
+                del self._connections[client]
+            # Connections that have not become associations do not count as such, but end too.
+            if len(self._connections) >= self.limits.associations + 32:
+                silent = next(
+                    (
+                        one
+                        for one, association in self._connections.items()
+                        if association is None or not association.is_established
+                    ),
+                    None,
+                )
+                if silent is None:
+                    self._logger.warning("connection from %s refused: too many are open", host)
+                    return False
+                del self._connections[silent]
+            self._connections[request] = None
+        if silent is not None:
+            self._logger.warning("a connection that asked for nothing makes room for %s", host)
+            with contextlib.suppress(OSError):
+                silent.shutdown(socket.SHUT_RDWR)
+        return True
+
+    def add(self, request: socket.socket, association: NodeAssociation) -> None:
+        """Remember which association a connection has."""
+        with self._guard:
+            if request in self._connections:
+                self._connections[request] = association
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._guard:
+            self._connections.pop(request, None)
+        super().shutdown_request(request)
+
+    @property
+    def active_associations(self) -> list[Association]:
+        """Those that are established, and connections that will be or not."""
+        with self._guard:
+            return [one for one in self._connections.values() if one is not None]
+
+    def disconnect(self) -> None:
+        """End the connections that are left."""
+        with self._guard:
+            left = list(self._connections)
+        for client in left:
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+
+    def complain(self, association: Association, trouble: str) -> None:
+        """Tell why an association is aborted."""
+        self._logger.error(
+            "association with %r at %s is aborted: %s",
+            str(association.requestor.ae_title or "").strip(),
+            association.requestor.address,
+            trouble,
+        )
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A handshake that failed, mostly; one line, and no traceback on the screen."""
+        del request
+        self._logger.warning(
+            "connection from %s ended before there was an association", client_address[0],
+            exc_info=self._logger.isEnabledFor(logging.DEBUG),
+        )  # fmt: skip
+
+    def service_actions(self) -> None:
+        """Nothing: pynetdicom collects garbage here, while everybody waits."""
+
+
+def is_within(host: str, networks: Sequence[Network]) -> bool:
+    """Whether an address is in one of these networks."""
+    try:
+        address = ipaddress.ip_address(host.split("%", maxsplit=1)[0])
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return any((mapped or address) in network for network in networks)
+
+
+class NodeEntity(AE):
+    """The application entity of a node, which counts associations, not connections."""
+
+    @property
+    def active_associations(self) -> list[Association]:
+        """Those that are established, and the one that asks."""
+        own = threading.current_thread()
+        return [
+            one
+            for server in self._servers
+            for one in server.active_associations
+            if one.is_established or one is own
+        ]
+
+
+__all__ = [
+    "Limits",
+    "Network",
+    "NodeAssociation",
+    "NodeEntity",
+    "Server",
+    "Service",
+    "is_within",
+]

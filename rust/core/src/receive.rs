@@ -1,0 +1,608 @@
+//! Receiving: from the bytes of an association to whole C-STORE requests.
+//!
+//! The problem: most of what a node receives is P-DATA-TF (PS3.8 section 9.3.5) that carries C-STORE
+//! requests (PS3.7 section 9.1.1), and nothing in it may be trusted. [`Receiver`] takes bytes as they
+//! come and gives whole requests, with the SHA-256 of their dataset; every other message and PDU is
+//! passed on as it came. It reads nothing itself: [`Receiver::room`] and [`Receiver::filled`] put bytes
+//! in, [`Receiver::step`] takes requests out. What it holds is bounded by [`Limits`].
+
+use std::collections::VecDeque;
+use std::mem;
+
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
+
+/// P-DATA-TF (PS3.8 section 9.3.5).
+const DATA: u8 = 0x04;
+/// The last of the seven PDU types (A-ABORT).
+const LAST_TYPE: u8 = 0x07;
+/// C-STORE-RQ (PS3.7 section 9.3.1.1).
+const C_STORE_RQ: u16 = 0x0001;
+/// Command Data Set Type: no dataset follows (PS3.7 section E.1).
+const NO_DATASET: u16 = 0x0101;
+/// A command set is small, and so is every PDU but P-DATA-TF once an association is there.
+const MOST_COMMAND: usize = 64 << 10;
+/// The dataset of a message that is not a C-STORE.
+const MOST_OTHER: usize = 16 << 20;
+/// How much is read at once.
+const INPUT: usize = 256 << 10;
+/// From so many missing bytes of a fragment on they are read to their place.
+const DIRECT: usize = 16 << 10;
+
+/// What a stranger may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Most bytes of a P-DATA-TF PDU.
+    pub pdu: u32,
+    /// Most bytes of a dataset.
+    pub dataset: u64,
+    /// Most bytes of a dataset in memory; of a larger one its owner takes parts.
+    pub memory: usize,
+}
+
+/// What came of the bytes so far.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Nothing whole yet: put more bytes in.
+    Hungry,
+    /// A PDU for somebody else.
+    Pass(Vec<u8>),
+    /// As many bytes of a dataset as may be in memory: take them with [`Receiver::take`].
+    Full,
+    /// A whole request.
+    Store(Box<Store>),
+}
+
+/// Bytes in memory that was used before, as a rule: fresh memory costs more than all else here.
+#[derive(Debug, Default)]
+pub struct Bytes {
+    /// All of it was written once, so that it need not be zeroed again.
+    memory: Vec<u8>,
+    length: usize,
+}
+
+impl Bytes {
+    /// The same memory without its bytes.
+    #[must_use]
+    pub fn emptied(mut self) -> Self {
+        self.length = 0;
+        self
+    }
+
+    /// How much memory there is.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.memory.len()
+    }
+
+    /// At least so much room behind the bytes.
+    fn room(&mut self, count: usize) -> &mut [u8] {
+        let end = self.length + count;
+        if end > self.memory.len() {
+            let wanted = end.max(self.memory.len().saturating_mul(2).min(end + (8 << 20)));
+            self.memory.resize(wanted, 0);
+        }
+        &mut self.memory[self.length..end]
+    }
+
+    fn push(&mut self, bytes: &[u8]) {
+        self.room(bytes.len()).copy_from_slice(bytes);
+        self.length += bytes.len();
+    }
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.memory[..self.length]
+    }
+}
+
+impl PartialEq for Bytes {
+    fn eq(&self, other: &Self) -> bool {
+        **self == **other
+    }
+}
+
+impl Eq for Bytes {}
+
+/// A C-STORE request and its dataset.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Store {
+    /// Presentation context ID.
+    pub context: u8,
+    /// (0000,0110)
+    pub message_id: u16,
+    /// (0000,0002), as it came without padding.
+    pub sop_class_uid: Vec<u8>,
+    /// (0000,1000), as it came without padding.
+    pub sop_instance_uid: Vec<u8>,
+    /// The dataset; of a large one, what was not taken before.
+    pub dataset: Bytes,
+    /// Bytes of the whole dataset.
+    pub size: u64,
+    /// SHA-256 of the whole dataset.
+    pub digest: [u8; 32],
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    /// Before the header of a PDU.
+    Pdu,
+    /// In a P-DATA-TF with so many bytes left, before a presentation data value.
+    Item { left: usize },
+    /// In a fragment with so many bytes left, and in its PDU with `left` after it.
+    Fragment {
+        left: usize,
+        rest: usize,
+        is_last: bool,
+    },
+}
+
+enum Message {
+    None,
+    /// A command set that is not whole yet.
+    Command(Vec<u8>),
+    /// The dataset of a C-STORE request.
+    Dataset(Box<Store>, Sha256),
+    /// The dataset of another message, of which so many bytes came.
+    Other(usize),
+}
+
+/// The parser of one association.
+pub struct Receiver {
+    contexts: Vec<u8>,
+    limits: Limits,
+    input: Vec<u8>,
+    /// `input[start..end]` was read and not looked at yet.
+    start: usize,
+    end: usize,
+    place: Place,
+    context: u8,
+    message: Message,
+    passed: VecDeque<Vec<u8>>,
+    ready: Option<Box<Store>>,
+    is_full: bool,
+    spare: Bytes,
+}
+
+impl Receiver {
+    /// `contexts` are the IDs of the accepted presentation contexts.
+    #[must_use]
+    pub fn new(contexts: Vec<u8>, limits: Limits) -> Self {
+        Receiver {
+            contexts,
+            limits,
+            input: Vec::new(),
+            start: 0,
+            end: 0,
+            place: Place::Pdu,
+            context: 0,
+            message: Message::None,
+            passed: VecDeque::new(),
+            ready: None,
+            is_full: false,
+            spare: Bytes::default(),
+        }
+    }
+
+    /// Where the next bytes that arrive belong; tell with [`Receiver::filled`] how many came.
+    pub fn room(&mut self) -> &mut [u8] {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+            if let (Place::Fragment { left, .. }, Message::Dataset(store, _)) =
+                (&self.place, &mut self.message)
+                && *left >= DIRECT
+            {
+                // Read straight to the end of the dataset.
+                return store.dataset.room((*left).min(INPUT));
+            }
+        }
+        if self.input.is_empty() {
+            self.input.resize(INPUT, 0);
+        }
+        if self.start > 0 && self.end == self.input.len() {
+            self.input.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        if self.end == self.input.len() {
+            // Only a PDU for somebody else is ever this long.
+            self.input.resize(self.end + INPUT, 0);
+        }
+        &mut self.input[self.end..]
+    }
+
+    /// So many bytes were put into the last [`Receiver::room`].
+    ///
+    /// # Errors
+    /// As [`Receiver::step`].
+    pub fn filled(&mut self, count: usize) -> Result<()> {
+        if self.start == self.end
+            && let (Place::Fragment { left, .. }, Message::Dataset(store, hash)) =
+                (&mut self.place, &mut self.message)
+            && *left >= DIRECT
+        {
+            let held = store.dataset.length;
+            store.dataset.length += count;
+            hash.update(&store.dataset[held..]);
+            store.size += count as u64;
+            *left -= count;
+            return self.check_size();
+        }
+        self.end += count;
+        Ok(())
+    }
+
+    /// What the bytes so far give.
+    ///
+    /// # Errors
+    /// `InvalidDicom` for bytes that break the protocol or a limit: the association has to be aborted.
+    pub fn step(&mut self) -> Result<Step> {
+        loop {
+            if let Some(pdu) = self.passed.pop_front() {
+                return Ok(Step::Pass(pdu));
+            }
+            if let Some(store) = self.ready.take() {
+                return Ok(Step::Store(store));
+            }
+            if mem::take(&mut self.is_full) {
+                return Ok(Step::Full);
+            }
+            let available = self.end - self.start;
+            match self.place {
+                Place::Pdu => {
+                    if available < 6 {
+                        return Ok(Step::Hungry);
+                    }
+                    let head = &self.input[self.start..self.start + 6];
+                    let (kind, length) = (head[0], u32_at(head, 2));
+                    if kind == DATA {
+                        if length > self.limits.pdu {
+                            return Err(Error::invalid(format!(
+                                "a P-DATA-TF PDU of {length} bytes, more than {}",
+                                self.limits.pdu
+                            )));
+                        }
+                        self.start += 6;
+                        self.place = Place::Item {
+                            left: length as usize,
+                        };
+                    } else if kind == 0 || kind > LAST_TYPE || length as usize > MOST_COMMAND {
+                        return Err(Error::invalid(format!(
+                            "a PDU of type 0x{kind:02X} and {length} bytes"
+                        )));
+                    } else {
+                        let whole = 6 + length as usize;
+                        if available < whole {
+                            return Ok(Step::Hungry);
+                        }
+                        let pdu = self.input[self.start..self.start + whole].to_vec();
+                        self.start += whole;
+                        return Ok(Step::Pass(pdu));
+                    }
+                }
+                Place::Item { left: 0 } => self.place = Place::Pdu,
+                Place::Item { left } => {
+                    if left < 6 {
+                        return Err(Error::invalid("a presentation data value that is cut off"));
+                    }
+                    if available < 6 {
+                        return Ok(Step::Hungry);
+                    }
+                    self.begin_fragment(left)?;
+                }
+                Place::Fragment { left: 0, rest, is_last } => {
+                    self.place = Place::Item { left: rest };
+                    if is_last {
+                        self.end_part()?;
+                    }
+                }
+                Place::Fragment { left, rest, is_last } => {
+                    let count = left.min(available);
+                    if count == 0 {
+                        return Ok(Step::Hungry);
+                    }
+                    self.start += count;
+                    self.place = Place::Fragment {
+                        left: left - count,
+                        rest,
+                        is_last,
+                    };
+                    self.add(self.start - count, count, is_last && left == count)?;
+                }
+            }
+        }
+    }
+
+    /// The bytes of the dataset that are in memory now, to be kept elsewhere.
+    pub fn take(&mut self) -> Bytes {
+        match &mut self.message {
+            Message::Dataset(store, _) => mem::take(&mut store.dataset),
+            _ => Bytes::default(),
+        }
+    }
+
+    /// Memory for the next dataset, such as that of one that is kept by now.
+    pub fn lend(&mut self, memory: Bytes) {
+        match &mut self.message {
+            Message::Dataset(store, _) if store.dataset.capacity() == 0 => {
+                store.dataset = memory.emptied();
+            }
+            _ => self.spare = memory.emptied(),
+        }
+    }
+
+    /// The request whose dataset is arriving.
+    #[must_use]
+    pub fn arriving(&self) -> Option<&Store> {
+        match &self.message {
+            Message::Dataset(store, _) => Some(store),
+            _ => None,
+        }
+    }
+
+    /// Whether a message has begun and is not whole.
+    #[must_use]
+    pub fn is_within(&self) -> bool {
+        !matches!((&self.place, &self.message), (Place::Pdu, Message::None))
+            || self.start != self.end
+    }
+
+    /// The header of a presentation data value (PS3.8 section 9.3.5.1 and E.2).
+    fn begin_fragment(&mut self, left: usize) -> Result<()> {
+        let head = &self.input[self.start..self.start + 6];
+        let (length, context, control) = (u32_at(head, 0) as usize, head[4], head[5]);
+        if length < 2 || length > left - 4 {
+            return Err(Error::invalid(format!(
+                "a presentation data value of {length} bytes where {} are left",
+                left - 4
+            )));
+        }
+        self.start += 6;
+        let (is_command, is_last) = (control & 1 != 0, control & 2 != 0);
+        if length == 2 && !is_last {
+            return Err(Error::invalid("an empty fragment"));
+        }
+        if !self.contexts.contains(&context) {
+            return Err(Error::invalid(format!(
+                "presentation context {context}, which was not accepted"
+            )));
+        }
+        match (&self.message, is_command) {
+            (Message::None, true) => {
+                self.context = context;
+                self.message = Message::Command(Vec::new());
+            }
+            (Message::Command(_), true) | (Message::Dataset(..) | Message::Other(_), false) => {
+                if context != self.context {
+                    return Err(Error::invalid(format!(
+                        "presentation context {context} within a message of context {}",
+                        self.context
+                    )));
+                }
+            }
+            (Message::None | Message::Command(_), false) => {
+                return Err(Error::invalid("a dataset without its command"));
+            }
+            (Message::Dataset(..) | Message::Other(_), true) => {
+                return Err(Error::invalid("a command within the dataset of another one"));
+            }
+        }
+        self.place = Place::Fragment {
+            left: length - 2,
+            rest: left - 4 - length,
+            is_last,
+        };
+        Ok(())
+    }
+
+    /// The bytes of a fragment at `from`.
+    fn add(&mut self, from: usize, count: usize, ends: bool) -> Result<()> {
+        let bytes = &self.input[from..from + count];
+        match &mut self.message {
+            Message::None => {}
+            Message::Command(command) => {
+                if command.len() + count > MOST_COMMAND {
+                    return Err(Error::invalid("a command set without end"));
+                }
+                command.extend_from_slice(bytes);
+            }
+            Message::Dataset(store, hash) => {
+                hash.update(bytes);
+                store.dataset.push(bytes);
+                store.size += count as u64;
+                return self.check_size();
+            }
+            Message::Other(size) => {
+                *size += count;
+                if *size > MOST_OTHER {
+                    return Err(Error::invalid("a message without end"));
+                }
+                let pdu = data_pdu(self.context, if ends { 2 } else { 0 }, bytes);
+                self.passed.push_back(pdu);
+            }
+        }
+        Ok(())
+    }
+
+    fn check_size(&mut self) -> Result<()> {
+        let Message::Dataset(store, _) = &self.message else {
+            return Ok(());
+        };
+        if store.size > self.limits.dataset {
+            return Err(Error::invalid(format!(
+                "a dataset of more than {} bytes",
+                self.limits.dataset
+            )));
+        }
+        self.is_full = store.dataset.len() >= self.limits.memory;
+        Ok(())
+    }
+
+    /// The last fragment of a command or of a dataset has ended.
+    fn end_part(&mut self) -> Result<()> {
+        match mem::replace(&mut self.message, Message::None) {
+            Message::None => {}
+            Message::Command(bytes) => {
+                let command = Command::parse(&bytes)?;
+                if command.field != C_STORE_RQ {
+                    self.passed.push_back(data_pdu(self.context, 3, &bytes));
+                    if command.has_dataset {
+                        self.message = Message::Other(0);
+                    }
+                    return Ok(());
+                }
+                let store = Box::new(Store {
+                    context: self.context,
+                    message_id: command.message_id,
+                    sop_class_uid: command.sop_class_uid.to_vec(),
+                    sop_instance_uid: command.sop_instance_uid.to_vec(),
+                    dataset: mem::take(&mut self.spare),
+                    ..Store::default()
+                });
+                self.message = Message::Dataset(store, Sha256::new());
+                if !command.has_dataset {
+                    self.end_part()?;
+                }
+            }
+            Message::Dataset(mut store, hash) => {
+                store.digest = hash.finalize().into();
+                self.is_full = false;
+                self.ready = Some(store);
+            }
+            Message::Other(0) => {
+                // Its last fragment was empty.
+                self.passed.push_back(data_pdu(self.context, 2, &[]));
+            }
+            Message::Other(_) => {}
+        }
+        Ok(())
+    }
+}
+
+/// What of a command set counts here (PS3.7 section E.1); implicit VR little endian.
+struct Command<'a> {
+    field: u16,
+    message_id: u16,
+    has_dataset: bool,
+    sop_class_uid: &'a [u8],
+    sop_instance_uid: &'a [u8],
+}
+
+impl<'a> Command<'a> {
+    fn parse(bytes: &'a [u8]) -> Result<Self> {
+        let mut found = Command {
+            field: 0,
+            message_id: 0,
+            has_dataset: false,
+            sop_class_uid: &[],
+            sop_instance_uid: &[],
+        };
+        let mut seen = [false; 2];
+        let mut left = bytes;
+        while !left.is_empty() {
+            let Some((head, rest)) = left.split_at_checked(8) else {
+                return Err(Error::invalid("a command set that is cut off"));
+            };
+            let (group, element) = (u16_le(head, 0), u16_le(head, 2));
+            let length = u32::from_le_bytes([head[4], head[5], head[6], head[7]]);
+            let Some((value, rest)) = rest.split_at_checked(length as usize) else {
+                return Err(Error::invalid("a command set with a value that is cut off"));
+            };
+            if group != 0 {
+                return Err(Error::invalid("a command set with an element of a dataset"));
+            }
+            left = rest;
+            match (element, value.len()) {
+                (0x0002, _) => found.sop_class_uid = trimmed(value),
+                (0x1000, _) => found.sop_instance_uid = trimmed(value),
+                (0x0100, 2) => (found.field, seen[0]) = (u16_le(value, 0), true),
+                (0x0110, 2) => found.message_id = u16_le(value, 0),
+                (0x0800, 2) => {
+                    (found.has_dataset, seen[1]) = (u16_le(value, 0) != NO_DATASET, true);
+                }
+                _ => {}
+            }
+        }
+        if seen != [true, true] {
+            return Err(Error::invalid(
+                "a command set without CommandField or CommandDataSetType",
+            ));
+        }
+        Ok(found)
+    }
+}
+
+/// A P-DATA-TF PDU of one fragment.
+#[must_use]
+pub fn data_pdu(context: u8, control: u8, bytes: &[u8]) -> Vec<u8> {
+    // What is passed on is far smaller than 4 GiB.
+    let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX - 6);
+    let mut pdu = Vec::with_capacity(bytes.len() + 12);
+    pdu.extend_from_slice(&[DATA, 0]);
+    pdu.extend_from_slice(&(length + 6).to_be_bytes());
+    pdu.extend_from_slice(&(length + 2).to_be_bytes());
+    pdu.extend_from_slice(&[context, control]);
+    pdu.extend_from_slice(bytes);
+    pdu
+}
+
+impl Store {
+    /// The C-STORE-RSP (PS3.7 section 9.3.1.2) as one PDU; `comment` of at most 64 characters and
+    /// `offending` (a tag) are left out where they are empty and 0.
+    #[must_use]
+    pub fn response(&self, status: u16, comment: &str, offending: u32) -> Vec<u8> {
+        let mut body = Vec::with_capacity(256);
+        element(&mut body, 0x0002, &padded(&self.sop_class_uid, 0));
+        element(&mut body, 0x0100, &0x8001_u16.to_le_bytes());
+        element(&mut body, 0x0120, &self.message_id.to_le_bytes());
+        element(&mut body, 0x0800, &NO_DATASET.to_le_bytes());
+        element(&mut body, 0x0900, &status.to_le_bytes());
+        if offending != 0 {
+            let [a, b, c, d] = offending.to_be_bytes();
+            element(&mut body, 0x0901, &[b, a, d, c]);
+        }
+        if !comment.is_empty() {
+            let text: Vec<u8> = comment.bytes().take(64).collect();
+            element(&mut body, 0x0902, &padded(&text, b' '));
+        }
+        element(&mut body, 0x1000, &padded(&self.sop_instance_uid, 0));
+        let mut command = Vec::with_capacity(body.len() + 12);
+        let length = u32::try_from(body.len()).unwrap_or(u32::MAX);
+        element(&mut command, 0x0000, &length.to_le_bytes());
+        command.extend_from_slice(&body);
+        data_pdu(self.context, 3, &command)
+    }
+}
+
+fn element(into: &mut Vec<u8>, number: u16, value: &[u8]) {
+    into.extend_from_slice(&[0, 0]);
+    into.extend_from_slice(&number.to_le_bytes());
+    let length = u32::try_from(value.len()).unwrap_or(u32::MAX);
+    into.extend_from_slice(&length.to_le_bytes());
+    into.extend_from_slice(value);
+}
+
+fn padded(value: &[u8], pad: u8) -> Vec<u8> {
+    let mut even = value.to_vec();
+    if !even.len().is_multiple_of(2) {
+        even.push(pad);
+    }
+    even
+}
+
+/// A UID without its padding: NUL, or the blanks of careless writers.
+fn trimmed(value: &[u8]) -> &[u8] {
+    let end = value.iter().rposition(|byte| !matches!(byte, 0 | b' '));
+    &value[..end.map_or(0, |last| last + 1)]
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+fn u16_le(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]])
+}

@@ -1,0 +1,462 @@
+//! `Receiver` and `Received`: what arrives over an association, read without the interpreter.
+
+use std::ffi::c_int;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use dicomnode_core::receive as core;
+use dicomnode_core::{Error, Result};
+use pyo3::exceptions::PyValueError;
+use pyo3::ffi;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::sockopt::set_tcp_quickack;
+use rustix::net::{RecvFlags, recv};
+
+use crate::errors::detached;
+
+/// Parses one association's bytes into C-STORE requests (PS3.7 section 9.1.1).
+///
+/// `contexts` are the accepted presentation context IDs. `socket` is read by `receive`; it is duplicated,
+/// so that the caller may close it at any time. Of a dataset at most `memory` bytes are held, where
+/// `on_full` gives a file for the rest.
+///
+/// Raises OSError where the socket cannot be duplicated.
+#[pyclass(frozen, module = "dicomnode._core")]
+pub struct Receiver {
+    socket: Option<OwnedFd>,
+    state: Mutex<State>,
+    spare: Spare,
+    arriving: AtomicUsize,
+    total: AtomicU64,
+}
+
+struct State {
+    parser: core::Receiver,
+    spill: Spill,
+}
+
+/// Where the rest of a large dataset goes.
+#[derive(Default)]
+struct Spill {
+    /// Whether the dataset is too large for memory.
+    is_used: bool,
+    /// None also where nothing can be kept. A duplicate: its giver may close his at any time.
+    file: Option<OwnedFd>,
+    errno: Option<i32>,
+}
+
+impl Spill {
+    /// Write all; after a failure nothing more is written.
+    fn write(&mut self, bytes: &[u8]) {
+        let Some(file) = &self.file else {
+            return;
+        };
+        let mut left = bytes;
+        while !left.is_empty() && self.errno.is_none() {
+            match rustix::io::write(file, left) {
+                Ok(count) => left = &left[count..],
+                Err(Errno::INTR) => {}
+                Err(error) => self.errno = Some(error.raw_os_error()),
+            }
+        }
+    }
+}
+
+/// Memory of datasets that are kept by now, for the next one of the same association.
+type Spare = Arc<Mutex<core::Bytes>>;
+
+/// More is not held for the next dataset.
+const MOST_SPARE: usize = 8 << 20;
+
+/// After so many bytes the caller looks how much memory is taken.
+const MOST_UNSEEN: u64 = 32 << 20;
+
+enum Outcome {
+    Nothing,
+    Closed,
+    Full,
+    Pass(Vec<u8>),
+    Store(Box<core::Store>, Spill),
+}
+
+#[pymethods]
+impl Receiver {
+    #[new]
+    #[pyo3(signature = (contexts, pdu, dataset, memory, socket = None))]
+    fn new(
+        contexts: Vec<u8>,
+        pdu: u32,
+        dataset: u64,
+        memory: usize,
+        socket: Option<c_int>,
+    ) -> PyResult<Self> {
+        let socket = match socket {
+            None => None,
+            Some(number) if number < 0 => {
+                return Err(PyValueError::new_err("expected an open socket"));
+            }
+            // SAFETY: the caller keeps it open during this call.
+            Some(number) => Some(unsafe { BorrowedFd::borrow_raw(number) }.try_clone_to_owned()?),
+        };
+        let limits = core::Limits {
+            pdu,
+            dataset,
+            memory,
+        };
+        Ok(Receiver {
+            socket,
+            state: Mutex::new(State {
+                parser: core::Receiver::new(contexts, limits),
+                spill: Spill::default(),
+            }),
+            spare: Spare::default(),
+            arriving: AtomicUsize::new(0),
+            total: AtomicU64::new(0),
+        })
+    }
+
+    /// Bytes of the dataset that is arriving which are in memory.
+    #[getter]
+    fn arriving(&self) -> usize {
+        self.arriving.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that ever came.
+    #[getter]
+    fn total(&self) -> u64 {
+        self.total.load(Ordering::Relaxed)
+    }
+
+    /// Whether a message has begun and is not whole.
+    #[getter]
+    fn is_within(&self) -> bool {
+        self.lock().parser.is_within()
+    }
+
+    /// Read from the socket until something is whole.
+    ///
+    /// A request gives `Received`, any other PDU its bytes, a closed connection empty bytes. None
+    /// after `seconds` or 32 MiB, or as soon as `wake` can be read.
+    ///
+    /// Raises InvalidDicom for what breaks the protocol or a limit, and OSError.
+    fn receive<'py>(
+        &self,
+        py: Python<'py>,
+        wake: c_int,
+        seconds: f64,
+        on_full: &Bound<'py, PyAny>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let Some(socket) = &self.socket else {
+            return Err(PyValueError::new_err("expected a receiver with a socket"));
+        };
+        if !(0.0..=3600.0).contains(&seconds) || wake < 0 {
+            return Err(PyValueError::new_err(
+                "expected an open descriptor and 0 to 3600 seconds",
+            ));
+        }
+        let end = Instant::now() + Duration::from_secs_f64(seconds);
+        self.run(py, on_full, || {
+            // SAFETY: the caller keeps it open meanwhile.
+            let wake = unsafe { BorrowedFd::borrow_raw(wake) };
+            self.read(socket.as_fd(), wake, end)
+        })
+    }
+
+    /// The same for bytes that the caller has read; None where they make nothing whole.
+    fn offer<'py>(
+        &self,
+        py: Python<'py>,
+        data: &[u8],
+        on_full: &Bound<'py, PyAny>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let mut left = data;
+        self.run(py, on_full, || {
+            let mut guard = self.lock();
+            let state = &mut *guard;
+            self.lend(state);
+            while !left.is_empty() {
+                let room = state.parser.room();
+                let count = room.len().min(left.len());
+                room[..count].copy_from_slice(&left[..count]);
+                state.parser.filled(count)?;
+                left = &left[count..];
+            }
+            self.total.fetch_add(data.len() as u64, Ordering::Relaxed);
+            Ok(self.step(state)?.unwrap_or(Outcome::Nothing))
+        })
+    }
+}
+
+impl Receiver {
+    fn lend(&self, state: &mut State) {
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        if spare.capacity() > 0 {
+            state.parser.lend(std::mem::take(&mut spare));
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Run `work` without the interpreter, and again after a file was asked for.
+    fn run<'py>(
+        &self,
+        py: Python<'py>,
+        on_full: &Bound<'py, PyAny>,
+        mut work: impl FnMut() -> Result<Outcome> + Send,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        loop {
+            return match detached(py, &mut work)? {
+                Outcome::Nothing => Ok(None),
+                Outcome::Closed => Ok(Some(PyBytes::new(py, b"").into_any())),
+                Outcome::Pass(pdu) => Ok(Some(PyBytes::new(py, &pdu).into_any())),
+                Outcome::Store(store, spill) => {
+                    let received = Received {
+                        store: *store,
+                        in_file: spill.is_used,
+                        errno: spill.errno,
+                        spare: Arc::clone(&self.spare),
+                    };
+                    Ok(Some(Bound::new(py, received)?.into_any()))
+                }
+                Outcome::Full => {
+                    let (class, uid, context) = match self.lock().parser.arriving() {
+                        Some(store) => (
+                            text(&store.sop_class_uid),
+                            text(&store.sop_instance_uid),
+                            store.context,
+                        ),
+                        None => continue,
+                    };
+                    let number: RawFd = on_full.call1((class, uid, context))?.extract()?;
+                    let file = if number < 0 {
+                        None
+                    } else {
+                        // SAFETY: the descriptor that was just given is open during this call.
+                        Some(unsafe { BorrowedFd::borrow_raw(number) }.try_clone_to_owned()?)
+                    };
+                    let mut state = self.lock();
+                    state.spill = Spill {
+                        is_used: true,
+                        file,
+                        errno: None,
+                    };
+                    let held = state.parser.take();
+                    state.spill.write(&held);
+                    state.parser.lend(held);
+                    continue;
+                }
+            };
+        }
+    }
+
+    fn read(&self, socket: BorrowedFd<'_>, wake: BorrowedFd<'_>, end: Instant) -> Result<Outcome> {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let before = self.total.load(Ordering::Relaxed);
+        self.lend(state);
+        loop {
+            if let Some(outcome) = self.step(state)? {
+                return Ok(outcome);
+            }
+            let outcome = recv(socket, state.parser.room(), RecvFlags::DONTWAIT);
+            match outcome {
+                Ok((_, count)) => {
+                    state.parser.filled(count)?;
+                    if count == 0 {
+                        return Ok(Outcome::Closed);
+                    }
+                    let total = self.total.fetch_add(count as u64, Ordering::Relaxed);
+                    // A sender with Nagle's algorithm waits for our acknowledgement.
+                    let _ = set_tcp_quickack(socket, true);
+                    if Instant::now() >= end || total - before > MOST_UNSEEN {
+                        return Ok(self.step(state)?.unwrap_or(Outcome::Nothing));
+                    }
+                }
+                Err(error) => {
+                    state.parser.filled(0)?;
+                    match error {
+                        Errno::INTR => {}
+                        Errno::AGAIN => {
+                            if !wait(socket, wake, end)? {
+                                return Ok(Outcome::Nothing);
+                            }
+                        }
+                        error => return Err(io(error)),
+                    }
+                }
+            }
+        }
+    }
+
+    /// What is whole by now; None where more bytes are needed.
+    fn step(&self, state: &mut State) -> Result<Option<Outcome>> {
+        loop {
+            let step = state.parser.step()?;
+            let held = state.parser.arriving().map_or(0, |one| one.dataset.len());
+            self.arriving.store(held, Ordering::Relaxed);
+            return Ok(match step {
+                core::Step::Hungry => None,
+                core::Step::Pass(pdu) => Some(Outcome::Pass(pdu)),
+                core::Step::Full if !state.spill.is_used => Some(Outcome::Full),
+                core::Step::Full => {
+                    let held = state.parser.take();
+                    state.spill.write(&held);
+                    state.parser.lend(held);
+                    continue;
+                }
+                core::Step::Store(mut store) => {
+                    if state.spill.is_used {
+                        state.spill.write(&std::mem::take(&mut store.dataset));
+                    }
+                    Some(Outcome::Store(store, std::mem::take(&mut state.spill)))
+                }
+            });
+        }
+    }
+}
+
+/// Whether there is something to read before `end`; false also where `wake` can be read.
+fn wait(socket: BorrowedFd<'_>, wake: BorrowedFd<'_>, end: Instant) -> Result<bool> {
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(false);
+        }
+        let mut both = [
+            PollFd::from_borrowed_fd(socket, PollFlags::IN),
+            PollFd::from_borrowed_fd(wake, PollFlags::IN),
+        ];
+        let timeout = Timespec {
+            tv_sec: i64::try_from(left.as_secs()).unwrap_or(3600),
+            tv_nsec: left.subsec_nanos().into(),
+        };
+        match poll(&mut both, Some(&timeout)) {
+            Ok(_) if !both[1].revents().is_empty() => return Ok(false),
+            Ok(_) if !both[0].revents().is_empty() => return Ok(true),
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(io(error)),
+        }
+    }
+}
+
+fn io(error: Errno) -> Error {
+    Error::io(Path::new("association"), error.into())
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// A C-STORE request with its dataset, whose bytes it gives as a buffer.
+#[pyclass(frozen, module = "dicomnode._core")]
+pub struct Received {
+    store: core::Store,
+    in_file: bool,
+    errno: Option<i32>,
+    spare: Spare,
+}
+
+impl Drop for Received {
+    fn drop(&mut self) {
+        let memory = std::mem::take(&mut self.store.dataset);
+        if (1..=MOST_SPARE).contains(&memory.capacity()) {
+            *self.spare.lock().unwrap_or_else(PoisonError::into_inner) = memory;
+        }
+    }
+}
+
+#[pymethods]
+impl Received {
+    /// Presentation context ID.
+    #[getter]
+    fn context_id(&self) -> u8 {
+        self.store.context
+    }
+
+    /// (0000,0002), whatever it may be.
+    #[getter]
+    fn sop_class_uid(&self) -> String {
+        text(&self.store.sop_class_uid)
+    }
+
+    /// (0000,1000), whatever it may be.
+    #[getter]
+    fn sop_instance_uid(&self) -> String {
+        text(&self.store.sop_instance_uid)
+    }
+
+    /// Bytes of the dataset.
+    #[getter]
+    fn size(&self) -> u64 {
+        self.store.size
+    }
+
+    /// SHA-256 of the dataset.
+    #[getter]
+    fn digest<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.store.digest)
+    }
+
+    /// Whether the dataset is in the file that `on_full` gave.
+    #[getter]
+    fn in_file(&self) -> bool {
+        self.in_file
+    }
+
+    /// The number of the error at which writing that file ended.
+    #[getter]
+    fn errno(&self) -> Option<i32> {
+        self.errno
+    }
+
+    /// The bytes of a C-STORE-RSP (PS3.7 section 9.3.1.2).
+    #[pyo3(signature = (status, comment = "", offending = 0))]
+    fn response<'py>(
+        &self,
+        py: Python<'py>,
+        status: u16,
+        comment: &str,
+        offending: u32,
+    ) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.store.response(status, comment, offending))
+    }
+
+    fn __len__(&self) -> usize {
+        self.store.dataset.len()
+    }
+
+    /// # Safety
+    /// Called by the interpreter with a view to fill.
+    unsafe fn __getbuffer__(
+        slf: Bound<'_, Self>,
+        view: *mut ffi::Py_buffer,
+        flags: c_int,
+    ) -> PyResult<()> {
+        let bytes = &slf.get().store.dataset;
+        // SAFETY: the bytes live as long as the object that the view refers to and never change, and
+        // the view is read-only.
+        let failed = unsafe {
+            ffi::PyBuffer_FillInfo(
+                view,
+                slf.as_ptr(),
+                bytes.as_ptr().cast_mut().cast(),
+                ffi::Py_ssize_t::try_from(bytes.len()).unwrap_or(ffi::Py_ssize_t::MAX),
+                1,
+                flags,
+            )
+        };
+        if failed == 0 {
+            Ok(())
+        } else {
+            Err(PyErr::fetch(slf.py()))
+        }
+    }
+}
