@@ -266,15 +266,15 @@ def test_what_is_sent_again_because_the_last_answer_was_lost_is_not_delivered_tw
     start: Callable[..., Program], tmp_path: Path
 ) -> None:
     code = """
-    from dicomnode.server import association
-    answer, count = association._answer, []
-    def dying(status, comment):
-        count.append(status)
+    from dicomnode.server.association import AssociationServer
+    answered, count = AssociationServer._answered, []
+    def dying(*given):
+        count.append(answered(*given))
         if len(count) == 5 and not (root / "died").exists():
             (root / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return answer(status, comment)
-    association._answer = dying
+        return count[-1]
+    AssociationServer._answered = dying
 
     class Five(Two):
         def validate(self):
