@@ -293,13 +293,21 @@ impl Receiver {
                     }
                     self.begin_fragment(left)?;
                 }
-                Place::Fragment { left: 0, rest, is_last } => {
+                Place::Fragment {
+                    left: 0,
+                    rest,
+                    is_last,
+                } => {
                     self.place = Place::Item { left: rest };
                     if is_last {
                         self.end_part()?;
                     }
                 }
-                Place::Fragment { left, rest, is_last } => {
+                Place::Fragment {
+                    left,
+                    rest,
+                    is_last,
+                } => {
                     let count = left.min(available);
                     if count == 0 {
                         return Ok(Step::Hungry);
@@ -387,7 +395,9 @@ impl Receiver {
                 return Err(Error::invalid("a dataset without its command"));
             }
             (Message::Dataset(..) | Message::Other(_), true) => {
-                return Err(Error::invalid("a command within the dataset of another one"));
+                return Err(Error::invalid(
+                    "a command within the dataset of another one",
+                ));
             }
         }
         self.place = Place::Fragment {
