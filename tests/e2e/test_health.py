@@ -103,6 +103,7 @@ def test_metrics_tell_what_happened(tmp_path: Path) -> None:
     assert found[f'dicomnode_results_sent_total{{endpoint="{endpoint}"}}'] == 1
     assert found[f'dicomnode_results_failed_total{{endpoint="{endpoint}"}}'] == 1
     assert found[f'dicomnode_outbox_results{{endpoint="{endpoint}"}}'] == 1
+    assert found[f'dicomnode_endpoint_down{{endpoint="{endpoint}"}}'] == 0
     for name in ("grind", "process", "export"):
         assert found[f"dicomnode_{name}_seconds_count"] == 1
         assert found[f'dicomnode_{name}_seconds_bucket{{le="+Inf"}}'] == 1

@@ -111,3 +111,7 @@ class Health:
         }
         name, told = "dicomnode_outbox_results", "Results that an endpoint has yet to acknowledge"
         yield from sample_lines(name, told, "gauge", "endpoint", waiting)
+        outages = self._storage.outbox.outages()
+        down = {endpoint: float(endpoint in outages) for endpoint in self._endpoints}
+        name, told = "dicomnode_endpoint_down", "Whether an endpoint takes no associations"
+        yield from sample_lines(name, told, "gauge", "endpoint", down)

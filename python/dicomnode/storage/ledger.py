@@ -291,7 +291,7 @@ class Ledger:
             row = self._db.execute(
                 "SELECT count(*) FROM results AS r JOIN cases AS c ON c.id = r.case_id "
                 "WHERE c.state != ? AND NOT EXISTS (SELECT 1 FROM deliveries AS d "
-                "WHERE d.case_id = r.case_id AND d.endpoint = ? AND d.uid = r.uid)",
+                "WHERE d.case_id = r.case_id AND d.endpoint = ? AND d.uid = r.uid AND d.stored)",
                 (State.DONE.value, endpoint),
             ).fetchone()
         return int(row[0])
