@@ -34,7 +34,7 @@ from dicomnode.testing import (
     write_series,
 )
 
-COMMANDS = ["run", "demo", "send", "echo", "show", "cases", "retry"]
+COMMANDS = ["run", "demo", "send", "echo", "show", "cases", "retry", "doctor", "explain"]
 
 PIPELINE = """
 from dicomnode.server.node import AbstractPipeline

@@ -132,13 +132,31 @@ def run(
         run_pipeline(file, settings)
 
 
-@app.command(epilog="Example: dicomnode doctor")
-def doctor() -> None:
-    """Show what this installation is made of: versions, and what decodes each transfer syntax."""
-    with one_line_errors():
-        from dicomnode.cli.doctor import show_installation
+@app.command(epilog="Example: dicomnode doctor --pipeline plus_one.py")
+def doctor(
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py[:Class]",
+            help="Check whether this pipeline could run here.",
+        ),
+    ] = None,
+) -> None:
+    """Check whether a pipeline could run here, or show what this installation is made of.
 
-        show_installation()
+    With --pipeline one line for each thing that is looked at: its settings, ports, folder, disk,
+    decoders, endpoints (by C-ECHO). The exit code is 1 where one of them is an error. Without it:
+    versions, and what decodes each transfer syntax.
+    """
+    with one_line_errors():
+        if pipeline is None:
+            from dicomnode.cli.doctor import show_installation
+
+            show_installation()
+            return
+        from dicomnode.cli.checkup import check_pipeline
+
+        raise typer.Exit(check_pipeline(pipeline))
 
 
 @app.command(epilog="Example: dicomnode demo ~/scans/ct-thorax --output demo-output")
@@ -224,8 +242,8 @@ def show(
 
 
 @app.command(
-    epilog="Examples: dicomnode explain scans/ --pipeline plus_one.py, or, for the cases of a node: "
-    "dicomnode explain --root /var/lib/node --case 7 --pipeline plus_one.py"
+    epilog="Example: dicomnode explain scans/ --pipeline plus_one.py\n\n"
+    "Example: dicomnode explain --root /var/lib/node --case 7 --pipeline plus_one.py"
 )
 def explain(
     pipeline: Annotated[

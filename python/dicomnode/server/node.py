@@ -299,7 +299,8 @@ class AbstractPipeline:
         except sqlite3.Error:
             return False
 
-    def _is_open_to_all(self) -> bool:
+    @property
+    def is_open_to_all(self) -> bool:
         """Whether every machine in every network may send."""
         return self.ip in _ALL_ADDRESSES and not self.require_calling_aet
 
@@ -400,7 +401,7 @@ class AbstractPipeline:
         # A program that ends without close() does not leave a step half done.
         atexit.register(self.close)
         self.logger.info("%s listens on %s:%d", self.ae_title, self.ip, self.port)
-        if self._is_open_to_all():
+        if self.is_open_to_all:
             self.logger.warning(
                 "ANYBODY WHO REACHES THIS MACHINE CAN SEND TO %s: it listens on all addresses "
                 "(ip = %r) without any restriction. Set `ip` to one address, or "
