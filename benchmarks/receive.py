@@ -6,6 +6,7 @@ release, by the senders' own logs. What arrived is counted, since dcmsend ends w
 images. Every run has a fresh receiver, because a node that has an image already does not store it again.
 """
 
+import json
 import os
 import shutil
 import socket
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from datetime import datetime
@@ -37,7 +39,7 @@ def program(name: str) -> str | None:
     """A program of dcmtk, not pynetdicom's script of the same name in the virtual environment."""
     own = Path(sys.prefix, "bin")
     folders = [one for one in os.environ["PATH"].split(os.pathsep) if Path(one) != own]
-    return shutil.which(name, path=os.pathsep.join(["/usr/bin", *folders]))
+    return shutil.which(name, path=os.pathsep.join(["/usr/bin", "/usr/sbin", *folders]))
 
 
 class Receiver(ABC):
@@ -84,6 +86,42 @@ class Python(Receiver):
         return int(process.stdout.readline())
 
 
+class Orthanc(Receiver):
+    """Orthanc with its defaults: it flushes each file, and its SQLite database less strictly than we do."""
+
+    def start(self, folder: Path) -> tuple["subprocess.Popen[str]", int]:
+        port, http = free_ports(2)
+        settings = {
+            "StorageDirectory": str(folder),
+            "IndexDirectory": str(folder),
+            "DicomPort": port,
+            "HttpPort": http,
+            "DicomAet": "ANY-SCP",
+            "AuthenticationEnabled": False,
+            "RemoteAccessAllowed": False,
+            "Plugins": [],
+        }
+        config = folder.parent / "orthanc.json"
+        config.write_text(json.dumps(settings))
+        self._address = f"http://127.0.0.1:{http}/statistics"
+        process = subprocess.Popen(
+            [str(program("Orthanc")), str(config)],
+            env=environment(no_delay=True),
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        wait_for(http)
+        wait_for(port)
+        return process, port
+
+    def count(self, process: "subprocess.Popen[str]", folder: Path) -> int:
+        del process, folder
+        with urllib.request.urlopen(self._address, timeout=30) as answer:
+            return int(json.load(answer)["CountInstances"])
+
+
 class Storescp(Receiver):
     """dcmtk's storescp; it writes files and does not flush them."""
 
@@ -93,9 +131,7 @@ class Storescp(Receiver):
         self._no_delay = no_delay
 
     def start(self, folder: Path) -> tuple["subprocess.Popen[str]", int]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
+        (port,) = free_ports(1)
         found = program("storescp")
         assert found is not None
         process = subprocess.Popen(
@@ -105,16 +141,33 @@ class Storescp(Receiver):
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )
-        for _ in range(500):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    return process, port
-            time.sleep(0.02)
-        raise TimeoutError("storescp does not listen")
+        wait_for(port)
+        return process, port
 
     def count(self, process: "subprocess.Popen[str]", folder: Path) -> int:
         del process
         return sum(1 for _ in folder.iterdir())
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody uses now."""
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [int(probe.getsockname()[1]) for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def wait_for(port: int) -> None:
+    """Until somebody listens there."""
+    for _ in range(1500):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.02)
+    raise TimeoutError(f"nobody listens on port {port}")
 
 
 def receivers() -> list[Receiver]:
@@ -126,6 +179,8 @@ def receivers() -> list[Receiver]:
         Python("pynetdicom alone, our socket settings, stores nothing", "tuned"),
         Python("pynetdicom alone, defaults, stores nothing", "bare"),
     ]
+    if program("Orthanc") is not None:
+        found.append(Orthanc("Orthanc, defaults, TCP_NODELAY=1"))
     if program("storescp") is not None:
         found += [
             Storescp(
