@@ -5,6 +5,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def instances(count: int, patient_id: str = "P", seed: int = 1) -> list[Instance
                 one.SOPInstanceUID,
                 f"Image_CT_{one.InstanceNumber}",
                 (data[:offset], data[offset:]),
-                digest_of(data[offset:]),
+                partial(digest_of, data[offset:]),
             )
         )
     return made
@@ -86,7 +87,7 @@ def test_an_instance_is_in_each_input_and_written_once(tmp_path: Path) -> None:
 def test_other_content_under_a_known_uid_is_refused(storage: Storage) -> None:
     first, second = instances(1)[0], instances(1, seed=2)[0]
     storage.add("P", ["ct"], first)
-    clash = Instance(first.sop_instance_uid, "x", second.chunks, second.digest)
+    clash = Instance(first.sop_instance_uid, "x", second.chunks, second.digest_of)
     with pytest.raises(DuplicateInstance, match=first.sop_instance_uid):
         storage.add("P", ["ct"], clash)
     # In another input it may be stored: the rule is per input, and all inputs or none.

@@ -465,7 +465,7 @@ class AssociationServer:
             return self._refuse(uid, _REFUSED, "refused by filter")
         chunks = (prefix, memoryview(received)) if growing is None else ()
         return self._keep(
-            header, Instance(uid, _file_stem(header, uid), chunks, received.digest, growing)
+            header, Instance(uid, _file_stem(header, uid), chunks, lambda: received.digest, growing)
         )
 
     def _prefix(self, association: Association, sop_class: str, uid: str, context: int) -> bytes:

@@ -22,7 +22,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,15 +63,21 @@ Durability: TypeAlias = Literal["power", "process"]
 class Instance:
     """An image that arrived: who it is, what its file is called, and its bytes as a Part 10 object.
 
-    `digest` is over the dataset without the file meta, so that a resend in another association
-    counts as the same. A large one is in a file already, `growing`.
+    `digest_of` gives the digest of the dataset without the file meta, so that a resend in another
+    association counts as the same; it is asked for as late as possible. A large one is in a file
+    already, `growing`.
     """
 
     sop_instance_uid: str
     name: str
     chunks: Sequence[Buffer]
-    digest: bytes
+    digest_of: Callable[[], bytes]
     growing: Growing | None = None
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the dataset."""
+        return self.digest_of()
 
 
 class DuplicateInstance(Exception):
@@ -294,7 +300,7 @@ class Storage:
         self, case: OpenCase, names: Iterable[str], instance: Instance
     ) -> list[InstanceRow]:
         """Make an instance durable in these inputs: its files, their folders, then the rows."""
-        growing, uid, digest = instance.growing, instance.sop_instance_uid, instance.digest
+        growing, uid = instance.growing, instance.sop_instance_uid
         kept = (
             self._instances.staging(instance.chunks)
             if growing is None
@@ -309,7 +315,7 @@ class Storage:
                         input_folder(case.folder, name),
                         self._free_names(case, name, instance.name),
                     )
-                    rows.append(InstanceRow(name, uid, file, staged.size, digest))
+                    rows.append(InstanceRow(name, uid, file, staged.size, instance.digest))
                 self.ledger.add_instances(case.id, rows)
             except OutOfResources:
                 for row in rows:

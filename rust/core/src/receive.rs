@@ -2,7 +2,7 @@
 //!
 //! The problem: most of what a node receives is P-DATA-TF (PS3.8 section 9.3.5) that carries C-STORE
 //! requests (PS3.7 section 9.1.1), and nothing in it may be trusted. [`Receiver`] takes bytes as they
-//! come and gives whole requests, with the SHA-256 of their dataset; every other message and PDU is
+//! come and gives whole requests, with the SHA-256 of a dataset that was taken in parts; every other message and PDU is
 //! passed on as it came. It reads nothing itself: [`Receiver::room`] and [`Receiver::filled`] put bytes
 //! in, [`Receiver::step`] takes requests out. What it holds is bounded by [`Limits`].
 
@@ -123,8 +123,15 @@ pub struct Store {
     pub dataset: Bytes,
     /// Bytes of the whole dataset.
     pub size: u64,
-    /// SHA-256 of the whole dataset.
-    pub digest: [u8; 32],
+    /// SHA-256 of the whole dataset, where parts of it were taken before; else it can be had of
+    /// [`digest`].
+    pub digest: Option<[u8; 32]>,
+}
+
+/// SHA-256.
+#[must_use]
+pub fn digest(bytes: &[u8]) -> [u8; 32] {
+    Sha256::digest(bytes).into()
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -145,8 +152,8 @@ enum Message {
     None,
     /// A command set that is not whole yet.
     Command(Vec<u8>),
-    /// The dataset of a C-STORE request.
-    Dataset(Box<Store>, Sha256),
+    /// The dataset of a C-STORE request, and the digest of the parts that were taken.
+    Dataset(Box<Store>, Option<Sha256>),
     /// The dataset of another message, of which so many bytes came.
     Other(usize),
 }
@@ -220,13 +227,11 @@ impl Receiver {
     /// As [`Receiver::step`].
     pub fn filled(&mut self, count: usize) -> Result<()> {
         if self.start == self.end
-            && let (Place::Fragment { left, .. }, Message::Dataset(store, hash)) =
+            && let (Place::Fragment { left, .. }, Message::Dataset(store, _)) =
                 (&mut self.place, &mut self.message)
             && *left >= DIRECT
         {
-            let held = store.dataset.length;
             store.dataset.length += count;
-            hash.update(&store.dataset[held..]);
             store.size += count as u64;
             *left -= count;
             return self.check_size();
@@ -327,7 +332,10 @@ impl Receiver {
     /// The bytes of the dataset that are in memory now, to be kept elsewhere.
     pub fn take(&mut self) -> Bytes {
         match &mut self.message {
-            Message::Dataset(store, _) => mem::take(&mut store.dataset),
+            Message::Dataset(store, hash) => {
+                hash.get_or_insert_default().update(&*store.dataset);
+                mem::take(&mut store.dataset)
+            }
             _ => Bytes::default(),
         }
     }
@@ -419,8 +427,7 @@ impl Receiver {
                 }
                 command.extend_from_slice(bytes);
             }
-            Message::Dataset(store, hash) => {
-                hash.update(bytes);
+            Message::Dataset(store, _) => {
                 store.dataset.push(bytes);
                 store.size += count as u64;
                 return self.check_size();
@@ -472,13 +479,16 @@ impl Receiver {
                     dataset: mem::take(&mut self.spare),
                     ..Store::default()
                 });
-                self.message = Message::Dataset(store, Sha256::new());
+                self.message = Message::Dataset(store, None);
                 if !command.has_dataset {
                     self.end_part()?;
                 }
             }
             Message::Dataset(mut store, hash) => {
-                store.digest = hash.finalize().into();
+                store.digest = hash.map(|mut hash| {
+                    hash.update(&*store.dataset);
+                    hash.finalize().into()
+                });
                 self.is_full = false;
                 self.ready = Some(store);
             }

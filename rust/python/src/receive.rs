@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use dicomnode_core::receive as core;
@@ -217,9 +218,12 @@ impl Receiver {
                 Outcome::Nothing => Ok(None),
                 Outcome::Closed => Ok(Some(PyBytes::new(py, b"").into_any())),
                 Outcome::Pass(pdu) => Ok(Some(PyBytes::new(py, &pdu).into_any())),
-                Outcome::Store(store, spill) => {
+                Outcome::Store(mut store, spill) => {
+                    let dataset = Arc::new(std::mem::take(&mut store.dataset));
                     let received = Received {
+                        digest: Mutex::new(Hash::of(store.digest, &dataset)),
                         store: *store,
+                        dataset,
                         in_file: spill.is_used,
                         errno: spill.errno,
                         spare: Arc::clone(&self.spare),
@@ -359,14 +363,44 @@ fn text(bytes: &[u8]) -> String {
 #[pyclass(frozen, module = "dicomnode._core")]
 pub struct Received {
     store: core::Store,
+    dataset: Arc<core::Bytes>,
+    digest: Mutex<Hash>,
     in_file: bool,
     errno: Option<i32>,
     spare: Spare,
 }
 
+/// A digest that is there, or will be in a moment: it is made while the image is routed and written.
+enum Hash {
+    Known([u8; 32]),
+    Coming(JoinHandle<[u8; 32]>),
+}
+
+/// A smaller dataset is hashed sooner than a thread begins.
+const LEAST_APART: usize = 64 << 10;
+
+impl Hash {
+    fn of(known: Option<[u8; 32]>, dataset: &Arc<core::Bytes>) -> Self {
+        if let Some(digest) = known {
+            return Hash::Known(digest);
+        }
+        if dataset.len() >= LEAST_APART {
+            let shared = Arc::clone(dataset);
+            let builder = std::thread::Builder::new().name("digest".into());
+            if let Ok(coming) = builder.spawn(move || core::digest(&shared)) {
+                return Hash::Coming(coming);
+            }
+        }
+        Hash::Known(core::digest(dataset))
+    }
+}
+
 impl Drop for Received {
     fn drop(&mut self) {
-        let memory = std::mem::take(&mut self.store.dataset);
+        let held = std::mem::take(&mut self.dataset);
+        let Ok(memory) = Arc::try_unwrap(held) else {
+            return;
+        };
         if (1..=MOST_SPARE).contains(&memory.capacity()) {
             *self.spare.lock().unwrap_or_else(PoisonError::into_inner) = memory;
         }
@@ -402,7 +436,19 @@ impl Received {
     /// SHA-256 of the dataset.
     #[getter]
     fn digest<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, &self.store.digest)
+        let digest = py.detach(|| {
+            let mut hash = self.digest.lock().unwrap_or_else(PoisonError::into_inner);
+            let digest = match std::mem::replace(&mut *hash, Hash::Known([0; 32])) {
+                Hash::Known(digest) => digest,
+                // A thread that died leaves the work to this one.
+                Hash::Coming(thread) => thread
+                    .join()
+                    .unwrap_or_else(|_| core::digest(&self.dataset)),
+            };
+            *hash = Hash::Known(digest);
+            digest
+        });
+        PyBytes::new(py, &digest)
     }
 
     /// Whether the dataset is in the file that `on_full` gave.
@@ -430,7 +476,7 @@ impl Received {
     }
 
     fn __len__(&self) -> usize {
-        self.store.dataset.len()
+        self.dataset.len()
     }
 
     /// # Safety
@@ -440,7 +486,7 @@ impl Received {
         view: *mut ffi::Py_buffer,
         flags: c_int,
     ) -> PyResult<()> {
-        let bytes = &slf.get().store.dataset;
+        let bytes = &slf.get().dataset;
         // SAFETY: the bytes live as long as the object that the view refers to and never change, and
         // the view is read-only.
         let failed = unsafe {
