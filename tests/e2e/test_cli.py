@@ -351,7 +351,7 @@ def test_cases_lists_state_images_and_the_last_line_of_the_error(tmp_path: Path)
         str(number), "P1", "FAILED", "ct:", "3", "(1", "damaged)", "1", "0", "s",
         "ValueError:", "no·[2J", "liver",
     ]  # fmt: skip
-    assert lines[2] == "1 more is DONE: --all shows them"
+    assert lines[2] == "1 more is over: --all shows them"
     everything = invoke("cases", "--root", tmp_path, "--all").stdout.splitlines()
     assert everything[2].split()[:4] == [str(done.id), "P2", "DONE", "-"]
 

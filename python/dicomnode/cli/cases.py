@@ -10,24 +10,26 @@ from pathlib import Path
 import typer
 
 from dicomnode.cli.edge import CommandFailed, printable
-from dicomnode.storage.ledger import Case, Ledger, State
+from dicomnode.storage.ledger import OVER, Case, Ledger, State
+from dicomnode.storage.waits import Wait, Waits
 
-_HEAD = ("CASE", "IDENTIFIER", "STATE", "IMAGES", "ATTEMPTS", "AGE", "ERROR")
-_UNFINISHED = tuple(state for state in State if state is not State.DONE)
+_HEAD = ("CASE", "IDENTIFIER", "STATE", "IMAGES", "ATTEMPTS", "AGE", "WHY")
+_UNFINISHED = tuple(state for state in State if state not in OVER)
 
 
 def list_cases(root: Path, show_all: bool) -> None:
-    """A table of the cases that are not DONE, or of all."""
+    """A table of the cases that are not over, or of all."""
     with open_ledger(root) as ledger:
         found = ledger.cases(*(State if show_all else _UNFINISHED))
-        rows = [_row(case, _images(ledger, case)) for case in found]
-        hidden = 0 if show_all else len(ledger.cases(State.DONE))
+        waits = Waits(ledger)
+        rows = [_row(case, _images(ledger, case), waits.of(case.id)) for case in found]
+        hidden = 0 if show_all else len(ledger.cases(*OVER))
     if rows:
         table(_HEAD, rows)
     else:
         typer.echo("no case" if show_all else "no unfinished case")
     if hidden:
-        typer.echo(f"{hidden} more {'is' if hidden == 1 else 'are'} DONE: --all shows them")
+        typer.echo(f"{hidden} more {'is' if hidden == 1 else 'are'} over: --all shows them")
 
 
 def show_case(root: Path, number: int) -> None:
@@ -35,6 +37,7 @@ def show_case(root: Path, number: int) -> None:
     with open_ledger(root) as ledger:
         case = ledger.case(number)
         images = _images(ledger, case)
+        wait = Waits(ledger).of(number)
     for name, value in (
         ("case", str(case.id)),
         ("identifier", case.identifier),
@@ -44,6 +47,7 @@ def show_case(root: Path, number: int) -> None:
         ("folder", str(root / case.folder)),
         ("first image", _moment(case.created)),
         ("last change", _moment(case.changed)),
+        *([("why", why)] if (why := _why(case, wait, "")) else []),
     ):
         typer.echo(f"{name:12} {printable(value)}")
     if case.error:
@@ -61,6 +65,17 @@ def retry_case(root: Path, number: int) -> None:
     else:
         when = "it runs at the next start of the node"
     typer.echo(f"case {number} is {state.value}: {when}")
+
+
+def complete_case(root: Path, number: int) -> None:
+    """Have a case processed as it is, and tell when that happens."""
+    with open_ledger(root) as ledger:
+        Waits(ledger).force(number)
+    if node_runs(root):
+        when = "the running node takes it up now"
+    else:
+        when = "at the next start of the node"
+    typer.echo(f"case {number} is processed as it is: {when}")
 
 
 @contextmanager
@@ -93,11 +108,27 @@ def node_runs(root: Path) -> bool:
     return False
 
 
-def _row(case: Case, images: str) -> tuple[str, ...]:
+def _why(case: Case, wait: Wait, error: str) -> str:
+    """Why a case is where it is."""
+    parts = []
+    if wait.revises:
+        parts.append(f"revision of case {wait.revises}")
+    if wait.too_late_for:
+        parts.append(f"came after case {wait.too_late_for} was done")
+    if wait.forced:
+        parts.append("processed as it is")
+    if error:
+        parts.append(error)
+    elif wait.reason and (wait.forced or case.state is State.RECEIVING):
+        parts.append(wait.reason)
+    return "; ".join(parts)
+
+
+def _row(case: Case, images: str, wait: Wait) -> tuple[str, ...]:
     lines = case.error.strip().splitlines() or [""]
     return (
         str(case.id), case.identifier, case.state.value, images, str(case.attempts),
-        _age(time.time() - case.created), lines[-1].strip(),
+        _age(time.time() - case.created), _why(case, wait, lines[-1].strip()),
     )  # fmt: skip
 
 

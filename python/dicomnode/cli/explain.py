@@ -29,7 +29,7 @@ from dicomnode.lib.dicom import (
     tag_of,
 )
 from dicomnode.lib.redaction import patient_words, patient_words_of, redacted
-from dicomnode.server.input import Datasets
+from dicomnode.server.input import Datasets, waits_for
 from dicomnode.server.node import AbstractPipeline
 from dicomnode.server.routing import compile_rules, route
 from dicomnode.storage.layout import digest_of_file, input_folder
@@ -210,9 +210,9 @@ def _what_waits(
     for name, kind in node.input.items():
         held = sources.get(name, {})
         try:
-            if kind(Datasets(held)).validate():
+            told, _ = waits_for(kind(Datasets(held)))
+            if not told:
                 continue
-            told = "does not validate"
         except Exception as error:  # noqa: BLE001  (validate is the user's code)
             words = patient_words_of(held.values())
             told = f"its validate() raised {redacted(f'{type(error).__name__}: {error}', words)}"

@@ -297,16 +297,24 @@ def explain(
 @app.command(epilog="Example: dicomnode cases --root /var/lib/node --case 7")
 def cases(
     root: Root,
-    show_all: Annotated[bool, typer.Option("--all", help="Show DONE cases as well.")] = False,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Show DONE and EXPIRED cases as well.")
+    ] = False,
     case: Annotated[
         int | None, typer.Option(metavar="CASE", help="Show one case with its whole error.")
+    ] = None,
+    complete: Annotated[
+        int | None,
+        typer.Option(metavar="CASE", help="Process a case as it is, though it is not complete."),
     ] = None,
 ) -> None:
     """List the cases of a node, also while it runs."""
     with one_line_errors():
-        from dicomnode.cli.cases import list_cases, show_case
+        from dicomnode.cli.cases import complete_case, list_cases, show_case
 
-        if case is None:
+        if complete is not None:
+            complete_case(root, complete)
+        elif case is None:
             list_cases(root, show_all)
         else:
             show_case(root, case)

@@ -154,7 +154,7 @@ def arrange(slices: Sequence[Slice], reading: Reading, policies: Policies) -> St
     if count == 1:
         step = _lone_step(slices[0].header, normal, warnings)
         return Stack(slices, grid, positions, plane, step, tuple(warnings))
-    problem, drifts = _irregular(slices, positions, distances)
+    problem, drifts = irregular(slices, positions, distances)
     if not problem:
         step = (positions[-1] - positions[0]) / (count - 1)
     elif policies.gaps == "keep":
@@ -452,7 +452,7 @@ def _lone_step(
     return numpy.full(3, numpy.nan)
 
 
-def _irregular(
+def irregular(
     slices: Sequence[Slice],
     positions: NDArray[numpy.float64],
     distances: NDArray[numpy.float64],

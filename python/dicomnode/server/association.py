@@ -230,6 +230,28 @@ class AssociationServer:
         with self._lock:
             return thread.ident in self._busy
 
+    def is_open_for(self, case_id: int) -> bool:
+        """Whether an association that brought images to a case is open."""
+        return bool(self._brought_to(case_id))
+
+    def is_arriving_for(self, case_id: int) -> bool:
+        """Whether the half of a further object is here on such an association."""
+        return any(
+            visit.growing is not None or (isinstance(one, NodeAssociation) and one.arriving > 0)
+            for one, visit in self._brought_to(case_id)
+        )
+
+    def _brought_to(self, case_id: int) -> list[tuple[Association, _Visit]]:
+        """The open associations that brought images to a case."""
+        with self._lock:
+            visits = list(self._visits.items())
+        found = []
+        for one, visit in visits:
+            with visit.lock:
+                if any(case_id in cases for cases in visit.touched.values()):
+                    found.append((one, visit))
+        return found
+
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:
         """What `close` waits for."""

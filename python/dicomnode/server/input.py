@@ -9,12 +9,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
+from pydicom.datadict import dictionary_VR
 from pydicom.dataset import Dataset
 from pydicom.tag import TagType
 
-from dicomnode.lib.dicom import LazyDataset, Source
+from dicomnode.lib.dicom import LazyDataset, Source, tag_of
+from dicomnode.lib.expected import Expected, missing_images
+from dicomnode.lib.gaps import find_gap
 from dicomnode.lib.grinders import identity_grinder, reading_of
 from dicomnode.lib.images import Decoded, Reading
+
+# No attribute that counts images has a tag below this, and no input needs so many images.
+_LEAST_TAG = 0x00080000
 
 
 class Datasets(Mapping[str, Dataset]):
@@ -61,6 +67,14 @@ class AbstractInput(ABC):
     #: For numpy_grinder and volume_grinder, also inside many_meta_grinder.
     eager: ClassVar[bool] = False
 
+    #: How many images there are to be: a number, or the attribute that tells it, such as
+    #: "ImagesInAcquisition", or a function of an image that does. Where the images do not tell,
+    #: `validate` alone decides.
+    expected_images: ClassVar[Any] = None
+
+    #: Wait until the images form regular stacks, no slice of which is missing in between.
+    gapless: ClassVar[bool] = False
+
     def __init__(self, data: Mapping[str, Dataset] | None = None) -> None:
         self.data: Mapping[str, Dataset] = {} if data is None else data
 
@@ -87,6 +101,53 @@ class AbstractInput(ABC):
         if isinstance(found, classmethod):
             return self.image_grinder
         return found  # type: ignore[no-any-return]
+
+
+def waits_for(one: AbstractInput) -> tuple[str, bool]:
+    """What an input waits for, empty where for nothing; and whether its images tell their number."""
+    if not one.validate():
+        return "does not validate", False
+    is_counted = False
+    expected = expected_of(type(one))
+    if isinstance(expected, int) and expected < _LEAST_TAG:
+        is_counted = True
+        if one.images < expected:
+            return f"is not complete: {one.images} of {expected} images are here", is_counted
+    elif expected is not None:
+        missing, is_counted = missing_images(one.data.values(), expected)
+        if missing:
+            return f"is not complete: {missing}", is_counted
+    if one.gapless and (gap := find_gap(one.data.values())):
+        return f"has a gap: {gap}", is_counted
+    return "", is_counted
+
+
+def expected_of(kind: type[AbstractInput]) -> Expected | None:
+    """`expected_images` as a number, a tag or a function; None where it is not set.
+
+    Raises ValueError for what is none of these.
+    """
+    found = inspect.getattr_static(kind, "expected_images")
+    if isinstance(found, staticmethod):
+        found = found.__func__
+    if found is None or (callable(found) and not isinstance(found, type)):
+        return found
+    if isinstance(found, int) and not isinstance(found, bool) and 0 < found < _LEAST_TAG:
+        return found
+    try:
+        if isinstance(found, bool | float):
+            raise TypeError
+        tag = tag_of(found)
+        vr = dictionary_VR(tag)
+        if tag < _LEAST_TAG:
+            raise ValueError
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"{found!r} is neither a number of images nor a DICOM tag nor a function"
+        ) from error
+    if vr not in ("IS", "US", "UL"):
+        raise ValueError(f"{found!r} is no attribute that counts")
+    return tag
 
 
 def eager_reading(kind: type[AbstractInput]) -> Reading | None:

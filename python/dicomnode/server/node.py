@@ -29,10 +29,11 @@ from dicomnode.lib.dicom import tag_of
 from dicomnode.lib.dimse import Address
 from dicomnode.lib.tls import TLS
 from dicomnode.server.association import AssociationServer, Reception, default_contexts
+from dicomnode.server.completeness import AtDeadline, Patience
 from dicomnode.server.eager import EagerDecoding
 from dicomnode.server.exporter import Retries
 from dicomnode.server.health import Health
-from dicomnode.server.input import AbstractInput, eager_reading
+from dicomnode.server.input import AbstractInput, eager_reading, expected_of
 from dicomnode.server.logs import Annotating, formatter
 from dicomnode.server.meters import Meters
 from dicomnode.server.routing import compile_rules
@@ -75,6 +76,16 @@ class AbstractPipeline:
     export_give_up_seconds: float = 5 * 24 * 3600.0
     #: The attribute that tells which images belong together.
     patient_identifier_tag: TagType = 0x00100020
+    #: A case is ready when no image came for it for so long, whether or not its sender has ended the
+    #: association. None: as soon as its inputs validate after an association.
+    quiet_seconds: float | None = None
+    #: A case that is not complete when no image came for so long is dealt with by `at_deadline`:
+    #: "fail" it, which keeps it, or "process" it as it is. None: it waits without end.
+    deadline_seconds: float | None = None
+    at_deadline: AtDeadline = "fail"
+    #: A case that is not complete when no image came for so many days is deleted, with its images.
+    #: None: nothing is.
+    study_expiration_days: float | None = None
     #: Where images rest until they are done with; None keeps them in memory, lost at the end.
     root_data_directory: str | os.PathLike[str] | None = None
     #: What an answer 0x0000 promises with a `root_data_directory`: the image survives a power cut
@@ -121,6 +132,8 @@ class AbstractPipeline:
     limits: Limits = Limits()
 
     _numbers: ClassVar[Iterator[int]] = count(1)
+    #: What counts how long cases wait. For tests.
+    _clock: Callable[[], float] = staticmethod(time.monotonic)
 
     def __init__(self, start: bool = True) -> None:
         self.input = dict(_checked(self.input))
@@ -197,6 +210,25 @@ class AbstractPipeline:
                 f"stop_seconds has to be a number of seconds, not {self.stop_seconds!r}"
             )
         self._stop_seconds = float(self.stop_seconds)
+        for name, time_limit in (
+            ("quiet_seconds", self.quiet_seconds),
+            ("deadline_seconds", self.deadline_seconds),
+            ("study_expiration_days", self.study_expiration_days),
+        ):
+            is_number = isinstance(time_limit, int | float) and not isinstance(time_limit, bool)
+            if time_limit is not None and not (is_number and 0 < time_limit < math.inf):
+                raise IncorrectlyConfigured(
+                    f"{name} has to be a number greater than zero, or None, not {time_limit!r}"
+                )
+        if self.at_deadline not in ("fail", "process"):
+            raise IncorrectlyConfigured(
+                f'at_deadline has to be "fail" or "process", not {self.at_deadline!r}'
+            )
+        if (self.deadline_seconds or math.inf) < (self.quiet_seconds or 0):
+            raise IncorrectlyConfigured(
+                f"deadline_seconds {self.deadline_seconds} is less than quiet_seconds "
+                f"{self.quiet_seconds}: no case would ever be ready"
+            )
         for name, value, least in (
             ("port", self.port, 0),
             ("health_port", 0 if self.health_port is None else self.health_port, 0),
@@ -342,12 +374,20 @@ class AbstractPipeline:
         self._check_settings()
         if self.input and type(self).process is AbstractPipeline.process:
             self.logger.warning("%s does not define process()", type(self).__name__)
+        days = self.study_expiration_days
         work = Work(
             self.ae_title,
             self.input,
             tuple(self.endpoints),
             Retries(self.export_retry_seconds, self.export_give_up_seconds),
             self.process,
+            Patience(
+                self.quiet_seconds,
+                self.deadline_seconds,
+                self.at_deadline,
+                None if days is None else days * 24 * 3600,
+            ),
+            self._clock,
         )
         readings = {name: eager_reading(kind) for name, kind in self.input.items()}
         eager = EagerDecoding(
@@ -359,6 +399,11 @@ class AbstractPipeline:
         self._eager = eager
         meters = Meters()
         runner = Runner(work, storage, eager, self.logger, self.workers, meters)
+
+        def on_stored(identifier: str, uid: str) -> None:
+            runner.arrived(identifier, uid)
+            eager.add(identifier, uid)
+
         server = AssociationServer(
             Reception(
                 ae_title=self.ae_title,
@@ -373,7 +418,7 @@ class AbstractPipeline:
                 meters=meters,
                 accept=None if type(self).filter is AbstractPipeline.filter else self.filter,
                 most_bytes=limit,
-                on_stored=eager.add,
+                on_stored=on_stored,
                 on_end=runner.check,
             ),
             storage,
@@ -389,12 +434,13 @@ class AbstractPipeline:
             )
             self.health_port = self._health.open(self.health_ip, self.health_port)
             self.logger.info("health is told on %s:%d", self.health_ip, self.health_port)
+        runner.watch(server)
         eager.open()
         self.port = server.open(self.ip, self.port)
         self._server = server
         self._runner = runner
         self._is_opening = False
-        runner.check(storage.open_identifiers())
+        runner.recall()
         if self._storage is not storage:
             raise IncorrectlyConfigured(f"validate() of an input closed {type(self).__name__}")
         runner.start()
@@ -450,6 +496,19 @@ class AbstractPipeline:
                 f"{self.ae_title} is closed, so that case {case_id} cannot be retried"
             )
         self._storage.ledger.retry(case_id)
+        self._runner.wake()
+
+    def complete(self, case_id: int) -> None:
+        """Process a case as it is, though it is not complete.
+
+        Where its inputs cannot be ground it is FAILED, and takes images as before. Raises
+        UnknownCase for a case that is not there, holds no image, or was processed.
+        """
+        if self._storage is None or self._runner is None:
+            raise UnknownCase(
+                f"{self.ae_title} is closed, so that case {case_id} cannot be processed"
+            )
+        self._storage.waits.force(case_id)
         self._runner.wake()
 
     def wait(self, condition: Callable[[], bool], seconds: float) -> bool:
@@ -578,6 +637,18 @@ def _checked(inputs: Mapping[str, Any]) -> Mapping[str, type[AbstractInput]]:
             raise IncorrectlyConfigured(
                 f"input {name!r}: eager of {kind.__name__} has to be True or False, not {kind.eager!r}"
             )
+        if not isinstance(kind.gapless, bool):
+            raise IncorrectlyConfigured(
+                f"input {name!r}: gapless of {kind.__name__} has to be True or False, not "
+                f"{kind.gapless!r}"
+            )
+        try:
+            expected_of(kind)
+        except ValueError as error:
+            raise IncorrectlyConfigured(
+                f"input {name!r}: expected_images of {kind.__name__} has to be a number, an attribute "
+                f"such as 'ImagesInAcquisition', or a function of an image: {error}"
+            ) from error
         grinder = inspect.getattr_static(kind, "image_grinder")
         if not callable(grinder) and not isinstance(grinder, classmethod):
             raise IncorrectlyConfigured(

@@ -14,16 +14,17 @@ from typing import Any
 
 from pydicom.dataset import Dataset
 
-from dicomnode.errors import InvalidDataset, OutOfResources
+from dicomnode.errors import InvalidDataset
 from dicomnode.lib.dicom import encode
 from dicomnode.lib.dimse import Address
+from dicomnode.server.completeness import LOOKERS, Completeness, Patience, Senders
 from dicomnode.server.eager import EagerDecoding
 from dicomnode.server.exporter import Exporter, Retries
-from dicomnode.server.input import AbstractInput, Datasets
+from dicomnode.server.input import AbstractInput
 from dicomnode.server.loop import Failures, Loop
 from dicomnode.server.meters import Meters
 from dicomnode.storage.ledger import Case, State
-from dicomnode.storage.store import Contents, Storage
+from dicomnode.storage.store import Storage
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Work:
     endpoints: Sequence[Address]
     retries: Retries
     process: Callable[[dict[str, Any]], Iterable[Dataset] | None]
+    patience: Patience
+    clock: Callable[[], float]
 
 
 class Runner:
@@ -55,13 +58,24 @@ class Runner:
         self._eager = eager
         self._logger = logger
         self._lock = threading.Lock()
-        self._unchecked: set[str] = set()
         # How many cases are being processed, and whether one of them has to be alone.
         self._processing = 0
         self._alone = False
         self._is_awaited = False
         self._failures = Failures(storage, logger, meters)
-        self._loop = Loop(storage, logger, lambda: bool(self._failures or self._unchecked))
+        self._completeness = Completeness(
+            work.inputs,
+            work.patience,
+            storage,
+            eager,
+            logger,
+            self._failures,
+            work.clock,
+        )
+        self._loop = Loop(
+            storage, logger, lambda: bool(self._failures or self._completeness.is_postponed)
+        )
+        self._loop.add("looker", self._completeness.step, LOOKERS, self._completeness.due)
         self._loop.add("worker", self._process_next, workers)
         Exporter(
             work.ae_title,
@@ -74,6 +88,19 @@ class Runner:
             meters,
         )
 
+    def watch(self, senders: Senders) -> None:
+        """Whose associations to look at; before images come."""
+        self._completeness.senders = senders
+
+    def recall(self) -> None:
+        """Look at all cases that take images, as an earlier run left them."""
+        self._completeness.recall()
+        self.check(self._storage.open_identifiers())
+
+    def arrived(self, identifier: str, uid: str) -> None:
+        """An image was stored."""
+        self._completeness.arrived(identifier, uid)
+
     def start(self) -> None:
         """Start the threads."""
         self._loop.start()
@@ -83,6 +110,7 @@ class Runner:
 
         Tells whether all threads ended within `seconds`; None waits without end.
         """
+        self._completeness.keep()
         return self._loop.stop(drain, seconds)
 
     def is_worker(self, thread: threading.Thread) -> bool:
@@ -90,14 +118,8 @@ class Runner:
         return self._loop.owns(thread)
 
     def check(self, identifiers: Iterable[str]) -> None:
-        """Make READY each of these cases whose inputs all validate."""
-        for identifier in identifiers:
-            try:
-                self._check(identifier)
-            except OutOfResources as error:
-                self._logger.error("a case cannot be made ready now: %s", error)
-                with self._lock:
-                    self._unchecked.add(identifier)
+        """Make READY each of these cases that is complete."""
+        self._completeness.check(identifiers)
         self.wake()
 
     def wake(self) -> None:
@@ -108,52 +130,10 @@ class Runner:
         """Wait until a condition on the storage holds; looked at after every step. For tests."""
         return self._loop.wait(condition, seconds)
 
-    # RECEIVING -> READY
-
-    def _check(self, identifier: str) -> None:
-        """Look whether a case is complete; again, where images came in meanwhile."""
-        while (contents := self._storage.current(identifier)) is not None:
-            looked = self._look(contents)
-            if looked is None:
-                return
-            _, waiting = looked
-            repeated = self._storage.park(identifier, contents)
-            if repeated is not None:
-                self._eager.drop(contents.case_id)
-                self._logger.error(
-                    "case %d repeats case %d, whose sender had not got all answers, and is not "
-                    "processed; retry it if it should be",
-                    contents.case_id,
-                    repeated,
-                )
-                return
-            if self._storage.settle(identifier, contents, complete=not waiting):
-                if waiting:
-                    self._logger.info("case %d waits: %s", contents.case_id, waiting)
-                else:
-                    self._logger.info("case %d is ready", contents.case_id)
-                return
-
-    def _look(self, contents: Contents) -> tuple[dict[str, AbstractInput], str] | None:
-        """The inputs of a case and what they wait for; None where looking failed."""
-        with self._failures.blaming(contents.case_id):
-            inputs = self._inputs(contents)
-            return inputs, _waiting_for(contents, inputs)
-        return None
-
-    def _inputs(self, contents: Contents) -> dict[str, AbstractInput]:
-        return {
-            name: kind(
-                Datasets(contents.sources[name], self._eager.decoded(contents.case_id, name))
-            )
-            for name, kind in self._work.inputs.items()
-        }
-
     # READY -> PROCESSING -> EXPORTING
 
     def _process_next(self) -> bool:
         self._failures.record()
-        self._check_again()
         for case_id in self._storage.ledger.queue(State.READY):
             if case_id in self._failures:
                 continue
@@ -172,12 +152,6 @@ class Runner:
             finally:
                 self._end(worked)
         return False
-
-    def _check_again(self) -> None:
-        with self._lock:
-            identifiers, self._unchecked = self._unchecked, set()
-        if identifiers:
-            self.check(identifiers)
 
     def _begin(self, case: Case) -> bool:
         """Whether a case may be processed now.
@@ -215,18 +189,39 @@ class Runner:
         )
         if contents is None or contents.case_id != case.id:
             return None
-        looked = self._look(contents)
+        looked = self._completeness.look(case.identifier, contents, case.sealed)
         if looked is None:
             return None
         inputs, waiting = looked
         if not waiting:
+            if not case.sealed and not self._can_be_ground(case, inputs):
+                return None
             return inputs if self._storage.seal(case, contents) else None
         if not case.sealed:
-            self._storage.settle(case.identifier, contents, complete=False)
+            self._storage.settle(case.identifier, contents, complete=False, why=waiting.reason)
             return None
         with self._failures.blaming(case.id):
-            raise InvalidDataset(f"this case is not complete, and takes no images: {waiting}")
+            raise InvalidDataset(
+                f"this case is not complete, and takes no images: {waiting.reason}"
+            )
         return None
+
+    def _can_be_ground(self, case: Case, inputs: Mapping[str, AbstractInput]) -> bool:
+        """Whether an incomplete case that is to be processed as it is can be.
+
+        Tried while it still takes images, since images may be all that it lacks.
+        """
+        if not self._storage.waits.of(case.id).forced:
+            return True
+        with self._failures.blaming(case.id):
+            try:
+                for one in inputs.values():
+                    one.get_data()
+            except BaseException:
+                self._storage.waits.unforce(case.id)
+                raise
+            return True
+        return False
 
     def _process(self, case: Case, inputs: Mapping[str, AbstractInput]) -> None:
         with self._failures.blaming(case.id):
@@ -247,14 +242,6 @@ class Runner:
                 time.perf_counter() - ground,
                 count,
             )
-
-
-def _waiting_for(contents: Contents, inputs: Mapping[str, AbstractInput]) -> str:
-    """What keeps a case from being processed; empty where nothing does."""
-    if contents.obstacle:
-        return contents.obstacle
-    missing = [name for name, one in inputs.items() if not one.validate()]
-    return f"input {', '.join(missing)} does not validate" if missing else ""
 
 
 def _encoded(results: object) -> Iterator[tuple[str, str, str, bytes]]:

@@ -95,6 +95,12 @@ class Instances(Protocol):
         Raises OutOfResources; never overwrites.
         """
 
+    def placed(self, folder: str, name: str) -> AbstractContextManager[Staged]:
+        """An instance that has its place, to be placed once more.
+
+        Raises FileNotFoundError, OutOfResources.
+        """
+
     def source(self, folder: str, name: str) -> Source:
         """What to read an instance from."""
 
@@ -155,6 +161,19 @@ class FileInstances:
                 os.fsync(place)
             return name
         raise ValueError("no name is free")
+
+    @contextmanager
+    def placed(self, folder: str, name: str) -> Iterator[Staged]:
+        try:
+            descriptor = os.open(self._root / folder / name, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise out_of_resources(error) from error
+        try:
+            yield Staged(os.fstat(descriptor).st_size, descriptor)
+        finally:
+            os.close(descriptor)
 
     def source(self, folder: str, name: str) -> Source:
         # Joined by hand, because it is asked for each image of a case whenever that is looked at.
@@ -227,6 +246,19 @@ class MemoryInstances:
                     self._places[id(staged.data)] += 1
                     return name
         raise ValueError("no name is free")
+
+    @contextmanager
+    def placed(self, folder: str, name: str) -> Iterator[Staged]:
+        with self._lock:
+            data = self._kept.get((folder, name))
+            if data is None:
+                raise FileNotFoundError(name)
+            self._places[id(data)] += 1
+        try:
+            yield Staged(len(data), data=data)
+        finally:
+            with self._lock:
+                self._release(data)
 
     def _release(self, data: bytes) -> None:
         self._places[id(data)] -= 1

@@ -6,8 +6,8 @@ for `settle`. The states and who moves a case between them:
     RECEIVING --validated--> READY --claimed--> PROCESSING --results kept--> EXPORTING --all
     acknowledged--> DONE
 
-From READY a case goes back to RECEIVING where it no longer validates. From any state but DONE it
-can become FAILED, which is kept and listed. `retry` leads out of it, and, for a case that was not
+From READY a case goes back to RECEIVING where it no longer validates. From any state but DONE and
+EXPIRED it can become FAILED, which is kept and listed. `retry` leads out of it, and, for a case that was not
 claimed yet, the next image that makes it validate.
 """
 
@@ -33,6 +33,7 @@ class State(Enum):
     EXPORTING = "EXPORTING"  # the results are kept; endpoints have not acknowledged all
     DONE = "DONE"  # every endpoint acknowledged every result; files are deleted
     FAILED = "FAILED"  # an error was recorded; everything is kept until a retry
+    EXPIRED = "EXPIRED"  # no image came for study_expiration_days; files are deleted
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class ResultRow:
     digest: bytes
 
 
+#: In these states a case is over, and its files are deleted.
+OVER = (State.DONE, State.EXPIRED)
 # A case is in one of these until it is claimed.
 _UNCLAIMED = (State.RECEIVING, State.READY, State.FAILED)
 # Of the tables in ledger.sql; a ledger of another version is left alone.
@@ -297,11 +300,12 @@ class Ledger:
         return int(row[0])
 
     def case_in(self, folder: str) -> Case | None:
-        """The newest case with this folder that is not DONE; None where there is none."""
+        """The newest case with this folder that is not over; None where there is none."""
         with self._lock:
             row = self._db.execute(
-                f"SELECT {_CASE} FROM cases WHERE folder = ? AND state != ? ORDER BY id DESC LIMIT 1",
-                (folder, State.DONE.value),
+                f"SELECT {_CASE} FROM cases WHERE folder = ? AND state NOT IN (?, ?) "
+                "ORDER BY id DESC LIMIT 1",
+                (folder, *(state.value for state in OVER)),
             ).fetchone()
         return None if row is None else _case(row)
 
@@ -309,9 +313,9 @@ class Ledger:
         """Whether a case that may still have files uses this folder."""
         with self._lock:
             row = self._db.execute(
-                "SELECT 1 FROM cases WHERE folder = ? AND (state != ? OR EXISTS "
+                "SELECT 1 FROM cases WHERE folder = ? AND (state NOT IN (?, ?) OR EXISTS "
                 "(SELECT 1 FROM instances WHERE case_id = cases.id)) LIMIT 1",
-                (folder, State.DONE.value),
+                (folder, *(state.value for state in OVER)),
             ).fetchone()
         return row is not None
 
@@ -352,14 +356,15 @@ class Ledger:
             )
 
     def fail(self, case_id: int, error: str) -> None:
-        """Any state but DONE -> FAILED, with the reason.
+        """Any state but DONE and EXPIRED -> FAILED, with the reason.
 
         A case that was not claimed yet still takes images, and can become READY by them.
         """
         with self.transaction() as db:
             db.execute(
-                "UPDATE cases SET state = ?, error = ?, changed = ? WHERE id = ? AND state != ?",
-                (State.FAILED.value, error, time.time(), case_id, State.DONE.value),
+                "UPDATE cases SET state = ?, error = ?, changed = ? "
+                "WHERE id = ? AND state NOT IN (?, ?)",
+                (State.FAILED.value, error, time.time(), case_id, *(one.value for one in OVER)),
             )
 
     def retry(self, case_id: int) -> State:
@@ -397,13 +402,13 @@ class Ledger:
         )
 
     def forget(self, keep: int) -> None:
-        """Drop the oldest DONE cases whose files are gone, all but the newest `keep`."""
+        """Drop the oldest cases that are over and whose files are gone, all but the newest `keep`."""
         with self.transaction() as db:
             old = db.execute(
-                "SELECT id FROM cases WHERE state = ? AND NOT EXISTS "
+                "SELECT id FROM cases WHERE state IN (?, ?) AND NOT EXISTS "
                 "(SELECT 1 FROM instances WHERE case_id = cases.id) "
                 "ORDER BY id DESC LIMIT -1 OFFSET ?",
-                (State.DONE.value, keep),
+                (*(state.value for state in OVER), keep),
             ).fetchall()
             for table, column in (
                 ("deliveries", "case_id"),

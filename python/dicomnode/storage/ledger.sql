@@ -86,3 +86,24 @@ CREATE TABLE IF NOT EXISTS interrupted (
     digest  BLOB    NOT NULL,
     PRIMARY KEY (case_id, input, uid)
 ) WITHOUT ROWID;
+
+-- One row for a case that has waited for images. `seconds` since its last image, counted while a node
+-- ran; `reason` is what it waits for, or waited for where it was processed as it is: `forced`.
+-- `revises` is the earlier case whose images it holds, too; `too_late_for` the one that was over when
+-- its images came; `conflict` an image of it that came under another identifier before.
+CREATE TABLE IF NOT EXISTS waits (
+    case_id      INTEGER PRIMARY KEY REFERENCES cases (id),
+    seconds      REAL    NOT NULL DEFAULT 0,
+    reason       TEXT    NOT NULL DEFAULT '',
+    forced       INTEGER NOT NULL DEFAULT 0,
+    revises      INTEGER NOT NULL DEFAULT 0,
+    too_late_for INTEGER NOT NULL DEFAULT 0,
+    conflict     TEXT    NOT NULL DEFAULT ''
+);
+
+-- One row for each series of a case that is DONE, so that a late image is known as one.
+CREATE TABLE IF NOT EXISTS series (
+    case_id INTEGER NOT NULL REFERENCES cases (id),
+    uid     TEXT    NOT NULL,
+    PRIMARY KEY (case_id, uid)
+) WITHOUT ROWID;

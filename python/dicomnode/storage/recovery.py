@@ -21,7 +21,7 @@ from dicomnode.storage.layout import (
     outbox_folder,
     set_aside,
 )
-from dicomnode.storage.ledger import Case, InstanceRow, Ledger, State
+from dicomnode.storage.ledger import OVER, Case, InstanceRow, Ledger, State
 
 _ATTEMPTS = 3
 # In these states a case may have senders that never got their last answers.
@@ -78,11 +78,13 @@ class Recovery:
             if leftover.is_file():
                 leftover.unlink()
         for case in self._ledger.cases():
-            if case.state is State.DONE:
+            if case.state in OVER:
                 try:
                     delete_files(self._ledger, self._instances, case)
                 except OSError as error:
-                    self._logger.error("files of case %d, DONE, stay: %s", case.id, error)
+                    self._logger.error(
+                        "files of case %d, %s, stay: %s", case.id, case.state.value, error
+                    )
                 continue
             if case.state is State.PROCESSING:
                 self._recover_processing(case)
@@ -260,7 +262,7 @@ def mark_damaged(root: Path, case: Case, row: InstanceRow, logger: logging.Logge
 
 
 def delete_files(ledger: Ledger, instances: Instances, case: Case) -> None:
-    """Delete images and results of a case that is DONE, then forget them."""
+    """Delete images and results of a case that is over, then forget them."""
     by_input: dict[str, list[str]] = {}
     for row in ledger.instances(case.id):
         by_input.setdefault(row.input, []).append(row.file)

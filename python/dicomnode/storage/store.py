@@ -23,14 +23,21 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from dicomnode.errors import InvalidDataset, InvalidRootDataDirectory, OutOfResources
-from dicomnode.lib.dicom import Source, safe_name
+from dicomnode.errors import (
+    InvalidDataset,
+    InvalidDicom,
+    InvalidRootDataDirectory,
+    OutOfResources,
+    UnknownCase,
+)
+from dicomnode.lib.dicom import LazyDataset, Source, safe_name
+from dicomnode.lib.expected import series_of
 from dicomnode.storage.instances import (
     Buffer,
     FileInstances,
@@ -48,9 +55,10 @@ from dicomnode.storage.layout import (
     input_folder,
     outbox_folder,
 )
-from dicomnode.storage.ledger import Case, InstanceRow, Ledger, ResultRow, State
+from dicomnode.storage.ledger import OVER, Case, InstanceRow, Ledger, ResultRow, State
 from dicomnode.storage.outbox import Outbox
 from dicomnode.storage.recovery import OpenCase, Recovery, delete_files, mark_damaged
+from dicomnode.storage.waits import Waits
 
 _DONE_KEPT = 1000
 _FREE_BYTES = 1 << 30
@@ -142,6 +150,7 @@ class Storage:
             self._instances = FileInstances(root, root / OWN / "incoming", self._is_flushed)
         self.ledger: Ledger
         self.outbox: Outbox
+        self.waits: Waits
 
     # Opening and closing
 
@@ -154,6 +163,7 @@ class Storage:
         if self.root is None:
             self.ledger = Ledger(None)
             self.outbox = Outbox(self.ledger)
+            self.waits = Waits(self.ledger)
             return
         own = self.root / OWN
         try:
@@ -181,6 +191,7 @@ class Storage:
         try:
             self.ledger = self._open_ledger(own / "ledger.sqlite")
             self.outbox = Outbox(self.ledger)
+            self.waits = Waits(self.ledger)
             try:
                 recovery = Recovery(
                     self.root,
@@ -414,6 +425,11 @@ class Storage:
         """The identifiers of all cases that take images."""
         return list(self._open_cases)
 
+    def open_case(self, identifier: str) -> int:
+        """The number of the case of an identifier that takes images; 0 where there is none."""
+        case = self._open_cases.get(identifier)
+        return 0 if case is None else case.id
+
     def current(self, identifier: str) -> Contents | None:
         """What the open case of an identifier holds; None where there is no such case."""
         with self.holding(identifier):
@@ -500,19 +516,109 @@ class Storage:
             known.put(damaged)
         return damaged
 
-    def settle(self, identifier: str, contents: Contents, complete: bool) -> bool:
+    def settle(self, identifier: str, contents: Contents, complete: bool, why: str = "") -> bool:
         """An open case is READY where it is complete, else RECEIVING, also if it had FAILED.
+
+        `why` is what it waits for. False, and nothing is done, where the case holds something else
+        than `contents` by now.
+        """
+        with self._as_it_was(identifier, contents) as known:
+            if known is None:
+                return False
+            if why != self.waits.of(known.id).reason:
+                self.waits.tell(known.id, why)
+            self.ledger.settle(known.id, State.READY if complete else State.RECEIVING)
+            return True
+
+    def give_up(self, identifier: str, contents: Contents, why: str) -> bool:
+        """An open case FAILED, since it is not complete; it still takes images.
 
         False, and nothing is done, where the case holds something else than `contents` by now.
         """
+        with self._as_it_was(identifier, contents) as known:
+            if known is None:
+                return False
+            self.ledger.fail(known.id, why)
+            return True
+
+    def force(self, identifier: str, contents: Contents, why: str) -> bool:
+        """An open case is READY, to be processed as it is, though it waits for something.
+
+        False, and nothing is done, where the case holds something else than `contents` by now.
+        """
+        with self._as_it_was(identifier, contents) as known:
+            if known is None:
+                return False
+            self.waits.tell(known.id, why)
+            self.waits.force(known.id)
+            return True
+
+    @contextmanager
+    def _as_it_was(self, identifier: str, contents: Contents) -> Iterator[OpenCase | None]:
+        """The open case of an identifier, held; None where it is not what `contents` are of."""
         with self.holding(identifier):
             known = self._open_cases.get(identifier)
             if known is None or (known.id, known.generation) != (
                 contents.case_id,
                 contents.generation,
             ):
+                yield None
+            else:
+                yield known
+
+    def revise(self, identifier: str, contents: Contents, earlier: Case) -> int | None:
+        """Give an open case the images of an earlier one that it lacks; how many these are.
+
+        They are linked, not copied, and stay in the earlier case. None, and nothing is done, where the open case
+        holds something else than `contents` by now, or the earlier one is over. Raises OutOfResources.
+        """
+        with self._as_it_was(identifier, contents) as known:
+            if known is None or identifier in self._arriving:
+                return None
+            if self.ledger.case(earlier.id).state in OVER:
+                return None
+            rows: list[InstanceRow] = []
+            try:
+                for row in self.ledger.instances(earlier.id):
+                    mine = known.rows.get(row.input, {}).get(row.uid)
+                    if mine is not None:
+                        continue
+                    if not row.damaged:
+                        source = input_folder(earlier.folder, row.input)
+                        stem = row.file.removesuffix(".dcm").partition("~")[0]
+                        with self._instances.placed(source, row.file) as placed:
+                            file = self._instances.place(
+                                placed,
+                                input_folder(known.folder, row.input),
+                                self._free_names(known, row.input, stem),
+                            )
+                        row = replace(row, file=file)  # noqa: PLW2901
+                    rows.append(row)
+                self.ledger.add_instances(known.id, rows)
+            except (OutOfResources, FileNotFoundError) as error:
+                for row in rows:
+                    if not row.damaged:
+                        self._instances.remove(input_folder(known.folder, row.input), [row.file])
+                if isinstance(error, FileNotFoundError):
+                    return None
+                raise
+            for row in rows:
+                known.put(row)
+            # An earlier run may have written them.
+            self._unverified.add(known.id)
+            self.waits.revise(known.id, earlier.id)
+            return len(rows)
+
+    def expire(self, case_id: int, identifier: str) -> bool:
+        """Delete a case that takes images and waits for them; whether it was one."""
+        with self.holding(identifier):
+            known = self._open_cases.get(identifier)
+            if known is None or known.id != case_id or identifier in self._arriving:
                 return False
-            self.ledger.settle(known.id, State.READY if complete else State.RECEIVING)
+            if not self.waits.expire(case_id):
+                return False
+            del self._open_cases[identifier]
+            delete_files(self.ledger, self._instances, self.ledger.case(case_id))
             return True
 
     def interrupt(self, case_ids: Iterable[int]) -> None:
@@ -527,13 +633,8 @@ class Storage:
         deliver the same results twice. Also a part of it is set aside, before it joins what comes
         next. None, and nothing is done, for any other case.
         """
-        with self.holding(identifier):
-            known = self._open_cases.get(identifier)
-            if (
-                identifier in self._arriving
-                or known is None
-                or (known.id, known.generation) != (contents.case_id, contents.generation)
-            ):
+        with self._as_it_was(identifier, contents) as known:
+            if identifier in self._arriving or known is None:
                 return None
             repeated = self.ledger.repeated(known.id)
             if repeated is None or not self.ledger.park(
@@ -622,9 +723,38 @@ class Storage:
 
     def finish(self, case: Case) -> None:
         """EXPORTING -> DONE, and only then delete the files of the case."""
-        if self.ledger.move(case.id, State.EXPORTING, State.DONE):
-            delete_files(self.ledger, self._instances, case)
-            self.ledger.forget(_DONE_KEPT)
+        # An image that comes later is to be known as one that came too late.
+        with suppress(InvalidDicom, OSError, KeyError):
+            uids = series_of(LazyDataset(source) for source in self.sources_of(case.id))
+            self.waits.remember_series(case.id, filter(None, uids))
+        revised = self._contained(case)
+        with self.holding(case.identifier):
+            if self.ledger.move(case.id, State.EXPORTING, State.DONE):
+                delete_files(self.ledger, self._instances, case)
+        for earlier in revised:
+            if self.ledger.move(earlier.id, State.FAILED, State.DONE):
+                self._logger.info(
+                    "case %d is done, too: case %d had all its images", earlier.id, case.id
+                )
+                delete_files(self.ledger, self._instances, earlier)
+        self.ledger.forget(_DONE_KEPT)
+        self.waits.forget()
+
+    def _contained(self, case: Case) -> list[Case]:
+        """The FAILED cases without results that a case is a revision of, and has all images of."""
+        found: list[Case] = []
+        mine = {(row.input, row.uid) for row in self.ledger.instances(case.id)}
+        number = self.waits.of(case.id).revises
+        while number:
+            try:
+                earlier = self.ledger.case(number)
+            except UnknownCase:
+                break
+            held = {(row.input, row.uid) for row in self.ledger.instances(number)}
+            if earlier.state is State.FAILED and held <= mine and not self.ledger.results(number):
+                found.append(earlier)
+            number = self.waits.of(number).revises
+        return found
 
 
 @dataclass

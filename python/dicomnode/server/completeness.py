@@ -1,0 +1,476 @@
+"""Completeness: when a case has all that it needs, and what happens where it never does.
+
+Solves that DICOM has no sign that a series is complete. A case is looked at when an association ends
+that brought images to it, and, where the pipeline asks for it, when no image came for some time. It is
+ready where each input has enough and no more images are on their way.
+
+There is one clock: the seconds since the last image of a case, counted by a monotonic clock while the
+node runs. So neither a change of the time of day nor the time for which a node was down makes a case
+ready, late or too old.
+"""
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeAlias
+
+from dicomnode.errors import OutOfResources
+from dicomnode.lib.dicom import LazyDataset
+from dicomnode.lib.expected import series_of
+from dicomnode.server.eager import EagerDecoding
+from dicomnode.server.input import AbstractInput, Datasets, waits_for
+from dicomnode.server.loop import Failures
+from dicomnode.storage.ledger import OVER, Case, State
+from dicomnode.storage.store import Contents, Storage
+
+#: What happens to a case that is not complete at its deadline.
+AtDeadline: TypeAlias = Literal["fail", "process"]
+
+# How many cases are looked at at once because of the time, so that a `validate` that hangs does not
+# hold up the others.
+LOOKERS = 4
+# How often the clocks of the cases are written down; so much of them is lost with a killed node.
+_KEEP_SECONDS = 60.0
+# How soon a case is looked at again where the half of an image is here.
+_ARRIVING_SECONDS = 1.0
+# Before a case is deleted the log tells so, at least this part of its time before, or a day.
+_NOTICE_PART, _NOTICE_SECONDS = 0.1, 24 * 3600.0
+# Of so many images at most the node knows which identifier they came under.
+_MOST_OWNERS = 100_000
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long the cases of a pipeline wait; None is without end."""
+
+    quiet_seconds: float | None = None
+    deadline_seconds: float | None = None
+    at_deadline: AtDeadline = "fail"
+    expiration_seconds: float | None = None
+
+    @property
+    def notice_seconds(self) -> float:
+        """How long before its end a case is told to be deleted."""
+        return min(_NOTICE_PART * (self.expiration_seconds or 0), _NOTICE_SECONDS)
+
+    def next(self, idle: float) -> float:
+        """The next time since its last image at which a case is to be looked at."""
+        expiration = self.expiration_seconds
+        moments = [self.quiet_seconds, self.deadline_seconds, expiration]
+        if expiration is not None:
+            moments.append(expiration - self.notice_seconds)
+        return min((one for one in moments if one is not None and one > idle), default=math.inf)
+
+
+class Senders(Protocol):
+    """The open associations, as far as the completeness of a case depends on them."""
+
+    def is_open_for(self, case_id: int) -> bool:
+        """Whether an association that brought images to a case is open."""
+
+    def is_arriving_for(self, case_id: int) -> bool:
+        """Whether the half of a further object is here on such an association."""
+
+
+@dataclass
+class _Clock:
+    """Of the open case of one identifier."""
+
+    #: When its last image came.
+    since: float
+    #: When it is to be looked at.
+    next: float = math.inf
+    #: What the ledger has of its age.
+    kept: float = 0.0
+    #: When the log told that it is going to be deleted.
+    warned: float = math.inf
+
+
+class Completeness:
+    """Makes cases READY, or FAILED or EXPIRED where they never get complete."""
+
+    def __init__(
+        self,
+        inputs: Mapping[str, type[AbstractInput]],
+        patience: Patience,
+        storage: Storage,
+        eager: EagerDecoding,
+        logger: logging.Logger,
+        failures: Failures,
+        clock: Callable[[], float],
+    ) -> None:
+        self._inputs = inputs
+        self._patience = patience
+        self._storage = storage
+        self._eager = eager
+        #: Set before images come.
+        self.senders: Senders
+        self._logger = logger
+        self._failures = failures
+        self._now = clock
+        self._lock = threading.Lock()
+        self._clocks: dict[str, _Clock] = {}
+        self._keep_at = clock() + _KEEP_SECONDS
+        self._unchecked: set[str] = set()
+        # SOPInstanceUID -> the identifier that it came under first.
+        self._owners: dict[str, str] = {}
+
+    @property
+    def is_postponed(self) -> bool:
+        """Whether a case waits for the disk to have room before it can be looked at."""
+        return bool(self._unchecked)
+
+    # Time
+
+    def recall(self) -> None:
+        """Take up the clocks of the cases that an earlier run left."""
+        now = self._now()
+        expiration = self._patience.expiration_seconds
+        for identifier in self._storage.open_identifiers():
+            kept = max(0.0, self._storage.waits.of(self._storage.open_case(identifier)).seconds)
+            clock = _Clock(now - kept, now - kept + self._patience.next(kept), kept)
+            if expiration is not None and kept >= expiration - self._patience.notice_seconds:
+                clock.next = now
+            self._clocks[identifier] = clock
+        for uid, identifier in self._storage.waits.identifiers_of_images()[-_MOST_OWNERS:]:
+            self._owners.setdefault(uid, identifier)
+
+    def arrived(self, identifier: str, uid: str) -> None:
+        """An image was stored: the clock of its case starts anew. Raises nothing."""
+        with self._lock:
+            now = self._now()
+            clock = self._clocks.setdefault(identifier, _Clock(now))
+            clock.since, clock.warned = now, math.inf
+            clock.next = min(clock.next, now + self._patience.next(0.0))
+            was_kept, clock.kept = clock.kept, 0.0
+            owner = self._owners.setdefault(uid, identifier)
+            if len(self._owners) > _MOST_OWNERS:
+                del self._owners[next(iter(self._owners))]
+        if was_kept or owner != identifier:
+            self._note(identifier, uid, owner != identifier)
+
+    def _note(self, identifier: str, uid: str, is_conflict: bool) -> None:
+        """Write down what an image changes, which is seldom."""
+        case_id = self._storage.open_case(identifier)
+        try:
+            self._storage.waits.keep({case_id: 0.0})
+            if is_conflict and not self._storage.waits.of(case_id).conflict:
+                self._logger.error(
+                    "case %d: %s came under another identifier before: one of the two is of another "
+                    "patient than it says. This case waits for you", case_id, uid,
+                )  # fmt: skip
+                self._storage.waits.conflict(case_id, uid)
+        except OutOfResources as error:
+            self._logger.error("case %d: what its image changes is lost: %s", case_id, error)
+
+    def due(self) -> float:
+        """In how many seconds there is something to look at."""
+        with self._lock:
+            moments = [clock.next for clock in self._clocks.values()]
+        return min([*moments, self._keep_at] if moments else [math.inf]) - self._now()
+
+    def step(self) -> bool:
+        """Look at a case whose time it is; whether there was one."""
+        self._check_again()
+        if self._now() >= self._keep_at:
+            self.keep()
+        with self._lock:
+            now = self._now()
+            found = next((one for one in self._clocks.items() if one[1].next <= now), None)
+            if found is None:
+                return False
+            identifier, clock = found
+            # While it is looked at no other thread does.
+            clock.next, since = math.inf, clock.since
+        again = math.inf
+        try:
+            idle = now - since
+            # Its image may have come after this look was planned.
+            if self._patience.next(-math.inf) <= idle:
+                again = self._look_at_time(identifier, clock, idle)
+        finally:
+            is_open = self._storage.open_case(identifier) != 0
+            with self._lock:
+                idle = self._now() - clock.since
+                planned = self._now() + min(self._patience.next(idle) - idle, again)
+                clock.next = min(clock.next, planned)
+                if not is_open and clock.since == since:
+                    self._clocks.pop(identifier, None)
+        return True
+
+    def _look_at_time(self, identifier: str, clock: _Clock, idle: float) -> float:
+        """Look at a case for which no image came; in how many seconds that is to be done again."""
+        case_id = self._storage.open_case(identifier)
+        if not case_id:
+            return math.inf
+        if self.senders.is_arriving_for(case_id):
+            return _ARRIVING_SECONDS
+        self.check([identifier])
+        expiration = self._patience.expiration_seconds
+        notice = self._patience.notice_seconds
+        if expiration is None or idle < expiration - notice:
+            return math.inf
+        if self._storage.ledger.case(case_id).state not in (State.RECEIVING, State.FAILED):
+            return math.inf
+        if clock.warned == math.inf:
+            clock.warned = self._now()
+            self._logger.warning(
+                "case %d is deleted in %s unless an image comes: it is not complete, and its last "
+                "image came %s ago (study_expiration_days)",
+                case_id,
+                _days(max(notice, expiration - idle)),
+                _days(idle),
+            )
+        left = max(expiration - idle, clock.warned + notice - self._now())
+        if left > 0:
+            return left
+        if self._storage.expire(case_id, identifier):
+            self._eager.drop(case_id)
+            self._logger.warning(
+                "case %d is deleted, with its images: it was not complete, and its last image came "
+                "%s ago (study_expiration_days)",
+                case_id,
+                _days(idle),
+            )
+        return math.inf
+
+    def keep(self) -> None:
+        """Write down how long the open cases have waited."""
+        now = self._now()
+        self._keep_at = now + _KEEP_SECONDS
+        with self._lock:
+            clocks = list(self._clocks.items())
+        seconds: dict[int, float] = {}
+        for identifier, clock in clocks:
+            case_id = self._storage.open_case(identifier)
+            if case_id:
+                seconds[case_id] = clock.kept = now - clock.since
+        try:
+            if seconds:
+                self._storage.waits.keep(seconds)
+        except OutOfResources as error:
+            self._logger.error("how long cases have waited is not written down: %s", error)
+
+    def _idle(self, identifier: str) -> float:
+        """How many seconds ago the last image of a case came."""
+        clock = self._clocks.get(identifier)
+        return 0.0 if clock is None else self._now() - clock.since
+
+    # RECEIVING -> READY
+
+    def check(self, identifiers: Iterable[str]) -> None:
+        """Make READY each of these cases that is complete."""
+        for identifier in identifiers:
+            try:
+                self._check(identifier)
+            except OutOfResources as error:
+                self._logger.error("a case cannot be made ready now: %s", error)
+                with self._lock:
+                    self._unchecked.add(identifier)
+
+    def _check_again(self) -> None:
+        with self._lock:
+            identifiers, self._unchecked = self._unchecked, set()
+        self.check(identifiers)
+
+    def _check(self, identifier: str) -> None:
+        """Look whether a case is complete; again, where images came in meanwhile."""
+        while (contents := self._storage.current(identifier)) is not None:
+            looked = self.look(identifier, contents)
+            if looked is None:
+                return
+            _, waiting = looked
+            repeated = self._storage.park(identifier, contents)
+            if repeated is not None:
+                self._eager.drop(contents.case_id)
+                self._logger.error(
+                    "case %d repeats case %d, whose sender had not got all answers, and is not "
+                    "processed; retry it if it should be",
+                    contents.case_id,
+                    repeated,
+                )
+                return
+            if waiting.is_for_images and self._is_put_together(identifier, contents):
+                continue
+            if waiting and self._is_overdue(identifier):
+                is_settled = self._end(identifier, contents, waiting)
+            else:
+                is_settled = self._storage.settle(
+                    identifier, contents, complete=not waiting, why=waiting.reason
+                )
+                if is_settled and waiting:
+                    self._logger.info("case %d waits: %s", contents.case_id, waiting.reason)
+                elif is_settled:
+                    self._logger.info("case %d is ready", contents.case_id)
+            if is_settled:
+                return
+
+    def look(
+        self, identifier: str, contents: Contents, is_sealed: bool = False
+    ) -> tuple[dict[str, AbstractInput], "Waiting"] | None:
+        """The inputs of a case and what it waits for; None where looking failed."""
+        with self._failures.blaming(contents.case_id):
+            inputs = {
+                name: kind(
+                    Datasets(contents.sources[name], self._eager.decoded(contents.case_id, name))
+                )
+                for name, kind in self._inputs.items()
+            }
+            return inputs, self._waiting(identifier, contents, inputs, is_sealed)
+        return None
+
+    def _waiting(
+        self,
+        identifier: str,
+        contents: Contents,
+        inputs: Mapping[str, AbstractInput],
+        is_sealed: bool,
+    ) -> "Waiting":
+        if contents.obstacle:
+            return Waiting(contents.obstacle)
+        wait = self._storage.waits.of(contents.case_id)
+        if wait.forced:
+            return Waiting()
+        if is_sealed:
+            return _lacking(inputs)
+        if wait.conflict:
+            return Waiting(
+                f"{wait.conflict} came under another identifier before: find out whose it is; "
+                "dicomnode cases --complete processes this case"
+            )
+        is_open, is_quiet_in = self._coming(identifier, contents.case_id)
+        if is_open:
+            return Waiting("an association that brought images of it is open")
+        counts = all(kind.expected_images is not None for kind in self._inputs.values())
+        quiet = Waiting(f"no image for {is_quiet_in:.0f} s more")
+        if is_quiet_in > 0 and not (counts and inputs):
+            return quiet
+        lacking = _lacking(inputs)
+        if is_quiet_in > 0:
+            # Where the headers tell how many there are, nothing else has to.
+            return lacking if not lacking and lacking.is_counted else quiet
+        return lacking
+
+    def _coming(self, identifier: str, case_id: int) -> tuple[bool, float]:
+        """Whether more images are on their way, and for how long there have to be none."""
+        quiet = self._patience.quiet_seconds
+        left = 0.0 if quiet is None else max(0.0, quiet - self._idle(identifier))
+        if self.senders.is_arriving_for(case_id):
+            return True, left
+        # A sender may keep its association open. That tells nothing where silence counts.
+        is_over = self._is_overdue(identifier) or (quiet is not None and not left)
+        return not is_over and self.senders.is_open_for(case_id), left
+
+    def _is_overdue(self, identifier: str) -> bool:
+        deadline = self._patience.deadline_seconds
+        return deadline is not None and self._idle(identifier) >= deadline
+
+    def _end(self, identifier: str, contents: Contents, waiting: "Waiting") -> bool:
+        """What becomes of a case that is not complete at its deadline; False where that changed."""
+        told = (
+            f"not complete {self._patience.deadline_seconds:g} s after its last image "
+            f"(deadline_seconds): {waiting.reason}"
+        )
+        number = contents.case_id
+        if self._patience.at_deadline == "process" and waiting.is_for_images:
+            if not self._storage.force(identifier, contents, told):
+                return False
+            self._logger.warning("case %d is processed as it is, though %s", number, told)
+            return True
+        case = self._storage.ledger.case(number)
+        if case.state is State.FAILED and case.error == told:
+            return True
+        if not self._storage.give_up(identifier, contents, told):
+            return False
+        self._logger.error("case %d FAILED, is kept, and still takes images: %s", number, told)
+        return True
+
+    # Late images
+
+    def _is_put_together(self, identifier: str, contents: Contents) -> bool:
+        """Whether a case that holds late images of an earlier one has got that one's images, too."""
+        storage, number = self._storage, contents.case_id
+        # validate() may have closed the node.
+        if storage.open_case(identifier) != number:
+            return False
+        wait = storage.waits.of(number)
+        if wait.revises or wait.too_late_for:
+            return False
+        earlier_cases = storage.waits.sealed_cases(identifier, number)
+        if not earlier_cases:
+            return False
+        series = self._series(number)
+        for earlier in earlier_cases:
+            is_over = earlier.state in OVER
+            theirs = storage.waits.series(earlier.id) if is_over else self._series(earlier.id)
+            if not series or not series <= theirs:
+                continue
+            if is_over:
+                storage.waits.come_too_late(number, earlier.id)
+                self._logger.warning(
+                    "case %d: %d images came after case %d was done; they wait",
+                    number, len(storage.ledger.instances(number)), earlier.id,
+                )  # fmt: skip
+                return False
+            return self._put_together(identifier, contents, earlier)
+        return False
+
+    def _put_together(self, identifier: str, contents: Contents, earlier: Case) -> bool:
+        ledger = self._storage.ledger
+        held = {
+            (row.input, row.uid, row.digest)
+            for row in ledger.instances(earlier.id)
+            if not row.damaged
+        }
+        mine = {(row.input, row.uid, row.digest) for row in ledger.instances(contents.case_id)}
+        if mine <= held:
+            # They came twice, and are not late.
+            return False
+        count = self._storage.revise(identifier, contents, earlier)
+        if count is None:
+            # It changes just now, and is looked at again after that.
+            return False
+        self._logger.info(
+            "case %d is a revision of case %d: %d late images and the %d of that one",
+            contents.case_id,
+            earlier.id,
+            len(mine - held),
+            count,
+        )
+        return True
+
+    def _series(self, case_id: int) -> set[str]:
+        sources = self._storage.sources_of(case_id)
+        return set(series_of(LazyDataset(source) for source in sources)) - {""}
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What a case waits for; false where for nothing."""
+
+    reason: str = ""
+    #: Its inputs lack images.
+    is_for_images: bool = False
+    #: The headers of all images tell how many there are.
+    is_counted: bool = field(default=False, compare=False)
+
+    def __bool__(self) -> bool:
+        return bool(self.reason)
+
+
+def _lacking(inputs: Mapping[str, AbstractInput]) -> Waiting:
+    looked = {name: waits_for(one) for name, one in inputs.items()}
+    reasons: dict[str, list[str]] = {}
+    for name, (reason, _) in looked.items():
+        if reason:
+            reasons.setdefault(reason, []).append(name)
+    text = "; ".join(f"input {', '.join(names)} {reason}" for reason, names in reasons.items())
+    return Waiting(text, bool(text), all(is_counted for _, is_counted in looked.values()))
+
+
+def _days(seconds: float) -> str:
+    if seconds >= 24 * 3600:
+        return f"{seconds / (24 * 3600):.1f} days"
+    return f"{seconds / 3600:.1f} hours"
