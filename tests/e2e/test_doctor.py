@@ -4,7 +4,9 @@ import errno
 import os
 import resource
 import socket
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -127,8 +129,9 @@ def test_few_files_slow_flushes_and_full_disks_are_told(
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
     monkeypatch.setattr(checkup, "_try_folder", lambda _: 0.2)
-    monkeypatch.setattr(checkup, "_GIB", 1 << 60)
-    _, lines = doctor(pipeline_file(tmp_path, "class Node(Base): pass\n"))
+    code = f"class Node(Base): limits = Limits(free_bytes={1 << 60})\n"
+    imports = "from dicomnode.server.transport import Limits\n"
+    _, lines = doctor(pipeline_file(tmp_path, imports + code))
     assert found(lines, "warning", "256 files open")
     assert found(lines, "warning", "fsync is slow")
     assert found(lines, "error", "make room")
@@ -163,3 +166,60 @@ def test_a_folder_on_no_local_disk_is_warned_of(
     monkeypatch.setattr(checkup, "file_system_of", lambda folder, mounts: kind)
     _, lines = doctor(pipeline_file(tmp_path, "class Node(Base): pass\n"))
     assert found(lines, "warning", told)
+
+
+@pytest.mark.parametrize(
+    ("days", "level", "told"),
+    [
+        (400.5, "ok", "is valid for 400 days"),
+        (5.5, "warning", "is valid for 5 days"),
+        (-1, "error", "expired"),
+    ],
+)
+def test_certificates_are_looked_at_before_they_expire(
+    days: float, level: str, told: str, tmp_path: Path, peer: Callable[[str], str]
+) -> None:
+    key, certificate = certified(tmp_path, peer("openssl"), days)
+    key.chmod(0o644)
+    imports = "from dicomnode.lib.tls import TLS\n"
+    code = f"class Node(Base): tls = TLS({str(certificate)!r}, {str(key)!r})\n"
+    _, lines = doctor(pipeline_file(tmp_path, imports + code))
+    assert found(lines, level, told), lines
+    if level != "error":
+        assert found(lines, "warning", "chmod 600")
+        assert found(lines, "warning", "tls has no ca")
+
+
+def certified(folder: Path, openssl: str, days: float) -> tuple[Path, Path]:
+    """A key, and a certificate for it that ends in so many days, or did."""
+    key, request, certificate = (folder / name for name in ("key.pem", "request.pem", "node.pem"))
+    (folder / "index.txt").touch()
+    (folder / "serial").write_text("01\n")
+    settings = folder / "openssl.cnf"
+    settings.write_text(
+        "[req]\ndistinguished_name = name\n[name]\n[ca]\ndefault_ca = own\n[own]\npolicy = any\n"
+        f"database = {folder}/index.txt\nserial = {folder}/serial\nnew_certs_dir = {folder}\n"
+        "default_md = sha256\n[any]\ncommonName = supplied\n"
+    )
+    begin, end = (
+        (datetime.now(UTC) + timedelta(days=day)).strftime("%Y%m%d%H%M%SZ")
+        for day in (min(days, 0) - 9, days)
+    )
+    for command in (
+        ["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", key,
+         "-out", request, "-subj", "/CN=node"],
+        ["ca", "-selfsign", "-batch", "-keyfile", key, "-in", request, "-out", certificate,
+         "-notext", "-startdate", begin, "-enddate", end],
+    ):  # fmt: skip
+        subprocess.run(
+            [openssl, *map(str, command), "-config", str(settings)], check=True, capture_output=True
+        )
+    return key, certificate
+
+
+def test_a_certificate_that_is_none_is_an_error(tmp_path: Path) -> None:
+    imports = "from dicomnode.lib.tls import TLS\n"
+    code = "class Node(Base): tls = TLS('/nope.pem', '/nope.key')\n"
+    exit_code, lines = doctor(pipeline_file(tmp_path, imports + code))
+    assert exit_code == 1
+    assert found(lines, "error", "/nope.pem")

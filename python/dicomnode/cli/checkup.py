@@ -10,6 +10,7 @@ import fcntl
 import os
 import resource
 import socket
+import ssl
 import tempfile
 import threading
 import time
@@ -26,6 +27,7 @@ from dicomnode.errors import DicomnodeError
 from dicomnode.lib.dimse import Address, echo
 from dicomnode.lib.images import codecs, jpeg_has_simd
 from dicomnode.server.node import AbstractPipeline
+from dicomnode.storage.store import least_free_bytes
 
 # File systems of other machines: fsync, locks or hard links are not what they are on a disk.
 _REMOTE = frozenset(
@@ -34,7 +36,10 @@ _REMOTE = frozenset(
 )  # fmt: skip
 _VOLATILE = frozenset({"ramfs", "tmpfs"})
 _SLOW_FLUSH_SECONDS = 0.05
-_FEW_FILES = 4096
+_FEW_DAYS = 30
+_FEW_FILES = 2048
+# Its socket, what wakes its threads, and the file of a large image.
+_FILES_OF_ASSOCIATION = 8
 _FEW_INODES = 100_000
 _GIB = 1 << 30
 
@@ -67,7 +72,7 @@ def _findings(where: str) -> Iterator[Finding]:
             return
         yield Finding("ok", f"{where} defines {kind.__name__}, whose settings are sound")
         for check in (
-            _check_work, _check_port, _check_health_port, _check_folder, _check_log, _check_files,
+            _check_work, _check_port, _check_health_port, _check_tls, _check_folder, _check_log, _check_files,
             _check_codecs, _check_endpoints,
         ):  # fmt: skip
             yield from check(node)
@@ -99,8 +104,8 @@ def _check_port(node: AbstractPipeline) -> Iterator[Finding]:
     if node.is_open_to_all:
         yield Finding(
             "warning",
-            f"everybody who reaches {name} may send: set ip to one address, or "
-            "require_calling_aet, or let a firewall decide",
+            f"everybody who reaches {name} may send: set ip to one address, allowed_networks, tls "
+            "with a ca, or require_calling_aet; or let a firewall decide",
         )
 
 
@@ -115,6 +120,41 @@ def _check_health_port(node: AbstractPipeline) -> Iterator[Finding]:
         yield Finding("ok", f"{name} is used, and a node runs with this root_data_directory")
     else:
         yield Finding("error", _port_trouble(name, error, "health_port"))
+
+
+def _check_tls(node: AbstractPipeline) -> Iterator[Finding]:
+    if node.tls is None:
+        return
+    try:
+        node.tls.server()
+        days = _days_left(Path(node.tls.certificate), Path(node.tls.key))
+    except (DicomnodeError, ssl.SSLError) as error:
+        yield Finding("error", f"{error}; renew or replace it")
+        return
+    told = f"the TLS certificate {node.tls.certificate} is valid for {days:.0f} days"
+    yield Finding("ok" if days > _FEW_DAYS else "warning", told)
+    if Path(node.tls.key).stat().st_mode & 0o077:
+        yield Finding("warning", f"{node.tls.key} can be read by others: chmod 600 it")
+    if node.tls.ca is None:
+        yield Finding("warning", "tls has no ca: every sender is let in, encrypted; set it")
+
+
+def _days_left(certificate: Path, key: Path) -> float:
+    """How long a certificate is still valid; asks it of itself. Raises ssl.SSLError if it is not."""
+    server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_side.load_cert_chain(certificate, key, password="")
+    client_side = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client_side.check_hostname = False
+    client_side.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    client_side.load_verify_locations(certificate)
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = client_side.wrap_bio(to_client, to_server)
+    server = server_side.wrap_bio(to_server, to_client, server_side=True)
+    for side in (client, server, client):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    found = client.getpeercert() or {}
+    return (ssl.cert_time_to_seconds(str(found["notAfter"])) - time.time()) / 86400
 
 
 def _bind(ip: str, port: int) -> OSError | None:
@@ -179,7 +219,7 @@ def _check_folder(node: AbstractPipeline) -> Iterator[Finding]:
             "warning", "fsync is slow, and each image waits for it: a local SSD takes about 1 ms"
         )
     yield from _check_file_system(folder)
-    yield from _check_room(folder)
+    yield from _check_room(folder, node.limits.free_bytes)
     if _is_running(node):
         yield Finding("ok", f"a node runs with {root} now; a second one needs a folder of its own")
 
@@ -242,14 +282,18 @@ def file_system_of(folder: Path, mounts: str) -> str:
     return found
 
 
-def _check_room(folder: Path) -> Iterator[Finding]:
+def _check_room(folder: Path, wanted: int | None) -> Iterator[Finding]:
     disk = os.statvfs(folder)
-    free = disk.f_bavail * disk.f_frsize
-    told = f"{free / _GIB:.1f} GiB are free there"
-    if free < _GIB:
+    free, size = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+    least = least_free_bytes(size, wanted)
+    told = (
+        f"{free / _GIB:.1f} GiB are free there, and below {least / _GIB:.1f} GiB images are refused "
+        "(limits.free_bytes)"
+    )
+    if free < least:
         yield Finding("error", f"{told}: make room, or set root_data_directory to another disk")
-    elif free < 10 * _GIB:
-        yield Finding("warning", f"{told}: that is soon full; make room")
+    elif free < least + 10 * _GIB:
+        yield Finding("warning", f"{told}: that comes soon; make room")
     else:
         yield Finding("ok", told)
     if disk.f_files > 0 and disk.f_favail < _FEW_INODES:
@@ -288,13 +332,13 @@ def _check_log(node: AbstractPipeline) -> Iterator[Finding]:
 
 
 def _check_files(node: AbstractPipeline) -> Iterator[Finding]:
-    del node
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= limit < _FEW_FILES:
+    wanted = max(_FEW_FILES, _FILES_OF_ASSOCIATION * node.limits.associations)
+    if 0 <= limit < wanted:
         yield Finding(
             "warning",
             f"a process may have {limit} files open, which many senders use up: raise it to "
-            f"{max(_FEW_FILES, min(most, 65536))} (ulimit -n, or LimitNOFILE= of the service)",
+            f"{max(wanted, min(most, 65536))} (ulimit -n, or LimitNOFILE= of the service)",
         )
     else:
         yield Finding("ok", f"a process may have {limit} files open")

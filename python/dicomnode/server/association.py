@@ -271,12 +271,12 @@ class AssociationServer:
 
     def _on_open(self, event: Any) -> None:
         with self._lock:
-            self._visits[event.assoc] = _Visit(next(self._numbers))
+            event.assoc.number = next(self._numbers)
+            self._visits[event.assoc] = _Visit(event.assoc.number)
 
     def _about(self, association: Association) -> AbstractContextManager[Scope]:
         """What is logged inside is about this association."""
-        visit = self._visits.get(association)
-        return about(association=None if visit is None else visit.number)
+        return about(association=getattr(association, "number", None))
 
     def _on_echo(self, event: Any) -> int:
         with self._about(event.assoc):
@@ -292,9 +292,12 @@ class AssociationServer:
             association.requestor.ae_title = title
             association.acse.send_reject(0x01, 0x01, 0x03)
             association.is_rejected = True
-            self._logger.warning(
-                "association with %s rejected: not an address of this AE title", _peer(association)
-            )
+            self._reception.meters.associations.add(label="rejected")
+            with self._about(association):
+                self._logger.warning(
+                    "association with %s rejected: not an address of this AE title",
+                    _peer(association),
+                )
             association.kill()
 
     def _on_accepted(self, event: Any) -> None:
@@ -375,13 +378,14 @@ class AssociationServer:
                 return
             greatest = max(held, key=lambda one: held[one])
             self._visits[greatest].is_cut_off = True
-        self._logger.error(
-            "association with %s is cut off: %d bytes of images are arriving at once, most of "
-            "them there, and memory_limit is %d",
-            _peer(greatest),
-            total,
-            self._reception.most_bytes,
-        )
+        with self._about(greatest):
+            self._logger.error(
+                "association with %s is cut off: %d bytes of images are arriving at once, most of "
+                "them there, and memory_limit is %d",
+                _peer(greatest),
+                total,
+                self._reception.most_bytes,
+            )
         greatest.cut_off()
 
     def begin_file(self, association: Association, sop_class: str, uid: str, context: int) -> int:
@@ -393,7 +397,8 @@ class AssociationServer:
             prefix = self._prefix(association, sop_class, uid, context)
             visit.growing = self._storage.begin(prefix)
         except OutOfResources as error:
-            self._logger.error("%s not stored: %s", uid, error)
+            with self._about(association):
+                self._logger.error("%s not stored: %s", uid, error)
             return -1
         return visit.growing.descriptor
 
@@ -402,7 +407,7 @@ class AssociationServer:
         with self._lock:
             # Without a visit the connection has closed while this image was on its way.
             visit = self._visits.get(association) or _Visit(over=True)
-        with self._working(), about(association=visit.number):
+        with self._working(), self._about(association):
             growing, visit.growing = visit.growing, None
             try:
                 status, comment = self._answered(association, received, growing, visit)

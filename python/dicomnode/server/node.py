@@ -334,7 +334,11 @@ class AbstractPipeline:
     @property
     def is_open_to_all(self) -> bool:
         """Whether every machine in every network may send."""
-        return self.ip in _ALL_ADDRESSES and not self.require_calling_aet
+        return self.ip in _ALL_ADDRESSES and not (
+            self.require_calling_aet
+            or self.allowed_networks
+            or (self.tls is not None and self.tls.ca is not None)
+        )
 
     @contextlib.contextmanager
     def _stopped_by_signals(self, wanted: bool) -> Iterator[None]:
@@ -450,8 +454,9 @@ class AbstractPipeline:
         if self.is_open_to_all:
             self.logger.warning(
                 "ANYBODY WHO REACHES THIS MACHINE CAN SEND TO %s: it listens on all addresses "
-                "(ip = %r) without any restriction. Set `ip` to one address, or "
-                "`require_calling_aet`, or let a firewall decide who reaches port %d",
+                "(ip = %r) without any restriction. Set `ip` to one address, `allowed_networks`, "
+                "`tls` with a ca, or `require_calling_aet`; or let a firewall decide who reaches "
+                "port %d",
                 self.ae_title,
                 self.ip,
                 self.port,

@@ -29,6 +29,7 @@ from pynetdicom import AE
 from pynetdicom.association import Association
 from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dul import DULServiceProvider
+from pynetdicom.fsm import InvalidEventError
 from pynetdicom.presentation import PresentationContext
 from pynetdicom.timer import Timer
 from pynetdicom.transport import (
@@ -39,6 +40,7 @@ from pynetdicom.transport import (
 
 from dicomnode.errors import InvalidDicom
 from dicomnode.lib.dicom import Received, Receiver
+from dicomnode.server.logs import about
 
 # How long a thread waits at most before it looks at its timers again.
 _LOOK_SECONDS = 0.5
@@ -294,7 +296,9 @@ class _Provider(DULServiceProvider):
 
     def run_reactor(self) -> None:
         try:
-            super().run_reactor()
+            # A stop and a broken message may end an association at the same moment.
+            with contextlib.suppress(InvalidEventError):
+                super().run_reactor()
         finally:
             self._receiver = None
             if self.socket is not None:
@@ -411,6 +415,8 @@ class NodeAssociation(Association):
 
     def __init__(self, ae: AE, service: Service, limits: Limits, memory_bytes: int) -> None:
         super().__init__(ae, "acceptor")
+        #: In the log.
+        self.number: int | None = None
         #: Bytes of an image that may be in memory.
         self.memory_bytes = memory_bytes
         self.dimse = _Messages(self)
@@ -590,12 +596,13 @@ class Server(ThreadedAssociationServer):
 
     def complain(self, association: Association, trouble: str) -> None:
         """Tell why an association is aborted."""
-        self._logger.error(
-            "association with %r at %s is aborted: %s",
-            str(association.requestor.ae_title or "").strip(),
-            association.requestor.address,
-            trouble,
-        )
+        with about(association=getattr(association, "number", None)):
+            self._logger.error(
+                "association with %r at %s is aborted: %s",
+                str(association.requestor.ae_title or "").strip(),
+                association.requestor.address,
+                trouble,
+            )
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A handshake that failed, mostly; one line, and no traceback on the screen."""

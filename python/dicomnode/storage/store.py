@@ -181,11 +181,7 @@ class Storage:
                 "give every node its own"
             )
         disk = os.statvfs(self.root)
-        self._least_free = (
-            min(_FREE_BYTES, disk.f_blocks * disk.f_frsize // 20)
-            if self._wanted_free is None
-            else self._wanted_free
-        )
+        self._least_free = least_free_bytes(disk.f_blocks * disk.f_frsize, self._wanted_free)
         # A program that process() forks has the lock too, and would keep it when the node is gone.
         os.register_at_fork(after_in_child=partial(_let_go, weakref.ref(self)))
         try:
@@ -755,6 +751,11 @@ class Storage:
                 found.append(earlier)
             number = self.waits.of(number).revises
         return found
+
+
+def least_free_bytes(disk_bytes: int, wanted: int | None) -> int:
+    """How much stays free on a disk of that size; `wanted` None is 5 %, at most 1 GiB."""
+    return min(_FREE_BYTES, disk_bytes // 20) if wanted is None else wanted
 
 
 @dataclass
