@@ -3,7 +3,6 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import typer
@@ -11,7 +10,7 @@ from pydicom.dataset import Dataset
 
 from dicomnode.cli.edge import CommandFailed, counted
 from dicomnode.cli.series import load_paths
-from dicomnode.lib.dicom import LazyDataset, Source, header_text, read, scan
+from dicomnode.lib.dicom import LazyDataset, Source
 from dicomnode.lib.dimse import Address, Response, echo, send
 
 _MEANINGS = {
@@ -72,14 +71,7 @@ def send_datasets(
     on_response: Callable[[Response], None] | None = None,
 ) -> list[Response]:
     """Send what `load` gave, each as it is in its file, one in memory at a time."""
-    sources = [source_of(dataset) for dataset in datasets]
-    return send(
-        address,
-        [partial(read, source) for source in sources],
-        calling,
-        contexts={_context_of(source) for source in sources},
-        on_response=on_response,
-    )
+    return send(address, datasets, calling, on_response=on_response)
 
 
 def source_of(dataset: Dataset) -> Source:
@@ -87,13 +79,3 @@ def source_of(dataset: Dataset) -> Source:
     if not isinstance(dataset, LazyDataset):
         raise TypeError(f"{type(dataset).__name__} has no source")
     return dataset.source
-
-
-def _context_of(source: Source) -> tuple[str, str]:
-    header = scan(source)
-    sop_class = header_text(header, 0x00080016)
-    if not sop_class or not header_text(header, 0x00080018):
-        raise CommandFailed(
-            f"{source!r} has no SOPClassUID or no SOPInstanceUID, so it cannot be sent"
-        )
-    return sop_class, header.transfer_syntax

@@ -398,6 +398,26 @@ def part10_prefix(
     return b"\0" * 128 + b"DICM" + length + body
 
 
+def dataset_of(data: bytes) -> memoryview:
+    """The dataset in a Part 10 object, without preamble and file meta (PS3.10 section 7.1).
+
+    Of bytes without `DICM`, all. Raises InvalidDicom where the file meta is damaged.
+    """
+    view = memoryview(data)
+    if data[128:132] != b"DICM":
+        return view
+    position = 132
+    while data[position : position + 2] == b"\x02\x00" and len(data) >= position + 8:
+        if data[position + 4 : position + 6] in (b"OB", b"UN", b"SQ", b"UT", b"OW"):
+            length = 12 + int.from_bytes(data[position + 8 : position + 12], "little")
+        else:
+            length = 8 + int.from_bytes(data[position + 6 : position + 8], "little")
+        position += length
+    if position > len(data):
+        raise InvalidDicom("the file meta is cut off")
+    return view[position:]
+
+
 def encode(dataset: Dataset) -> tuple[bytes, str]:
     """A dataset as a Part 10 object, and its transfer syntax UID.
 

@@ -1,37 +1,41 @@
 """DIMSE as a client: who a peer is, is it there, and send it objects.
 
 Solves sending so that each object has its own answer: one association for a batch, one status for
-every instance, deadlines that hold, and never an exception half way that hides what arrived.
+every instance, deadlines that hold, and never an exception half way that hides what arrived. What a
+peer does not take as it is stored goes to it uncompressed, if it takes that.
 """
 
-import contextlib
-import copy
 import os
-import socket
-import threading
+import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from pathlib import Path
 
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
-from pynetdicom import AE, evt
-from pynetdicom.association import Association
-from pynetdicom.presentation import PresentationContext, build_context
+from pydicom.dataset import Dataset
 
 from dicomnode.errors import (
     CouldNotCompleteDIMSEMessage,
+    DicomnodeError,
     IncorrectlyConfigured,
     InvalidDataset,
     PeerRefuses,
-    PeerRejects,
     PeerUnreachable,
 )
-from dicomnode.lib.dicom import printable
+from dicomnode.lib.dicom import (
+    LazyDataset,
+    Source,
+    dataset_of,
+    encode,
+    header_text,
+    is_uid,
+    scan,
+)
+from dicomnode.lib.requestor import IMPLEMENTATION_UID as IMPLEMENTATION_UID
+from dicomnode.lib.requestor import PeerBusy, Requestor
+from dicomnode.lib.transcode import EXPLICIT, IMPLICIT, transcode
 
-# Tells a peer that it speaks with this package.
-IMPLEMENTATION_UID = "2.25.220906513937283452218462934771205593021"
 # 0x0000, the storage warnings of PS3.4 B.2.3, and 0x0111: the peer has this instance already.
 _STORED = frozenset({0x0000, 0xB000, 0xB006, 0xB007, 0x0111})
 # A node of ours answers a warning for what it does not keep.
@@ -41,12 +45,10 @@ _NOT_SUPPORTED = 0x0122
 _NOT_ENCODED = 0xC000
 _VERIFICATION = "1.2.840.10008.1.1"
 _MOST_CONTEXTS = 128
-_CONNECT_SECONDS = 10.0
-_ANSWER_SECONDS = 60.0
 # How long to ask again after a transient rejection (PS3.8 9.3.4): a peer that takes only so many
 # associations may still be closing the one before.
 _BUSY_SECONDS = 10.0
-_REJECTED_TRANSIENT = 2
+_AE_TITLE = re.compile(r"[ -\[\]-~]{1,16}")
 
 
 @dataclass(frozen=True)
@@ -76,34 +78,49 @@ class Response:
     is_stored: bool = False
 
 
+@dataclass(frozen=True)
+class Outgoing:
+    """An instance that is read when it is its turn: `read` gives the whole Part 10 object."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    transfer_syntax_uid: str
+    read: Callable[[], bytes]
+
+
+class _NotEncodable(Exception):
+    """A dataset that cannot be written as DICOM."""
+
+
 def echo(address: Address, ae_title: str = "DICOMNODE") -> None:
     """C-ECHO: ask whether a peer answers.
 
     Raises CouldNotCompleteDIMSEMessage with the reason, and IncorrectlyConfigured for an AE title
     that is none.
     """
-    association = _associate(address, ae_title, [build_context(_VERIFICATION)])
-    try:
-        status = association.send_c_echo()
-        if status.get("Status") != 0x0000:
-            raise CouldNotCompleteDIMSEMessage(f"{address} did not answer the C-ECHO")
-    finally:
-        _leave(association)
+    association = associate(address, ae_title, [(_VERIFICATION, IMPLICIT)])
+    if association.echo(association.accepted[_VERIFICATION, IMPLICIT]) != 0x0000:
+        association.abort()
+        raise CouldNotCompleteDIMSEMessage(f"{address} did not answer the C-ECHO with success")
+    association.release()
 
 
 def send(
     address: Address,
-    datasets: Iterable[Dataset | Callable[[], Dataset]],
+    datasets: Iterable[Dataset | Outgoing],
     ae_title: str = "DICOMNODE",
     *,
-    contexts: Iterable[tuple[str, str]] | None = None,
     on_response: Callable[[Response], None] | None = None,
 ) -> list[Response]:
     """C-STORE all datasets to one peer over one association; one response for each.
 
-    A dataset may be given as a function that reads it, so that only one is in memory at a time;
-    then `contexts` has to tell the (SOP class UID, transfer syntax UID) pairs among them. A dataset
-    without a transfer syntax is sent as Explicit VR Little Endian.
+    An object goes as its bytes are where the peer accepts its transfer syntax, else in Explicit or
+    Implicit VR Little Endian, compressed pixels decompressed. A dataset without a transfer syntax is
+    sent as Explicit VR Little Endian. Kinds of objects that need more than the 128 presentation
+    contexts of an association are sent over several, one after the other.
+
+    An `Outgoing` is read when it is its turn, so that only one is in memory at a time. So is a dataset
+    that was loaded and not looked at.
 
     `on_response` is called after each answer, also before an error that ends the association.
 
@@ -118,182 +135,162 @@ def send(
         raise TypeError(
             f"expected datasets, found {datasets!r}; read them: send(address, load(path))"
         )
-    batch = list(datasets)
-    for item in batch:
-        if not isinstance(item, Dataset) and not callable(item):
-            raise TypeError(
-                f"expected a Dataset, found {type(item).__name__}; read files with "
-                "dicomnode.lib.dicom.load"
-            )
-    if not batch:
-        return []
-    if contexts is None:
-        read = [item if isinstance(item, Dataset) else item() for item in batch]
-        contexts = [_context_of(item) for item in read]
-        batch = list(read)
-    wanted = _presentation_contexts(set(contexts))
-    association = _associate(address, ae_title, wanted)
-    responses: list[Response] = []
-    try:
-        for item in batch:
-            response = _store(association, address, item if isinstance(item, Dataset) else item())
-            responses.append(response)
-            if on_response is not None:
-                on_response(response)
-    except BaseException:
-        # A release would wait for the answer of a peer that may not give one.
-        if association.is_established:
+    batch = [_outgoing(item) for item in datasets]
+    responses: dict[int, Response] = {}
+
+    def answered(k: int, response: Response) -> None:
+        responses[k] = response
+        if on_response is not None:
+            on_response(response)
+
+    groups = list(_groups(batch))
+    for contexts, numbers in groups:
+        try:
+            association = associate(address, ae_title, contexts)
+        except PeerRefuses as error:
+            if len(groups) == 1:
+                raise
+            for k in numbers:
+                answered(k, Response(batch[k].sop_instance_uid, _NOT_SUPPORTED, str(error)))
+            continue
+        try:
+            for k in numbers:
+                answered(k, _store(association, batch[k]))
+        except BaseException:
+            # A release would wait for the answer of a peer that may not give one.
             association.abort()
-        raise
-    _leave(association)
-    return responses
+            raise
+        association.release()
+    for k, item in enumerate(batch):
+        if k not in responses:
+            told = "a UID of it is none"
+            answered(k, Response(item.sop_instance_uid, _NOT_ENCODED, told))
+    return [responses[k] for k in range(len(batch))]
 
 
-def _context_of(dataset: Dataset) -> tuple[str, str]:
-    for keyword in ("SOPClassUID", "SOPInstanceUID"):
-        if not dataset.get(keyword):
+def associate(address: Address, ae_title: str, contexts: Iterable[tuple[str, str]]) -> Requestor:
+    """An association with (abstract syntax, transfer syntax) contexts.
+
+    Asks again while the peer is too busy to take one.
+
+    Raises IncorrectlyConfigured for an AE title that is none, and what `Requestor` raises.
+    """
+    if not _is_title(ae_title):
+        raise IncorrectlyConfigured(f"{ae_title!r} is no AE title")
+    if not address.ip or not _is_title(address.ae_title):
+        raise PeerUnreachable(f"{address} cannot be reached: it has no host or no AE title")
+    end, pause = time.monotonic() + _BUSY_SECONDS, 0.05
+    wanted = list(contexts)
+    while True:
+        try:
+            return Requestor(
+                str(address), (address.ip, address.port), address.ae_title, ae_title, wanted
+            )
+        except PeerBusy:
+            if time.monotonic() + pause >= end:
+                raise
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
+
+
+def _is_title(title: object) -> bool:
+    return isinstance(title, str) and bool(_AE_TITLE.fullmatch(title) and title.strip())
+
+
+def _outgoing(item: object) -> Outgoing:
+    if isinstance(item, Outgoing):
+        return item
+    if not isinstance(item, Dataset):
+        raise TypeError(
+            f"expected a Dataset, found {type(item).__name__}; read files with "
+            "dicomnode.lib.dicom.load"
+        )
+    if isinstance(item, LazyDataset) and "_dict" not in item.__dict__:
+        header = scan(item.source)
+        uids = {"SOPClassUID": header_text(header, 0x00080016)}
+        uids["SOPInstanceUID"] = header_text(header, 0x00080018)
+        syntax, read = header.transfer_syntax, partial(_bytes_of, item.source)
+    else:
+        keywords = ("SOPClassUID", "SOPInstanceUID")
+        uids = {keyword: str(item.get(keyword) or "") for keyword in keywords}
+        meta = getattr(item, "file_meta", None)
+        syntax = str((meta.get("TransferSyntaxUID") if meta is not None else None) or EXPLICIT)
+        read = partial(_encoded, item)
+    for keyword, value in uids.items():
+        if not value:
             raise InvalidDataset(
-                f"a dataset (SOPInstanceUID {dataset.get('SOPInstanceUID', '')!r}) has no {keyword}, "
+                f"a dataset (SOPInstanceUID {uids['SOPInstanceUID']!r}) has no {keyword}, "
                 "so it cannot be sent"
             )
-    meta = getattr(dataset, "file_meta", None)
-    syntax = meta.get("TransferSyntaxUID") if meta is not None else None
-    return str(dataset.SOPClassUID), str(syntax or ExplicitVRLittleEndian)
+    return Outgoing(uids["SOPClassUID"], uids["SOPInstanceUID"], syntax, read)
 
 
-def _presentation_contexts(pairs: set[tuple[str, str]]) -> list[PresentationContext]:
-    """One context for each pair, so that the peer's choice never forces a conversion.
-
-    The two little endian syntaxes carry the same pixels: offering both lets a peer that takes only
-    one of them have it.
-    """
-    little = {str(ExplicitVRLittleEndian), str(ImplicitVRLittleEndian)}
-    contexts = [build_context(kind, syntax) for kind, syntax in sorted(pairs)]
-    for kind in sorted({kind for kind, syntax in pairs if syntax in little}):
-        contexts += [build_context(kind, one) for one in sorted(little) if (kind, one) not in pairs]
-    if len(contexts) > _MOST_CONTEXTS:
-        raise CouldNotCompleteDIMSEMessage(
-            f"{len(contexts)} presentation contexts are needed, an association has at most "
-            f"{_MOST_CONTEXTS} (PS3.8 9.3.2.2); send fewer kinds of objects at once"
-        )
-    return contexts
+def _bytes_of(source: Source) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    return Path(source).read_bytes()
 
 
-def _associate(address: Address, ae_title: str, contexts: list[PresentationContext]) -> Association:
-    """An established association; asks again while the peer is too busy to take one."""
-    end, pause = time.monotonic() + _BUSY_SECONDS, 0.05
-    while True:
-        association, is_connected = _ask_for_association(address, ae_title, contexts)
-        if association.is_established:
-            _keep_answers_for_sender(association)
-            return association
-        answer = association.acceptor.primitive
-        if association.is_rejected:
-            is_busy = answer is not None and answer.result == _REJECTED_TRANSIENT
-            if is_busy and time.monotonic() + pause < end:
-                time.sleep(pause)
-                pause = min(2 * pause, 1.0)
-                continue
-            reason = getattr(answer, "reason_str", "") if answer is not None else ""
-            told = (
-                f"{address} rejected the association of {ae_title!r}: {reason or 'no reason given'}"
-            )
-            raise PeerUnreachable(told) if is_busy else PeerRejects(told)
-        if not is_connected:
-            raise PeerUnreachable(
-                f"{address} cannot be reached: nobody listens there, or it does not answer"
-            )
-        if answer is not None:
-            raise PeerRefuses(f"{address} accepted none of the presentation contexts")
-        raise PeerUnreachable(f"{address} did not answer the request for an association")
-
-
-def _ask_for_association(
-    address: Address, ae_title: str, contexts: list[PresentationContext]
-) -> tuple[Association, bool]:
-    """One request for an association, whatever comes of it; and whether there was a connection."""
+def _encoded(dataset: Dataset) -> bytes:
     try:
-        ae = AE(ae_title=ae_title)
-    except (ValueError, TypeError) as error:
-        raise IncorrectlyConfigured(f"{ae_title!r} is no AE title: {error}") from error
-    ae.connection_timeout = _CONNECT_SECONDS
-    ae.acse_timeout = _ANSWER_SECONDS
-    ae.dimse_timeout = _ANSWER_SECONDS
-    ae.network_timeout = _ANSWER_SECONDS
-    ae.maximum_pdu_size = 131072
-    connections = []
-
-    def on_open(event: Any) -> None:
-        connections.append(event)
-        _tune_socket(event)
-
-    try:
-        association = ae.associate(
-            address.ip,
-            address.port,
-            contexts=contexts,
-            ae_title=address.ae_title,
-            evt_handlers=[(evt.EVT_CONN_OPEN, on_open)],
-        )
-    except (OSError, ValueError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PeerUnreachable(f"{address} cannot be reached: {reason}") from error
-    return association, bool(connections)
+        return encode(dataset)[0]
+    except InvalidDataset as error:
+        raise _NotEncodable(str(error)) from error
 
 
-def _keep_answers_for_sender(association: Association) -> None:
-    """Let only the thread that sent a request take its answer.
+def _groups(batch: list[Outgoing]) -> Iterator[tuple[list[tuple[str, str]], list[int]]]:
+    """The associations that a batch needs: the contexts of each, and the instances that go over it.
 
-    pynetdicom pauses the association's own thread while a request is out, but between "paused" and
-    paused that thread may still take the answer from the queue ("unexpected C-STORE message"); the
-    sender then waits for its time-out and an image that was stored counts as lost. As a client we
-    serve no requests, so that thread has nothing to take.
+    One context for each pair, so that the peer's choice never forces a conversion; and for each class
+    the two that every object can be converted to.
     """
-    take = association.dimse.get_msg
-
-    def get_msg(block: bool = False) -> Any:
-        if threading.current_thread() is association:
-            return None, None
-        return take(block)
-
-    association.dimse.get_msg = get_msg  # type: ignore[method-assign]
-
-
-def _tune_socket(event: Any) -> None:
-    """Without TCP_NODELAY every small message waits 40 ms for a delayed acknowledgement.
-
-    The time-out ends a send to a peer that never reads.
-    """
-    client = event.assoc.dul.socket.socket
-    with contextlib.suppress(OSError):
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        client.settimeout(_ANSWER_SECONDS)
+    by_class: dict[str, set[str]] = {}
+    for item in batch:
+        uids = (item.sop_class_uid, item.sop_instance_uid, item.transfer_syntax_uid)
+        if all(map(is_uid, uids)):
+            syntaxes = by_class.setdefault(item.sop_class_uid, {EXPLICIT, IMPLICIT})
+            syntaxes.add(item.transfer_syntax_uid)
+    contexts: list[tuple[str, str]] = []
+    for kind, syntaxes in by_class.items():
+        own = [(kind, syntax) for syntax in sorted(syntaxes)][:_MOST_CONTEXTS]
+        if len(contexts) + len(own) > _MOST_CONTEXTS:
+            yield contexts, _over(batch, contexts)
+            contexts = []
+        contexts = [*contexts, *own]
+    if contexts:
+        yield contexts, _over(batch, contexts)
 
 
-def _store(association: Association, address: Address, dataset: Dataset) -> Response:
-    uid = str(dataset.SOPInstanceUID)
-    if not association.is_established:
-        raise CouldNotCompleteDIMSEMessage(f"{address} ended the association before {uid}")
-    if getattr(dataset, "file_meta", None) is None or "TransferSyntaxUID" not in dataset.file_meta:
-        dataset = copy.copy(dataset)
-        dataset.file_meta = FileMetaDataset()
-        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+def _over(batch: list[Outgoing], contexts: list[tuple[str, str]]) -> list[int]:
+    known = set(contexts)
+    return [
+        k
+        for k, item in enumerate(batch)
+        if (item.sop_class_uid, item.transfer_syntax_uid) in known and is_uid(item.sop_instance_uid)
+    ]
+
+
+def _store(association: Requestor, item: Outgoing) -> Response:
+    kind, uid = item.sop_class_uid, item.sop_instance_uid
+    for syntax in (item.transfer_syntax_uid, EXPLICIT, IMPLICIT):
+        context = association.accepted.get((kind, syntax))
+        if context is not None:
+            break
+    else:
+        return Response(uid, _NOT_SUPPORTED, "no presentation context of its SOP class is accepted")
     try:
-        status = association.send_c_store(dataset)
-    except ValueError as error:
-        # No accepted context, or not encodable: this instance cannot go, the others can.
-        no_context = "presentation context" in str(error)
-        return Response(uid, _NOT_SUPPORTED if no_context else _NOT_ENCODED, str(error))
-    except (AttributeError, RuntimeError) as error:
-        raise CouldNotCompleteDIMSEMessage(f"{uid} cannot be sent to {address}: {error}") from error
-    if "Status" not in status:
-        raise CouldNotCompleteDIMSEMessage(f"{address} did not answer the C-STORE of {uid}")
-    ours = association.acceptor.implementation_class_uid == IMPLEMENTATION_UID
-    code = int(status.Status)
-    comment = printable(str(status.get("ErrorComment", "") or ""))
-    return Response(uid, code, comment, code in (_STORED_BY_US if ours else _STORED))
-
-
-def _leave(association: Association) -> None:
-    if association.is_established:
-        association.release()
+        data = item.read()
+    except _NotEncodable as error:
+        return Response(uid, _NOT_ENCODED, str(error))
+    if syntax == item.transfer_syntax_uid:
+        dataset = dataset_of(data)
+    else:
+        try:
+            dataset = memoryview(transcode(data, syntax))
+        except DicomnodeError as error:
+            told = f"its transfer syntax is not accepted, and it cannot be converted: {error}"
+            return Response(uid, _NOT_SUPPORTED, told)
+    answer = association.store(context, kind, uid, dataset)
+    code = answer.number(0x0900)
+    stored = _STORED_BY_US if association.implementation_uid == IMPLEMENTATION_UID else _STORED
+    return Response(uid, code, answer.text(0x0902), code in stored)

@@ -14,16 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from pydicom.dataset import Dataset
-
 from dicomnode.errors import (
     CouldNotCompleteDIMSEMessage,
     IncorrectlyConfigured,
     OutOfResources,
     PeerUnreachable,
 )
-from dicomnode.lib.dicom import read
-from dicomnode.lib.dimse import Address, Response, send
+from dicomnode.lib.dimse import Address, Outgoing, Response, send
 from dicomnode.server.loop import Failures, Loop
 from dicomnode.server.meters import Meters
 from dicomnode.storage.ledger import ResultRow
@@ -283,9 +280,16 @@ class Exporter:
         try:
             send(
                 endpoint,
-                [partial(self._result, case_id, row) for row in rows],
+                [
+                    Outgoing(
+                        row.sop_class,
+                        row.uid,
+                        row.syntax,
+                        partial(self._storage.result, case_id, row),
+                    )
+                    for row in rows
+                ],
                 self._ae_title,
-                contexts={(row.sop_class, row.syntax) for row in rows},
                 on_response=record,
             )
         finally:
@@ -293,9 +297,6 @@ class Exporter:
         self._logger.info(
             "case %d: %s acknowledged %d of %d results", case_id, key, stored, len(rows)
         )
-
-    def _result(self, case_id: int, row: ResultRow) -> Dataset:
-        return read(self._storage.result(case_id, row))
 
     # EXPORTING -> DONE | FAILED
 

@@ -696,7 +696,7 @@ class Storage:
         stored = {answer.uid for answer in answers.values() if answer.stored}
         return [row for row in self.ledger.results(case_id) if row.uid not in stored]
 
-    def result(self, case_id: int, row: ResultRow) -> Source:
+    def result(self, case_id: int, row: ResultRow) -> bytes:
         """A result as it was kept.
 
         Raises DamagedResult for one that is gone or is not what it was, and OSError for one that
