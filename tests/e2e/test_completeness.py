@@ -654,7 +654,7 @@ def test_s6_a_case_that_is_too_old_is_not_deleted_at_the_first_look_after_a_star
 ) -> None:
     clock = Clock()
     settings = {"_clock": clock, "root_data_directory": tmp_path}
-    with running_node(Counting, **settings) as node:
+    with running_node(Counting, study_expiration_days=1000, **settings) as node:
         send_all(node, make_series(1))
         clock.seconds += 100 * DAY
     with running_node(Counting, study_expiration_days=14, **settings) as node:

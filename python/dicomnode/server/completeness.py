@@ -84,8 +84,9 @@ class _Clock:
     next: float = math.inf
     #: What the ledger has of its age.
     kept: float = 0.0
-    #: When the log told that it is going to be deleted.
+    #: When the log told that it is going to be deleted, and which generation of it.
     warned: float = math.inf
+    generation: int = -1
 
 
 class Completeness:
@@ -173,7 +174,8 @@ class Completeness:
 
     def step(self) -> bool:
         """Look at a case whose time it is; whether there was one."""
-        self._check_again()
+        if self._check_again():
+            return True
         if self._now() >= self._keep_at:
             self.keep()
         with self._lock:
@@ -209,37 +211,49 @@ class Completeness:
             return _ARRIVING_SECONDS
         self.check([identifier])
         expiration = self._patience.expiration_seconds
-        notice = self._patience.notice_seconds
-        if expiration is None or idle < expiration - notice:
+        if expiration is None or idle < expiration - self._patience.notice_seconds:
             return math.inf
-        if self._storage.ledger.case(case_id).state not in (State.RECEIVING, State.FAILED):
+        return self._expire(identifier, clock, idle, expiration)
+
+    def _expire(self, identifier: str, clock: _Clock, idle: float, expiration: float) -> float:
+        """Tell that a case is going to be deleted, or delete it; in how many seconds to look again.
+
+        What is deleted is what was told of, so that no image that came since goes with it. It is
+        told once in each run, so nothing is deleted at the first look after a start.
+        """
+        contents = self._storage.current(identifier)
+        if contents is None:
             return math.inf
-        if clock.warned == math.inf:
-            clock.warned = self._now()
+        number, notice = contents.case_id, self._patience.notice_seconds
+        if self._storage.ledger.case(number).state not in (State.RECEIVING, State.FAILED):
+            return math.inf
+        if clock.warned == math.inf or clock.generation != contents.generation:
+            clock.warned, clock.generation = self._now(), contents.generation
             self._logger.warning(
                 "case %d is deleted in %s unless an image comes: it is not complete, and its last "
                 "image came %s ago (study_expiration_days)",
-                case_id,
+                number,
                 _days(max(notice, expiration - idle)),
                 _days(idle),
             )
         left = max(expiration - idle, clock.warned + notice - self._now())
-        if left > 0:
-            return left
-        if self._storage.expire(case_id, identifier):
-            self._eager.drop(case_id)
+        if left <= 0 and self._storage.expire(identifier, contents):
+            self._eager.drop(number)
             self._logger.warning(
                 "case %d is deleted, with its images: it was not complete, and its last image came "
                 "%s ago (study_expiration_days)",
-                case_id,
+                number,
                 _days(idle),
             )
-        return math.inf
+        return left if left > 0 else math.inf
 
     def keep(self) -> None:
         """Write down how long the open cases have waited."""
         now = self._now()
         self._keep_at = now + _KEEP_SECONDS
+        if self._patience == Patience():
+            # Nothing depends on it.
+            return
         with self._lock:
             clocks = list(self._clocks.items())
         seconds: dict[int, float] = {}
@@ -270,10 +284,11 @@ class Completeness:
                 with self._lock:
                     self._unchecked.add(identifier)
 
-    def _check_again(self) -> None:
+    def _check_again(self) -> bool:
         with self._lock:
             identifiers, self._unchecked = self._unchecked, set()
         self.check(identifiers)
+        return bool(identifiers - self._unchecked)
 
     def _check(self, identifier: str) -> None:
         """Look whether a case is complete; again, where images came in meanwhile."""

@@ -605,16 +605,16 @@ class Storage:
             self.waits.revise(known.id, earlier.id)
             return len(rows)
 
-    def expire(self, case_id: int, identifier: str) -> bool:
-        """Delete a case that takes images and waits for them; whether it was one."""
-        with self.holding(identifier):
-            known = self._open_cases.get(identifier)
-            if known is None or known.id != case_id or identifier in self._arriving:
-                return False
-            if not self.waits.expire(case_id):
+    def expire(self, identifier: str, contents: Contents) -> bool:
+        """Delete a case that takes images and waits for them; whether it was one.
+
+        Nothing is done where it holds something else than `contents` by now.
+        """
+        with self._as_it_was(identifier, contents) as known:
+            if known is None or identifier in self._arriving or not self.waits.expire(known.id):
                 return False
             del self._open_cases[identifier]
-            delete_files(self.ledger, self._instances, self.ledger.case(case_id))
+            delete_files(self.ledger, self._instances, self.ledger.case(known.id))
             return True
 
     def interrupt(self, case_ids: Iterable[int]) -> None:
