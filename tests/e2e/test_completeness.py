@@ -21,7 +21,7 @@ from dicomnode.lib.dimse import send
 from dicomnode.lib.grinders import numpy_grinder
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.node import AbstractPipeline
-from dicomnode.storage.ledger import Case
+from dicomnode.storage.ledger import Case, Ledger
 from dicomnode.testing import (
     State,
     address_of,
@@ -501,14 +501,14 @@ def test_a_case_completed_by_hand_is_processed_though_an_association_is_open() -
 
 
 def test_a_sealed_case_that_is_not_complete_can_be_completed_by_hand(tmp_path: Path) -> None:
-    clock = Clock()
-    with running_node(Counting, root_data_directory=tmp_path, _clock=clock) as node:
+    with running_node(Counting, root_data_directory=tmp_path) as node:
         send_all(node, make_series(1))
-        assert node._storage is not None
-        node._storage.ledger.park(1, "for a test")
+    ledger = Ledger(tmp_path / ".dicomnode" / "ledger.sqlite")
+    assert ledger.park(1, "for a test")
+    ledger.close()
+    with running_node(Counting, root_data_directory=tmp_path) as node:
         node.retry(1)
-        wait_for_cases(node, State.FAILED)
-        assert "takes no images" in node.cases()[0].error
+        assert node.wait(lambda: "takes no images" in node.cases()[0].error, 20)
         node.complete(1)
         wait_for_cases(node, State.DONE)
         assert node.seen == [1]
