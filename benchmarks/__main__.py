@@ -23,6 +23,7 @@ from benchmarks import (
     many,
     real_ct,
     receive,
+    send,
     series,
 )
 from benchmarks.timing import Question, Table
@@ -70,6 +71,7 @@ class Bench:
             "receive": self._receive,
             "receive_small": self._receive_small,
             "eager": self._eager,
+            "send": self._sending,
         }
 
     def _made(self, name: str, write: Callable[..., Path], *size: int) -> Path:
@@ -131,6 +133,21 @@ class Bench:
     def _receive_small(self) -> list[Table]:
         images = self._series("CT", self._sizes.small_images, 64, 64)
         return self._send(images, "images of 64 x 64")
+
+    def _sending(self) -> list[Table]:
+        sizes = self._sizes
+        folder, kind = (None if sizes.quick else self._real_folder()), "real CT slices"
+        if folder is None:
+            folder, kind = self._series("CT", sizes.sent, sizes.matrix, sizes.matrix), "CT slices"
+        small = self._series("CT", sizes.small_images, 64, 64)
+        tables = []
+        for images, name in ((folder, kind), (small, "images of 64 x 64")):
+            for options in (("+B",), ("+B", "-pdu", "131072")):
+                title = (
+                    f"Sending {len(series.paths_of(images))} {name} to storescp {' '.join(options)}"
+                )
+                tables.append(send.answer(title, images, sizes.receive_repeats, *options))
+        return [table for table in tables if table is not None]
 
     def _eager(self) -> list[Table]:
         sizes = self._sizes

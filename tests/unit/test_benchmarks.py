@@ -18,6 +18,7 @@ from benchmarks import (
     many,
     real_ct,
     receive,
+    send,
     series,
     timing,
 )
@@ -149,3 +150,11 @@ def test_eager_and_later_give_the_same(folder: Path, tmp_path: Path) -> None:
             part.seconds[0] for part in parts.rows[kind * steps : (kind + 1) * steps]
         )
         assert sum_of_steps == pytest.approx(row.seconds[0])
+
+
+@pytest.mark.skipif(send.program("storescp") is None, reason="dcmtk is missing")
+def test_every_sender_sends_all(folder: Path) -> None:
+    table = send.answer("send", folder, 1)
+    assert table is not None
+    assert {row.name: row.wrong for row in table.rows if row.wrong} == {}
+    assert [row.name for row in table.rows] == list(send.SENDERS)

@@ -78,26 +78,33 @@ class LazyDataset(FileDataset):
 
     Parameters: `source` is the path of a Part 10 file, or the bytes of one. `image` is what the
     compiled core found in it, where it was scanned already; `decoded` may have its pixels (a
-    `dicomnode.lib.images.Decoded`).
+    `dicomnode.lib.images.Decoded`), and `uids` makes the UIDs of what is derived from it (a
+    `dicomnode.lib.uids.Uids`).
     """
 
     # Not in `__dict__`, which is what is compared and copied: a copy is scanned and decoded again.
-    __slots__ = ("_decoded", "_image")
+    __slots__ = ("_decoded", "_image", "_uids")
     _image: _core.Image | None
     _decoded: Any
+    _uids: Any
 
     def __init__(
-        self, source: Source, image: _core.Image | None = None, decoded: Any = None
+        self,
+        source: Source,
+        image: _core.Image | None = None,
+        decoded: Any = None,
+        uids: Any = None,
     ) -> None:
         self.__dict__["_source"] = source
         object.__setattr__(self, "_image", image)
         object.__setattr__(self, "_decoded", decoded)
+        object.__setattr__(self, "_uids", uids)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_image", "_decoded"):
+        if name in ("_image", "_decoded", "_uids"):
             return None
         state = self.__dict__
         if "_dict" not in state and not name.startswith("__"):
@@ -115,6 +122,11 @@ class LazyDataset(FileDataset):
     def decoded(self) -> Any:
         """What may have the pixels of the source already; mostly None."""
         return self._decoded
+
+    @property
+    def uids(self) -> Any:
+        """What makes the UIDs of results; None outside a node."""
+        return self._uids
 
 
 def _read(dataset: LazyDataset) -> None:

@@ -33,14 +33,15 @@ from pydicom.uid import (
     LegacyConvertedEnhancedCTImageStorage,
     LegacyConvertedEnhancedMRImageStorage,
     MRImageStorage,
-    generate_uid,
 )
 from pydicom.valuerep import format_number_as_ds
 
 from dicomnode.errors import InconsistentSeries, InvalidDataset, UnsupportedImage
+from dicomnode.lib.dicom import LazyDataset
 from dicomnode.lib.images import ImageHeader, Reading, Slice, called, read_slices
 from dicomnode.lib.splits import tags_of, value_of
 from dicomnode.lib.stack import Policies, arrange
+from dicomnode.lib.uids import SeriesUids, Uids
 
 # What stays true of an image that was computed from another (patient, study, equipment, frame of
 # reference, plane), besides all public elements of the groups for acquisition (0018) and nuclear
@@ -108,7 +109,8 @@ def derive_series(
     `array` has the axes (slice, row, column) in the order of `numpy_grinder`: along the slice
     normal. `images` are the datasets that it was made from, in any order. Each result is in the
     source's study and frame of reference, refers to its source (SourceImageSequence, PS3.3
-    C.7.6.1.1.4), and has new SeriesInstanceUID and SOPInstanceUID. Of the frames of an enhanced or
+    C.7.6.1.1.4), and has new SeriesInstanceUID and SOPInstanceUID. In a node these are the same if the node died and
+    process() runs again. Of the frames of an enhanced or
     legacy converted CT or MR the results are single-frame images, with the geometry of each frame.
 
     Values that the source's own slope and intercept can hold exactly are stored so, whole numbers in
@@ -163,7 +165,8 @@ def derive_series(
     is_ascii = all(text.isascii() for text in texts.values())
     if rescale_type is None and slices[0].dataset.get("Modality") == "CT":
         rescale_type = "HU"
-    shared = _shared(storing, first, rescale_type, texts if is_ascii else {})
+    uids = _uids(slices, series_description, series_number, derivation_description)
+    shared = _shared(uids, storing, first, rescale_type, texts if is_ascii else {})
     for k, item in enumerate(slices):
         header = item.header
         if not header.sop_class_uid or not header.sop_instance_uid:
@@ -180,7 +183,7 @@ def derive_series(
             for keyword, text in texts.items():
                 setattr(result, keyword, text)
         result.ImageType = ["DERIVED", "SECONDARY", *header.image_type.split("\\")[2:]]
-        result.SOPInstanceUID = generate_uid()
+        result.SOPInstanceUID = uids.instance(k)
         result.SeriesNumber = (
             series_number
             if series_number is not None
@@ -326,13 +329,28 @@ def _decimal_string(value: float, rounding: str) -> str:
 Elements: TypeAlias = dict[BaseTag, DataElement | RawDataElement]
 
 
+def _uids(slices: Iterable[Slice], *about: object) -> SeriesUids:
+    """The UIDs of a series: in a node the same when it is made again from the same images."""
+    slices = list(slices)
+    found = (item.dataset for item in slices if isinstance(item.dataset, LazyDataset))
+    uids: Uids | None = next((dataset.uids for dataset in found), None)
+    if uids is None:
+        return SeriesUids()
+    sources = [called(item.header) for item in slices]
+    return uids.series([*map(str, about), *sources])
+
+
 def _shared(
-    storing: _Storing, header: ImageHeader, rescale_type: str | None, texts: dict[str, str]
+    uids: SeriesUids,
+    storing: _Storing,
+    header: ImageHeader,
+    rescale_type: str | None,
+    texts: dict[str, str],
 ) -> Elements:
     """What is the same in all results, encoded once; raw elements cannot be changed in place."""
     shared = Dataset()
     now = datetime.now()
-    shared.SeriesInstanceUID = generate_uid()
+    shared.SeriesInstanceUID = uids.series()
     shared.InstanceCreationDate = shared.ContentDate = now.strftime("%Y%m%d")
     shared.InstanceCreationTime = shared.ContentTime = now.strftime("%H%M%S")
     for keyword, text in texts.items():

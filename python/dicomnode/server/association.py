@@ -519,6 +519,9 @@ class AssociationServer:
             )
         if not target.accepted:
             return self._refuse(uid, _REFUSED, "no input takes it")
+        if self._storage.outbox.maker(uid) is not None:
+            # To process it would make another one of it, which may come back too, without end.
+            return self._refuse(uid, _REFUSED, "this node made it, and does not process it")
         try:
             case_id = self._storage.add(target.identifier, target.accepted, instance)
         except DuplicateInstance as error:

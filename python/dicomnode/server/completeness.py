@@ -19,6 +19,7 @@ from typing import Literal, Protocol, TypeAlias
 from dicomnode.errors import OutOfResources
 from dicomnode.lib.dicom import LazyDataset
 from dicomnode.lib.expected import series_of
+from dicomnode.lib.uids import Uids
 from dicomnode.server.eager import EagerDecoding
 from dicomnode.server.input import AbstractInput, Datasets, waits_for
 from dicomnode.server.loop import Failures
@@ -327,9 +328,12 @@ class Completeness:
     ) -> tuple[dict[str, AbstractInput], "Waiting"] | None:
         """The inputs of a case and what it waits for; None where looking failed."""
         with self._failures.blaming(contents.case_id):
+            uids = Uids(self._storage.ledger.seed(contents.case_id))
             inputs = {
                 name: kind(
-                    Datasets(contents.sources[name], self._eager.decoded(contents.case_id, name))
+                    Datasets(
+                        contents.sources[name], self._eager.decoded(contents.case_id, name), uids
+                    )
                 )
                 for name, kind in self._inputs.items()
             }

@@ -18,6 +18,7 @@ from dicomnode.lib.expected import Expected, missing_images
 from dicomnode.lib.gaps import find_gap
 from dicomnode.lib.grinders import identity_grinder, reading_of
 from dicomnode.lib.images import Decoded, Reading
+from dicomnode.lib.uids import Uids
 
 # No attribute that counts images has a tag below this, and no input needs so many images.
 _LEAST_TAG = 0x00080000
@@ -26,15 +27,23 @@ _LEAST_TAG = 0x00080000
 class Datasets(Mapping[str, Dataset]):
     """SOPInstanceUID -> lazy dataset, in the order of arrival; each is made when it is asked for."""
 
-    def __init__(self, sources: Mapping[str, Source], decoded: Decoded | None = None) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        decoded: Decoded | None = None,
+        uids: Uids | None = None,
+    ) -> None:
         self._sources = dict(sources)
+        self._uids = uids
         self._decoded = decoded
         self._made: dict[str, Dataset] = {}
 
     def __getitem__(self, uid: str) -> Dataset:
         dataset = self._made.get(uid)
         if dataset is None:
-            dataset = self._made[uid] = LazyDataset(self._sources[uid], decoded=self._decoded)
+            dataset = self._made[uid] = LazyDataset(
+                self._sources[uid], decoded=self._decoded, uids=self._uids
+            )
         return dataset
 
     def __iter__(self) -> Iterator[str]:

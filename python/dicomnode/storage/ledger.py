@@ -11,6 +11,7 @@ EXPIRED it can become FAILED, which is kept and listed. `retry` leads out of it,
 claimed yet, the next image that makes it validate.
 """
 
+import hashlib
 import sqlite3
 import threading
 import time
@@ -81,6 +82,8 @@ OVER = (State.DONE, State.EXPIRED)
 _UNCLAIMED = (State.RECEIVING, State.READY, State.FAILED)
 # Of the tables in ledger.sql; a ledger of another version is left alone.
 _VERSION = 2
+# So many results are known when they come back; the node holds a number for each in memory.
+MOST_MADE = 200_000
 # SQLite counts no further.
 _MOST = 1 << 63
 # A sender tries again within hours; the same images after that are a wish to process them again.
@@ -383,8 +386,9 @@ class Ledger:
             ).fetchone()
             state = State.EXPORTING if has_results else State.READY
             db.execute(
-                "UPDATE cases SET state = ?, attempts = 0, error = '', changed = ? WHERE id = ?",
-                (state.value, time.time(), case_id),
+                "UPDATE cases SET state = ?, attempts = 0, error = '', changed = ?, "
+                "remade = remade + ? WHERE id = ?",
+                (state.value, time.time(), not has_results, case_id),
             )
             self.restart_exports(case_id)
         return state
@@ -480,6 +484,14 @@ class Ledger:
 
     # Results
 
+    def seed(self, case_id: int) -> bytes:
+        """What the UIDs of results are made from: the same as long as nobody has them made anew."""
+        ((identity, remade),) = self.rows(
+            "SELECT seed, remade FROM identity, cases WHERE cases.id = ?", (case_id,)
+        )
+        text = f"{case_id} {remade}"
+        return hashlib.sha256(bytes(identity) + text.encode()).digest()  # type: ignore[call-overload]
+
     def export(self, case_id: int, rows: Iterable[ResultRow]) -> None:
         """PROCESSING -> EXPORTING together with the rows of all results."""
         with self.transaction() as db:
@@ -490,6 +502,15 @@ class Ledger:
                     (case_id, row.number, row.uid, row.sop_class, row.syntax, row.file, row.digest)
                     for row in rows
                 ],
+            )
+            db.execute(
+                "INSERT OR IGNORE INTO made (uid, case_id) SELECT uid, case_id FROM results AS r "
+                "WHERE case_id = ? AND NOT EXISTS "
+                "(SELECT 1 FROM instances AS i WHERE i.case_id = r.case_id AND i.uid = r.uid)",
+                (case_id,),
+            )
+            db.execute(
+                "DELETE FROM made WHERE number <= (SELECT max(number) FROM made) - ?", (MOST_MADE,)
             )
             cursor = db.execute(
                 "UPDATE cases SET state = ?, changed = ? WHERE id = ? AND state = ?",

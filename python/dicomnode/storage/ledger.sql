@@ -1,4 +1,5 @@
 -- One row for each case: what arrived for one patient identifier, and how far it has come.
+-- `remade` counts the retries that had results made anew.
 -- `sealed` is 1 from the moment a case is claimed: later images of that identifier start a new case.
 CREATE TABLE IF NOT EXISTS cases (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -8,6 +9,7 @@ CREATE TABLE IF NOT EXISTS cases (
     sealed     INTEGER NOT NULL DEFAULT 0,
     attempts   INTEGER NOT NULL DEFAULT 0,
     error      TEXT    NOT NULL DEFAULT '',
+    remade     INTEGER NOT NULL DEFAULT 0,
     created    REAL    NOT NULL,
     changed    REAL    NOT NULL
 );
@@ -107,3 +109,18 @@ CREATE TABLE IF NOT EXISTS series (
     uid     TEXT    NOT NULL,
     PRIMARY KEY (case_id, uid)
 ) WITHOUT ROWID;
+
+-- One row: what tells the UIDs made from this ledger from those of any other.
+CREATE TABLE IF NOT EXISTS identity (
+    only INTEGER PRIMARY KEY CHECK (only = 1),
+    seed BLOB    NOT NULL
+);
+INSERT OR IGNORE INTO identity (only, seed) VALUES (1, randomblob(16));
+
+-- One row for each result that a node made itself, whose UID none of its images had. What comes back is
+-- known by it.
+CREATE TABLE IF NOT EXISTS made (
+    number  INTEGER PRIMARY KEY,
+    uid     TEXT    NOT NULL UNIQUE,
+    case_id INTEGER NOT NULL
+);

@@ -70,6 +70,8 @@ class Outbox:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
+        # Nearly every image is no result of ours, which this tells without asking the ledger.
+        self._made = {hash(str(row[0])) for row in ledger.rows("SELECT uid FROM made", ())}
 
     # What there is
 
@@ -131,7 +133,18 @@ class Outbox:
             for row in rows
         }
 
+    def maker(self, uid: str) -> int | None:
+        """The case of which this node made the instance; None for one from elsewhere."""
+        if hash(uid) not in self._made:
+            return None
+        rows = self._ledger.rows("SELECT case_id FROM made WHERE uid = ?", (uid,))
+        return int(str(rows[0][0])) if rows else None
+
     # What happens
+
+    def remember(self, uids: Iterable[str]) -> None:
+        """Know results that were kept."""
+        self._made.update(map(hash, uids))
 
     def answer(self, case_id: int, endpoint: str, answers: Iterable[Answer]) -> None:
         """Record what an endpoint said. A result that was dropped meanwhile is left out."""

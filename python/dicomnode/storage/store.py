@@ -681,6 +681,7 @@ class Storage:
                 file = self._put(folder, f"{number:06}.dcm", data)
                 rows.append(ResultRow(number, uid, sop_class, syntax, file, digest_of(data)))
             self.ledger.export(case.id, rows)
+            self.outbox.remember(row.uid for row in rows)
         except BaseException:
             self._instances.remove(folder, [OWNER, *(row.file for row in rows)])
             raise
