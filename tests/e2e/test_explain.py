@@ -4,17 +4,28 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from dicomnode.cli.main import app
 from dicomnode.lib.dicom import scan
-from dicomnode.lib.dimse import send
+from dicomnode.lib.dimse import Address, send
 from dicomnode.lib.redaction import patient_words, redacted
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.node import AbstractPipeline
-from dicomnode.testing import address_of, make_series, running_node, write_series
+from dicomnode.storage.ledger import Ledger
+from dicomnode.storage.outbox import Outbox
+from dicomnode.storage.waits import Waits
+from dicomnode.testing import (
+    State,
+    address_of,
+    make_series,
+    running_node,
+    wait_for_cases,
+    write_series,
+)
 
 PIPELINE = """
 from dicomnode.server.input import AbstractInput
@@ -199,6 +210,60 @@ def test_the_cases_of_a_node_tell_what_they_wait_for(pipeline: Path, tmp_path: P
     assert result.exit_code == 0
     assert "complete: all inputs validate" in result.stdout
     assert explain("--root", root, "--case", 2, "--pipeline", pipeline).exit_code == 1
+
+
+def test_a_case_on_its_way_out_tells_which_endpoint_it_waits_for(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    class Ct(AbstractInput):
+        def validate(self) -> bool:
+            return True
+
+    class Node(AbstractPipeline):
+        input = {"ct": Ct}
+        endpoints = [Address("127.0.0.1", 9, "NOBODY")]
+
+        def process(self, input_data: dict[str, Any]) -> Any:
+            if "DONE" in str(next(iter(input_data["ct"])).PatientID):
+                return None
+            return input_data["ct"]
+
+    root = tmp_path / "root"
+    with running_node(Node, root_data_directory=root) as node:
+        send(address_of(node), make_series(1, 8, 8, patient_id="P1"))
+        node.wait(lambda: bool(Outbox(ledger_of(node)).exports(1)), 30)
+        send(address_of(node), make_series(1, 8, 8, patient_id="DONE"))
+        wait_for_cases(node, State.DONE)
+    result = explain("--root", root, "--pipeline", f"{pipeline}:OnlyCt")
+    assert result.exit_code == 4
+    assert "case 1 of P1: EXPORTING" in result.stdout
+    assert "waits: NOBODY@127.0.0.1:9 has yet to take its results" in result.stdout
+    assert "DONE" not in result.stdout
+    result = explain("--root", root, "--case", 2, "--pipeline", f"{pipeline}:OnlyCt")
+    assert (result.exit_code, result.stdout) == (0, "case 2 of DONE: DONE\n")
+
+
+def ledger_of(node: AbstractPipeline) -> Ledger:
+    assert node._storage is not None
+    return node._storage.ledger
+
+
+def test_a_case_that_waits_for_silence_says_so(pipeline: Path, tmp_path: Path) -> None:
+    class Ct(AbstractInput):
+        def validate(self) -> bool:
+            return True
+
+    class Node(AbstractPipeline):
+        input = {"ct": Ct}
+        quiet_seconds = 600
+
+    root = tmp_path / "root"
+    with running_node(Node, root_data_directory=root) as node:
+        send(address_of(node), make_series(3, 8, 8, patient_id="P1"))
+        node.wait(lambda: bool(Waits(ledger_of(node)).of(1).reason), 30)
+        result = explain("--root", root, "--pipeline", f"{pipeline}:OnlyCt")
+    assert result.exit_code == 4
+    assert "waits: the node says: no image for" in result.stdout
 
 
 def test_the_real_command_writes_nothing_and_explains_many_files(

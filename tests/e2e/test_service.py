@@ -133,6 +133,26 @@ def test_p9_stalled_peers_do_not_keep_a_node_from_ending(
             one.close()
 
 
+def test_p9_stalled_peers_do_not_keep_a_python_program_from_ending(tmp_path: Path) -> None:
+    file = Path(pipeline_file(tmp_path, QUIET + "\nNode()\n").removesuffix(":Node"))
+    with subprocess.Popen(
+        [sys.executable, "-u", file], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            lines = iter(process.stdout.readline, "")
+            port = next(int(one.rsplit(":", 1)[1]) for one in lines if "listens on" in one)
+            peers = [stalled(Address("127.0.0.1", port, "NODE"), begun) for begun in BEGUN]
+            process.terminate()
+            said, _ = process.communicate(timeout=30)
+            assert process.returncode == 0
+            assert "Traceback" not in said
+            for one in peers:
+                one.close()
+        finally:
+            process.kill()
+
+
 def test_p9_what_was_answered_before_a_stop_is_there_and_nothing_is_half_written(
     tmp_path: Path,
 ) -> None:

@@ -21,6 +21,7 @@ from typing import Literal
 
 import typer
 
+from dicomnode.cli.cases import node_runs
 from dicomnode.cli.edge import CommandFailed, printable
 from dicomnode.cli.pipeline import blaming, pipeline_in
 from dicomnode.errors import DicomnodeError
@@ -301,17 +302,7 @@ def _check_room(folder: Path, wanted: int | None) -> Iterator[Finding]:
 
 
 def _is_running(node: AbstractPipeline) -> bool:
-    """Whether a node holds the lock of its root."""
-    if node.root_data_directory is None:
-        return False
-    try:
-        with Path(node.root_data_directory, ".dicomnode", "lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+    return node.root_data_directory is not None and node_runs(Path(node.root_data_directory))
 
 
 # The rest of the machine

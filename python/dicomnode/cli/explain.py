@@ -33,7 +33,9 @@ from dicomnode.server.input import Datasets, waits_for
 from dicomnode.server.node import AbstractPipeline
 from dicomnode.server.routing import compile_rules, route
 from dicomnode.storage.layout import digest_of_file, input_folder
-from dicomnode.storage.ledger import Case, State
+from dicomnode.storage.ledger import OVER, Case, Ledger, State
+from dicomnode.storage.outbox import Delivery, Outbox
+from dicomnode.storage.waits import Waits
 
 ALL_READY = 0
 #: An image is taken by no input, but no case waits.
@@ -44,7 +46,7 @@ SOME_WAIT = 4
 _DIRECTORY_RECORD_SEQUENCE = 0x00041220
 _MOST_REASONS = 3
 _PROGRESS_SECONDS = 0.2
-_UNFINISHED = (State.RECEIVING, State.READY, State.FAILED)
+_UNFINISHED = tuple(state for state in State if state not in OVER)
 
 
 @dataclass(frozen=True)
@@ -111,17 +113,10 @@ def explain_cases(root: Path, number: int | None, where: str) -> int:
         cases = ledger.cases(*_UNFINISHED) if number is None else [ledger.case(number)]
         waiting = 0
         for case in cases:
-            sources: dict[str, dict[str, str]] = {}
-            damaged = []
-            for row in ledger.instances(case.id):
-                if row.damaged:
-                    damaged.append(row.uid)
-                else:
-                    path = root / input_folder(case.folder, row.input) / row.file
-                    sources.setdefault(row.input, {})[row.uid] = str(path)
-            waits = [*_what_waits(node, sources, {}), *_obstacles(node, case, sources, damaged)]
+            waits = list(_waits_of(node, root, ledger, case))
             _tell_case(node, case.identifier, f"case {case.id} of", case.state.value)
-            _tell_waits(waits)
+            if case.state not in OVER:
+                _tell_waits(waits)
             waiting += bool(waits)
     if not cases:
         typer.echo("no case that waits")
@@ -221,15 +216,34 @@ def _what_waits(
             yield f"    it refused {counted(count, 'image')}: {reason}"
 
 
-def _obstacles(
-    node: AbstractPipeline, case: Case, sources: Mapping[str, object], damaged: Sequence[str]
-) -> Iterator[str]:
-    for uid in damaged:
-        again = "the series again, it forms a new case" if case.sealed else "it again"
-        yield f"instance {uid} is damaged and was set aside; send {again}"
+def _waits_of(node: AbstractPipeline, root: Path, ledger: Ledger, case: Case) -> Iterator[str]:
+    """What a case of a node waits for."""
+    if case.state in OVER:
+        return
+    if case.state is State.PROCESSING:
+        yield "it is being processed"
+        return
+    if case.state is State.EXPORTING:
+        for export in Outbox(ledger).exports(case.id):
+            if export.state is not Delivery.SENT:
+                yield f"{export.endpoint} has yet to take its results. {export.problem}".strip()
+        return
+    sources: dict[str, dict[str, str]] = {}
+    for row in ledger.instances(case.id):
+        if row.damaged:
+            again = "the series again, it forms a new case" if case.sealed else "it again"
+            yield f"instance {row.uid} is damaged and was set aside; send {again}"
+        else:
+            path = root / input_folder(case.folder, row.input) / row.file
+            sources.setdefault(row.input, {})[row.uid] = str(path)
     for name in sources:
         if name not in node.input:
             yield f"it holds images of an input {name!r}, which this pipeline lacks"
+    yield from _what_waits(node, sources, {})
+    reason = Waits(ledger).of(case.id).reason
+    if case.state is State.RECEIVING and reason and not reason.startswith("input "):
+        # Quiet time, open associations and conflicts are the node's own.
+        yield f"the node says: {reason}"
     if case.state is State.FAILED:
         last = (case.error.strip().splitlines() or ["no reason was kept"])[-1].strip()
         yield f"it FAILED, and waits for a retry: {last}"
