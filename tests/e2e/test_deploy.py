@@ -53,7 +53,7 @@ def test_the_unit_is_one_that_systemd_understands(tmp_path: Path) -> None:
 def test_the_unit_gives_the_node_the_time_that_it_needs() -> None:
     service = unit()["Service"]
     assert service["Type"] == "notify"
-    assert int(service["TimeoutStopSec"]) > AbstractPipeline.stop_seconds + 5
+    assert int(service["TimeoutStopSec"]) > AbstractPipeline.stop_seconds + 14
     assert service["KillMode"] == "mixed"
     assert service["OOMPolicy"] == "continue"
     assert service["StateDirectory"] == "dicomnode/%i"

@@ -12,6 +12,7 @@ from tests.e2e.programs import Command, pipeline_file
 
 from dicomnode.errors import IncorrectlyConfigured
 from dicomnode.lib.dimse import Address, send
+from dicomnode.server.logs import LogFile
 from dicomnode.server.node import AbstractPipeline
 from dicomnode.testing import StoringNode, address_of, make_series, running_node
 
@@ -195,6 +196,37 @@ def test_a_program_with_its_own_log_sees_no_patient_either(
     assert not MARKED.search(caplog.text)
     (record, _) = (one for one in caplog.records if one.exc_text)
     assert vars(record)["association"] == 1
+
+
+def test_s3_a_log_that_cannot_be_written_stops_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with running_node(StoringNode, log_path="/dev/full") as node:
+        answers = send(address_of(node), make_series(3, 8, 8))
+        assert [answer.status for answer in answers] == [0, 0, 0]
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "the log /dev/full cannot be written, lines are lost" in told
+
+
+def test_a_log_that_is_written_again_says_so(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = LogFile(tmp_path / "node.log", 1)
+    record = logging.LogRecord("", logging.INFO, "", 0, "said", None, None)
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(log, "flush", full)
+    log.emit(record)
+    log.emit(record)
+    monkeypatch.undo()
+    log.emit(record)
+    log.close()
+    lost, again = capsys.readouterr().err.splitlines()
+    assert lost.endswith("lines are lost") and again.endswith("is written again")
+    assert (tmp_path / "node.log").read_text().endswith("said\n")
 
 
 def test_log_settings_that_cannot_work_are_refused() -> None:

@@ -13,6 +13,8 @@ from typing import Any
 from dicomnode.cli.notify import notifier
 from dicomnode.cli.pipeline import blaming, pipeline_in
 
+# How much longer than `stop_seconds` closing may take: worker processes are interrupted then.
+_CLOSE_SECONDS = 12.0
 # A thread that serves a peer ends within this time after the node is closed, or is left behind.
 _PATIENCE_SECONDS = 2.0
 
@@ -31,7 +33,7 @@ def run_pipeline(where: str, settings: Mapping[str, Any]) -> None:
 
         def notify(word: str) -> None:
             if word == "STOPPING=1":
-                _end_within(node.stop_seconds + _PATIENCE_SECONDS, node.logger)
+                _end_within(node.stop_seconds + _CLOSE_SECONDS, node.logger)
             if supervisor is not None:
                 supervisor(word)
 

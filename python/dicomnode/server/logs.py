@@ -8,12 +8,15 @@ patient is taken out (see `dicomnode.lib.redaction`).
 import json
 import logging
 import sqlite3
+import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from datetime import time as time_of_day
+from logging.handlers import TimedRotatingFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +122,36 @@ def _case_of(record: logging.LogRecord, scope: Scope) -> int | None:
     if str(record.msg).startswith("case %d") and isinstance(args, tuple) and args:
         return args[0] if isinstance(args[0], int) else scope.case
     return scope.case
+
+
+class LogFile(TimedRotatingFileHandler):
+    """A log that starts anew every Monday at midnight; `weeks` older ones are kept.
+
+    Where it cannot be written, the node goes on: that is told once, not with every line.
+    """
+
+    def __init__(self, path: Path, weeks: int) -> None:
+        """Raises OSError."""
+        super().__init__(path, when="W0", atTime=time_of_day(), backupCount=weeks, encoding="utf-8")
+        self._is_lost = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, and tell on the screen where lines begin and end to be lost."""
+        was_lost, self._is_lost = self._is_lost, False
+        super().emit(record)
+        if was_lost != self._is_lost:
+            how = "cannot be written, lines are lost" if self._is_lost else "is written again"
+            print(f"dicomnode: the log {self.baseFilename} {how}", file=sys.stderr)  # noqa: T201
+
+    def close(self) -> None:
+        """Write what is left, as far as that works."""
+        with suppress(OSError):
+            super().close()
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """The line is lost; what it says may not be on the screen."""
+        del record
+        self._is_lost = True
 
 
 def formatter(log_format: str) -> logging.Formatter:

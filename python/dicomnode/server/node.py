@@ -14,9 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import time as time_of_day
 from itertools import count
-from logging.handlers import TimedRotatingFileHandler
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, get_args
@@ -34,7 +32,7 @@ from dicomnode.server.eager import EagerDecoding
 from dicomnode.server.exporter import Retries
 from dicomnode.server.health import Health
 from dicomnode.server.input import AbstractInput, eager_reading, expected_of
-from dicomnode.server.logs import Annotating, formatter
+from dicomnode.server.logs import Annotating, LogFile, formatter
 from dicomnode.server.meters import Meters
 from dicomnode.server.routing import compile_rules
 from dicomnode.server.runner import Runner, Work
@@ -586,13 +584,7 @@ class AbstractPipeline:
             path = Path(self.log_path)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                handler = TimedRotatingFileHandler(
-                    path,
-                    when="W0",
-                    atTime=time_of_day(),
-                    backupCount=self.backup_weeks,
-                    encoding="utf-8",
-                )
+                handler = LogFile(path, self.backup_weeks)
             except OSError as error:
                 raise IncorrectlyConfigured(
                     f"log_path {path} cannot be written: {error.strerror}"
