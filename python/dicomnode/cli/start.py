@@ -1,6 +1,7 @@
-"""Where the command `dicomnode` starts: Ctrl-C while Python still imports ends it without a word."""
+"""Where the command `dicomnode` starts and ends: Ctrl-C while Python imports needs no traceback."""
 
 import signal
+import sys
 
 
 def main() -> None:
@@ -8,5 +9,11 @@ def main() -> None:
     interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     from dicomnode.cli.main import main as run
 
-    signal.signal(signal.SIGINT, interrupt)
-    run()
+    try:
+        signal.signal(signal.SIGINT, interrupt)
+        run()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        # Python's own end is not worth a word either.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
