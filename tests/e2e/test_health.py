@@ -18,7 +18,13 @@ from typing import Any
 import pytest
 from pydicom.dataset import Dataset
 
-from dicomnode.errors import CannotListen, IncorrectlyConfigured, OutOfResources
+from dicomnode.errors import (
+    CannotListen,
+    CouldNotCompleteDIMSEMessage,
+    IncorrectlyConfigured,
+    OutOfResources,
+    PeerUnreachable,
+)
 from dicomnode.lib.dimse import send
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.meters import Counter, Histogram, Meters
@@ -110,6 +116,19 @@ def test_metrics_tell_what_happened(tmp_path: Path) -> None:
     assert found["dicomnode_workers_busy"] == 0
     assert found["dicomnode_healthy"] == 1
     assert found["dicomnode_disk_free_bytes"] > 0
+
+
+def test_metrics_count_who_is_not_let_in(tmp_path: Path) -> None:
+    with running_node(Node, require_calling_aet=["SCANNER"]) as node:
+        with pytest.raises(PeerUnreachable):
+            send(address_of(node), make_series(1, 8, 8))
+        found = metrics(node.health_port)
+    assert found['dicomnode_associations_total{outcome="rejected"}'] == 1
+    with running_node(Node, allowed_networks=["10.0.0.0/8"]) as node:
+        with pytest.raises(CouldNotCompleteDIMSEMessage):
+            send(address_of(node), make_series(1, 8, 8))
+        found = metrics(node.health_port)
+    assert found['dicomnode_associations_total{outcome="refused"}'] == 1
 
 
 def test_metrics_are_what_prometheus_reads(tmp_path: Path) -> None:

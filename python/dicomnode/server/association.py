@@ -364,6 +364,10 @@ class AssociationServer:
         if visit is not None:
             visit.is_released = True
 
+    def turned_away(self) -> None:
+        """A connection was not let in."""
+        self._reception.meters.associations.add(label="refused")
+
     def arriving(self, association: Association) -> None:
         """Images that are arriving are in memory until they are whole; they must not take all of it."""
         del association

@@ -99,6 +99,9 @@ class Service(Protocol):
     def released(self, association: Association) -> None:
         """The peer asked for the release of its association."""
 
+    def turned_away(self) -> None:
+        """A connection was not let in."""
+
 
 class _Timer(Timer):
     """pynetdicom's timer by a clock that nobody sets."""
@@ -543,6 +546,7 @@ class Server(ThreadedAssociationServer):
         host = str(client_address[0])
         if self._networks and not is_within(host, self._networks):
             self._logger.warning("connection from %s refused: not among allowed_networks", host)
+            self.service.turned_away()
             return False
         silent = None
         with self._guard:
@@ -560,6 +564,7 @@ class Server(ThreadedAssociationServer):
                 )
                 if silent is None:
                     self._logger.warning("connection from %s refused: too many are open", host)
+                    self.service.turned_away()
                     return False
                 del self._connections[silent]
             self._connections[request] = None
