@@ -10,6 +10,7 @@ import logging
 import re
 import ssl
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -217,13 +218,15 @@ class AssociationServer:
         server, self._server = self._server, None
         if server is None:
             return
-        self._ae.shutdown()
-        server.disconnect()
+        end = time.monotonic() + seconds
+        server.shutdown()
+        server.end_all(seconds / 2)
         for association in list(self._visits):
             self._end(association)
         own = threading.get_ident()
         with self._idle:
-            self._idle.wait_for(lambda: not any(k != own for k in self._busy), seconds)
+            left = max(0.0, end - time.monotonic())
+            self._idle.wait_for(lambda: not any(k != own for k in self._busy), left)
 
     def is_busy(self, thread: threading.Thread) -> bool:
         """Whether a thread is storing an image or ending an association, where user code runs."""

@@ -175,12 +175,12 @@ class _Socket(AssociationSocket):
     def ready(self) -> bool:
         """Whether there is something to read, after waiting for it."""
         client, provider = self.socket, self._provider
+        if not self.event_queue.empty():
+            # What came before is dealt with first.
+            return False
         if client is None or not self._is_connected:
             # Nothing will come of this; whoever waits looks at the timers.
             provider.pause()
-            return False
-        if not self.event_queue.empty():
-            # What came before is dealt with first.
             return False
         if provider.is_reading:
             return True
@@ -307,7 +307,8 @@ class _Provider(DULServiceProvider):
             if self.socket is not None:
                 self.socket.close()
             self.wake.close()
-            self._association.tell()
+            # The thread that waits for a peer which has left without a word need not wait longer.
+            self.to_user_queue.put(None)  # type: ignore[arg-type]
 
     def _read_pdu_data(self) -> None:
         if self.state_machine.current_state != _ESTABLISHED:
@@ -591,8 +592,18 @@ class Server(ThreadedAssociationServer):
         with self._guard:
             return [one for one in self._connections.values() if one is not None]
 
-    def disconnect(self) -> None:
-        """End the connections that are left."""
+    def end_all(self, seconds: float) -> None:
+        """Abort all associations, after the image that each stores now, and close what is left then."""
+        threads = [
+            threading.Thread(target=one.abort, daemon=True, name="abort")
+            for one in self.active_associations
+            if isinstance(one, NodeAssociation) and one.is_established
+        ]
+        end = time.monotonic() + seconds
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
         with self._guard:
             left = list(self._connections)
         for client in left:
