@@ -43,6 +43,7 @@ class Sizes:
         self.sent = 8 if quick else 140
         self.repeats = 2 if quick else 9
         self.receive_repeats = 1 if quick else 5
+        self.few_images = 20 if quick else 200
         self.associations = (1, 2) if quick else (1, 4, 16)
         self.memory = not quick
         self.quick = quick
@@ -169,6 +170,14 @@ class Bench:
             title += "s at once" if count > 1 else ""
             repeats = self._sizes.receive_repeats
             tables.append(receive.answer(title, folder, repeats, associations=count))
+        if kind.startswith("images"):
+            few = self._series("CT", self._sizes.few_images, 64, 64)
+            title = f"Receiving {self._sizes.few_images} {kind}, sender and receiver with their defaults"
+            everyone = receive.with_defaults()
+            repeats = self._sizes.receive_repeats
+            tables.append(receive.answer(title, few, repeats, everyone, no_delay=False))
+            title = f"Receiving {len(series.paths_of(folder))} {kind} from storescu"
+            tables.append(receive.answer(title, folder, repeats, sender="storescu"))
         return [table for table in tables if table is not None]
 
 

@@ -1,7 +1,7 @@
 """How many images per second does a node receive, and what do they cost it?
 
-The sender is dcmtk's dcmsend, without Nagle's algorithm, or as many of them as there are associations, each
-with its part of the images. The clock runs from the first request for an association to the last
+The sender is dcmtk's dcmsend or storescu, without Nagle's algorithm or with its defaults, or as many of them as
+there are associations, each with its part of the images. The clock runs from the first request for an association to the last
 release, by the senders' own logs. What arrived is counted, since dcmsend ends with success after losing
 images. Every run has a fresh receiver, because a node that has an image already does not store it again.
 """
@@ -18,6 +18,7 @@ import time
 import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -188,8 +189,15 @@ def receivers() -> list[Receiver]:
             ),
             Storescp("storescp, TCP_NODELAY=1", no_delay=True),
             Storescp("storescp --fork, TCP_NODELAY=1", "--fork", no_delay=True),
-            Storescp("storescp, defaults", no_delay=False),
         ]
+    return found
+
+
+def with_defaults() -> list[Receiver]:
+    """What a sender meets that was not told to do without Nagle's algorithm."""
+    found = [one for one in receivers() if one.name.startswith("dicomnode")]
+    if program("storescp") is not None:
+        found.append(Storescp("storescp, defaults", no_delay=False))
     return found
 
 
@@ -199,11 +207,14 @@ def answer(
     repeats: int,
     everyone: Sequence[Receiver] | None = None,
     associations: int = 1,
+    sender: str = "dcmsend",
+    no_delay: bool = True,
 ) -> Table | None:
-    """Send a folder to every receiver, in turn; None without dcmsend."""
-    sender = program("dcmsend")
-    if sender is None:
+    """Send a folder to every receiver, in turn; None without the sender."""
+    found = program(sender)
+    if found is None:
         return None
+    senders = Senders(found, associations, no_delay)
     images = len(paths_of(folder))
     results: dict[str, list[tuple[float, float, float]]] = {}
     wrong: dict[str, str] = {}
@@ -215,7 +226,7 @@ def answer(
                 if receiver.name in wrong or _is_slow(results.get(receiver.name, [])):
                     continue
                 place = Path(places, f"{run}-{number}")
-                seconds, cpu, peak, count = _run(receiver, sender, folder, associations, place)
+                seconds, cpu, peak, count = _run(receiver, senders, folder, place)
                 if count != images:
                     wrong[receiver.name] = f"{count} of {images} arrived"
                 results.setdefault(receiver.name, []).append((seconds, cpu, peak))
@@ -238,7 +249,7 @@ def _is_slow(runs: Sequence[tuple[float, float, float]]) -> bool:
 
 
 def _run(
-    receiver: Receiver, sender: str, folder: Path, associations: int, place: Path
+    receiver: Receiver, senders: "Senders", folder: Path, place: Path
 ) -> tuple[float, float, float, int]:
     """Seconds, CPU seconds and memory growth of the receiver, and how many images arrived."""
     target = place / "received"
@@ -246,7 +257,7 @@ def _run(
     process, port = receiver.start(target)
     try:
         cpu, memory = cpu_seconds(process.pid), memory_mb("VmRSS", process.pid)
-        seconds = _send(sender, port, paths_of(folder), place, associations)
+        seconds = senders.send(port, paths_of(folder), place)
         used = cpu_seconds(process.pid) - cpu
         peak = memory_mb("VmHWM", process.pid) - memory
         count = receiver.count(process, target)
@@ -261,34 +272,43 @@ def _run(
     return seconds, used, peak, count
 
 
-def _send(sender: str, port: int, paths: Sequence[Path], place: Path, associations: int) -> float:
-    config = place / "log.cfg"
-    config.write_text(LOG)
-    senders = [
-        subprocess.Popen(
-            [sender, "-lc", str(config), "127.0.0.1", str(port), *map(str, part)],
-            env=environment(no_delay=True),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for part in (paths[k::associations] for k in range(associations))
-    ]
-    starts, ends = [], []
-    for process in senders:
-        said = process.communicate()[1]
-        start = end = None
-        for line in said.splitlines():
-            clock, _, message = line.partition(" ")
-            if message.lower().startswith("requesting association") and start is None:
-                start = datetime.strptime(clock, "%H:%M:%S.%f")
-            if message.lower().startswith(("releasing association", "aborting association")):
-                end = datetime.strptime(clock, "%H:%M:%S.%f")
-        if start is None or end is None:
-            raise RuntimeError(f"dcmsend told no times: {said[-500:]}")
-        starts.append(start)
-        ends.append(end)
-    return (max(ends) - min(starts)).total_seconds() % 86400
+@dataclass(frozen=True)
+class Senders:
+    """One of dcmtk's senders, as often as there are associations at once."""
+
+    program: str
+    associations: int
+    no_delay: bool
+
+    def send(self, port: int, paths: Sequence[Path], place: Path) -> float:
+        """Send all files to a port of this machine; seconds from the first request to the last release."""
+        config = place / "log.cfg"
+        config.write_text(LOG)
+        processes = [
+            subprocess.Popen(
+                [self.program, "-lc", str(config), "127.0.0.1", str(port), *map(str, part)],
+                env=environment(self.no_delay),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for part in (paths[k :: self.associations] for k in range(self.associations))
+        ]
+        starts, ends = [], []
+        for process in processes:
+            said = process.communicate()[1]
+            start = end = None
+            for line in said.splitlines():
+                clock, _, message = line.partition(" ")
+                if message.lower().startswith("requesting association") and start is None:
+                    start = datetime.strptime(clock, "%H:%M:%S.%f")
+                if message.lower().startswith(("releasing association", "aborting association")):
+                    end = datetime.strptime(clock, "%H:%M:%S.%f")
+            if start is None or end is None:
+                raise RuntimeError(f"{self.program} told no times: {said[-500:]}")
+            starts.append(start)
+            ends.append(end)
+        return (max(ends) - min(starts)).total_seconds() % 86400
 
 
 def environment(no_delay: bool) -> dict[str, str]:
