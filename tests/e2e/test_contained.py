@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pynetdicom.association
 import pytest
 from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
@@ -25,9 +24,10 @@ from dicomnode.lib.dicom import encode
 from dicomnode.lib.dimse import Address, send
 from dicomnode.lib.grinders import list_grinder, many_meta_grinder, numpy_grinder
 from dicomnode.lib.series import derive_series
-from dicomnode.server import association
+from dicomnode.server.association import AssociationServer
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.node import AbstractPipeline
+from dicomnode.server.transport import NodeAssociation
 from dicomnode.storage.ledger import Ledger
 from dicomnode.testing import (
     State,
@@ -67,16 +67,15 @@ def test_identifiers_that_differ_in_bytes_of_another_charset_are_two_patients(
     charset: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     encoded = iter([b"P\xe91 ", b"P\xe81 "])
-    real = pynetdicom.association.encode
+    real = dimse._encoded
 
-    def relabel(*args: Any, **options: Any) -> bytes | None:
-        data = real(*args, **options)
-        return None if data is None else data.replace(b"P_1 ", next(encoded))
+    def relabel(dataset: Dataset) -> bytes:
+        return real(dataset).replace(b"P_1 ", next(encoded))
 
     images = [make_series(1, patient_id="P_1")[0] for _ in range(2)]
     for one in images:
         one.SpecificCharacterSet = charset
-    monkeypatch.setattr(pynetdicom.association, "encode", relabel)
+    monkeypatch.setattr(dimse, "_encoded", relabel)
     with running_node(Silent, root_data_directory=tmp_path) as node:
         assert [one.status for one in send(address_of(node), images)] == [0, 0]
         assert len({case.identifier for case in node.cases()}) == 2
@@ -291,18 +290,12 @@ def test_a_case_that_cannot_be_made_ready_now_becomes_so_when_there_is_room(
         wait_for_cases(node, State.DONE)
 
 
-def test_an_image_without_end_is_cut_off_and_its_memory_is_free_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(dimse, "_ANSWER_SECONDS", 2.0)
+def test_an_image_too_large_for_memory_is_refused_and_the_next_is_kept() -> None:
     with running_node(Silent, memory_limit=4_000_000) as node:
         huge = make_series(1, 2000, 2000)[0]
-        with pytest.raises(CouldNotCompleteDIMSEMessage, match=r"NODE@127\.0\.0\.1"):
-            send(address_of(node), [huge])
-        server = node._server
-        assert server is not None
-        assert node.wait(lambda: not server._visits and not server._arriving, 20)
-        send(address_of(node), make_series(2))
+        small = make_series(2)
+        answers = send(address_of(node), [huge, *small])
+        assert [one.status for one in answers] == [0xA700, 0, 0]
         wait_for_cases(node, State.DONE)
 
 
@@ -340,17 +333,16 @@ def test_an_error_of_the_user_that_speaks_of_a_shutdown_fails_its_case(where: st
 def break_before_the_last_answer(node: AbstractPipeline, series: list[Dataset]) -> None:
     """Send all, and lose the connection when the last image is stored and not yet answered."""
     assert node._server is not None
-    count, real = iter(range(1, len(series) + 1)), association._answer
+    count, real = iter(range(1, len(series) + 1)), AssociationServer._answered
 
-    def breaking(status: int, comment: str) -> Dataset:
+    def breaking(self: AssociationServer, one: NodeAssociation, *given: Any) -> tuple[int, str]:
+        answer = real(self, one, *given)
         if next(count, 0) == len(series):
-            for thread in threading.enumerate():
-                if isinstance(thread, pynetdicom.association.Association) and thread.is_acceptor:
-                    thread.dul.socket.socket.shutdown(socket.SHUT_RDWR)
-        return real(status, comment)
+            one.cut_off()
+        return answer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(association, "_answer", breaking)
+        patch.setattr(AssociationServer, "_answered", breaking)
         with pytest.raises(CouldNotCompleteDIMSEMessage):
             send(address_of(node), series)
 
