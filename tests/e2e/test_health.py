@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -246,6 +247,21 @@ def test_s5_a_node_whose_folder_is_gone_says_so_and_recovers(
         assert get(node.health_port, "/healthz")[0] == 200
 
 
+def test_a_node_whose_ledger_cannot_be_written_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dicomnode.server.health._TRY_SECONDS", 0.0)
+    with running_node(Node, root_data_directory=tmp_path) as node:
+        assert get(node.health_port, "/healthz")[0] == 200
+        assert node._storage is not None
+        with sqlite3.connect(tmp_path / ".dicomnode" / "ledger.sqlite", timeout=0) as other:
+            # Another program holds it.
+            other.execute("BEGIN IMMEDIATE")
+            node._storage.ledger._db.execute("PRAGMA busy_timeout = 10")
+            status, told = get(node.health_port, "/healthz")
+    assert status == 503 and "the ledger cannot be written" in told
+
+
 def test_settings_that_cannot_work_are_refused() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
@@ -302,6 +318,7 @@ def test_d5_slow_clients_large_bodies_and_many_connections_keep_nobody_out(serve
     def connection() -> socket.socket:
         return socket.create_connection(("127.0.0.1", server), 30)
 
+    before = descriptors()
     slow = [connection() for _ in range(200)]
     for one in slow:
         try:
@@ -325,6 +342,14 @@ def test_d5_slow_clients_large_bodies_and_many_connections_keep_nobody_out(serve
     assert get(server, "/here")[0] == 200
     for one in slow + greedy:
         one.close()
+    end = time.monotonic() + 30
+    while descriptors() > before and time.monotonic() < end:
+        get(server, "/here")
+    assert descriptors() <= before
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def test_d5_a_slow_client_is_dropped_at_its_deadline(

@@ -412,7 +412,7 @@ class Storage:
     def probe(self) -> None:
         """Keep and let go a few bytes as those of an image. Raises OutOfResources."""
         self._check_room(0)
-        with self._instances.staging([b"probe"]):
+        with self._instances.staging([b"probe"]), self.ledger.transaction(durable=False):
             pass
 
     # From RECEIVING to PROCESSING
