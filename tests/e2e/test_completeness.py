@@ -581,7 +581,7 @@ def test_an_image_that_came_after_its_case_was_done_waits_and_is_told(
         wait_for_cases(node, State.DONE)
         send_all(node, series[7:])
         assert is_told(node, "does not validate", 2)
-        assert "case 2: 1 images came after case 1 was done; they wait" in caplog.text
+        assert "case 2: 1 image came after case 1 was done, and waits" in caplog.text
         listed = CliRunner().invoke(app, ["cases", "--root", str(tmp_path)])
         assert "after case 1 was done" in listed.stdout
         # Another series of that patient is no late image.

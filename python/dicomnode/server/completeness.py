@@ -161,8 +161,10 @@ class Completeness:
             if is_conflict and not self._storage.waits.of(case_id).conflict:
                 self._logger.error(
                     "case %d: %s came under another identifier before: one of the two is of another "
-                    "patient than it says. This case waits for you", case_id, uid,
-                )  # fmt: skip
+                    "patient than it says. This case waits for you",
+                    case_id,
+                    uid,
+                )
                 self._storage.waits.conflict(case_id, uid)
         except OutOfResources as error:
             self._logger.error("case %d: what its image changes is lost: %s", case_id, error)
@@ -428,10 +430,13 @@ class Completeness:
                 continue
             if is_over:
                 storage.waits.come_too_late(number, earlier.id)
+                count = len({row.uid for row in storage.ledger.instances(number)})
                 self._logger.warning(
-                    "case %d: %d images came after case %d was done; they wait",
-                    number, len(storage.ledger.instances(number)), earlier.id,
-                )  # fmt: skip
+                    "case %d: %s came after case %d was done, and waits",
+                    number,
+                    "1 image" if count == 1 else f"{count} images",
+                    earlier.id,
+                )
                 return False
             return self._put_together(identifier, contents, earlier)
         return False
