@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ class Node(Base):
     log_format = os.environ["LOG_FORMAT"]
     log_level = logging.DEBUG
     log_patient_data = bool(os.environ.get("LOG_PATIENT_DATA"))
+    isolation = os.environ.get("ISOLATION", "thread")
     endpoints = [Address("127.0.0.1", 9, "NOBODY")]
     export_give_up_seconds = 0
 
@@ -46,7 +48,7 @@ class Node(Base):
         return dataset.PatientID != "ZYXID-REFUSED"
 
     def process(self, input_data):
-        first = input_data["ct"][0]
+        first = list(input_data["ct"])[0]
         self.logger.info("begins with %s, %s", first.PatientName, first.PatientBirthDate)
         told = " ".join(str(first[name].value) for name in os.environ["NAMES"].split())
         if first.PatientID == "ZYXID-PROCESS":
@@ -75,10 +77,15 @@ def marked(patient_id: str) -> list[Dataset]:
     return series
 
 
+@pytest.mark.parametrize("isolation", ["thread", "process"])
 @pytest.mark.parametrize("log_format", ["json", "%(asctime)s %(name)s %(levelname)s %(message)s"])
-def test_d3_no_patient_is_in_a_log(log_format: str, tmp_path: Path) -> None:
+def test_d3_no_patient_is_in_a_log(log_format: str, isolation: str, tmp_path: Path) -> None:
     file = pipeline_file(tmp_path, NODE)
-    environment = {"LOG_FORMAT": log_format, "NAMES": " ".join(MARKERS)}
+    environment = {
+        "LOG_FORMAT": log_format,
+        "NAMES": " ".join(MARKERS),
+        "ISOLATION": isolation,
+    }
     with Command("run", file, environment=environment) as node:
         address = node.address("NODE")
         for patient_id in (
@@ -92,12 +99,13 @@ def test_d3_no_patient_is_in_a_log(log_format: str, tmp_path: Path) -> None:
             send(address, marked(patient_id))
         for number, end in ((1, "is done"), (2, "FAILED"), (3, "FAILED"), (4, "FAILED")):
             node.until(f"case {number} {end}")
-        command_line = Path(f"/proc/{node.process.pid}/cmdline").read_text()
+        # As `ps` shows them, those of worker processes too.
+        lines = command_lines()
         node.process.terminate()
         log = node.ended()
     for told in ("validate of", "process of", "filter of", "begins with", "cannot be reached"):
         assert told in log, log
-    for text in (log, command_line):
+    for text in (log, *lines):
         assert not MARKED.search(text), MARKED.search(text)
     for path in tmp_path.rglob("*"):
         # The folder of a case is called by its identifier.
@@ -106,6 +114,15 @@ def test_d3_no_patient_is_in_a_log(log_format: str, tmp_path: Path) -> None:
         told = cases.ended()
         assert "process of ***" in told
         assert not MARKED.search(told.replace("ZYXID", ""))
+
+
+def command_lines() -> list[str]:
+    """Of all processes."""
+    found = []
+    for one in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found.append(one.read_text("latin-1"))
+    return found
 
 
 def test_patients_are_in_the_log_where_that_is_asked_for(tmp_path: Path) -> None:
