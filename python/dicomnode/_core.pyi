@@ -111,7 +111,7 @@ class Receiver:
 
 @final
 class Received:
-    """A C-STORE request with its dataset, whose bytes it gives as a buffer."""
+    """A C-STORE request with its dataset."""
 
     @property
     def context_id(self) -> int:
@@ -144,8 +144,9 @@ class Received:
     def response(self, status: int, comment: str = "", offending: int = 0) -> bytes:
         """The bytes of a C-STORE-RSP (PS3.7 section 9.3.1.2)."""
 
-    def __len__(self) -> int: ...
-    def __buffer__(self, flags: int, /) -> memoryview: ...
+    @property
+    def data(self) -> memoryview:
+        """The bytes of the dataset."""
 
 def scan(source: Source | Received, transfer_syntax: str | None = None) -> Header:
     """Scan one object. With `transfer_syntax`, `source` is a bare dataset (as DIMSE carries it).

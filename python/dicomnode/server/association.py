@@ -494,10 +494,10 @@ class AssociationServer:
         prefix = self._prefix(association, sop_class, uid, received.context_id)
         accept = self._reception.accept
         if accept is not None and not accept(
-            LazyDataset(prefix + memoryview(received) if growing is None else growing.path)
+            LazyDataset(prefix + received.data if growing is None else growing.path)
         ):
             return self._refuse(uid, _REFUSED, "refused by filter")
-        chunks = (prefix, memoryview(received)) if growing is None else ()
+        chunks = (prefix, received.data) if growing is None else ()
         return self._keep(
             header, Instance(uid, _file_stem(header, uid), chunks, lambda: received.digest, growing)
         )

@@ -13,7 +13,7 @@ use dicomnode_core::{Error, Result};
 use pyo3::exceptions::PyValueError;
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::types::PyBytes;
+use pyo3::types::{PyBytes, PyMemoryView};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::set_tcp_quickack;
@@ -359,7 +359,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// A C-STORE request with its dataset, whose bytes it gives as a buffer.
+/// A C-STORE request with its dataset.
 #[pyclass(frozen, module = "dicomnode._core")]
 pub struct Received {
     store: core::Store,
@@ -475,8 +475,10 @@ impl Received {
         PyBytes::new(py, &self.store.response(status, comment, offending))
     }
 
-    fn __len__(&self) -> usize {
-        self.dataset.len()
+    /// The bytes of the dataset.
+    #[getter]
+    fn data<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyMemoryView>> {
+        PyMemoryView::from(slf.as_any())
     }
 
     /// # Safety
