@@ -1,5 +1,6 @@
 """`dicomnode run` under a supervisor: it says how it is, and ends in time, whatever its peers do."""
 
+import re
 import signal
 import socket
 import subprocess
@@ -199,10 +200,12 @@ class Node(Base):
         assert (root / "P1" / "ct" / row.file).stat().st_size == row.size
 
 
-def test_p9_a_case_that_outlasts_the_stop_runs_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+def test_p9_a_case_that_outlasts_the_stop_runs_again(isolation: str, tmp_path: Path) -> None:
     code = """
 class Node(Base):
     stop_seconds = 1
+    isolation = "ISOLATION"
     def process(self, input_data):
         begun = Path(__file__).with_name("begun")
         print("PROCESSING")
@@ -210,15 +213,18 @@ class Node(Base):
             begun.touch()
             time.sleep(600)
 """
-    file = pipeline_file(tmp_path, code)
+    file = pipeline_file(tmp_path, code.replace("ISOLATION", isolation))
     with Command("run", file) as node:
         send(node.address("NODE"), make_series(2, 8, 8))
         node.until("PROCESSING")
         begun = time.monotonic()
         node.process.terminate()
-        assert "runs again after the next start" in node.ended(60)
+        assert re.search("runs again after the next start|is interrupted", node.ended(60))
         assert time.monotonic() - begun < 15
         assert node.process.returncode == 0
+    ledger = Ledger(tmp_path / "root" / ".dicomnode" / "ledger.sqlite")
+    assert ledger.case(1).attempts == 0
+    ledger.close()
     with Command("run", file) as node:
         node.until("case 1 is done")
 
