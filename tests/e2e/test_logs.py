@@ -49,6 +49,9 @@ class Node(Base):
 
     def process(self, input_data):
         first = list(input_data["ct"])[0]
+        thread = threading.Thread(target=self.logger.info, args=("a thread for %s", first.PatientName))
+        thread.start()
+        thread.join()
         self.logger.info("begins with %s, %s", first.PatientName, first.PatientBirthDate)
         told = " ".join(str(first[name].value) for name in os.environ["NAMES"].split())
         if first.PatientID == "ZYXID-PROCESS":
@@ -103,7 +106,14 @@ def test_d3_no_patient_is_in_a_log(log_format: str, isolation: str, tmp_path: Pa
         lines = command_lines()
         node.process.terminate()
         log = node.ended()
-    for told in ("validate of", "process of", "filter of", "begins with", "cannot be reached"):
+    for told in (
+        "validate of",
+        "process of",
+        "a thread for",
+        "filter of",
+        "begins with",
+        "cannot be reached",
+    ):
         assert told in log, log
     for text in (log, *lines):
         assert not MARKED.search(text), MARKED.search(text)

@@ -10,7 +10,7 @@ import logging
 import sqlite3
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ _DATE_FORMAT = "%Y/%m/%d %H:%M:%S"
 _PACKAGE = str(Path(__file__).parents[1])
 
 
-@dataclass
+@dataclass(eq=False)
 class Scope:
     """What runs now is about these."""
 
@@ -54,6 +54,8 @@ class Scope:
 
 
 _NOTHING = Scope()
+# Those that have a patient. A thread that user code starts has none of its own.
+_active: set[Scope] = set()
 _scope: ContextVar[Scope] = ContextVar("dicomnode_scope", default=_NOTHING)
 
 
@@ -72,9 +74,12 @@ def about(
         outer.patient if patient is None else patient,
     )
     token = _scope.set(scope)
+    if patient is not None:
+        _active.add(scope)
     try:
         yield scope
     finally:
+        _active.discard(scope)
         _scope.reset(token)
 
 
@@ -88,6 +93,7 @@ def hide_patient(patient: Callable[[], frozenset[str]]) -> None:
     scope = current()
     if scope is not _NOTHING:
         scope.patient, scope._words = patient, None
+        _active.add(scope)
 
 
 class Annotating(logging.Filter):
@@ -106,14 +112,25 @@ class Annotating(logging.Filter):
         is_ours = record.pathname.startswith(_PACKAGE)
         if is_ours and record.levelno < logging.WARNING and not record.exc_info:
             return True
-        if scope.patient is not None and not self._shows_patients():
-            record.msg, record.args = scope.hide(record.getMessage()), None
+        scopes = [scope]
+        if scope.patient is None:
+            scopes = [] if is_ours else list(_active)
+        if scopes and not self._shows_patients():
+            record.msg, record.args = _hide(record.getMessage(), scopes), None
             if record.exc_info and record.exc_info[1] is not None:
                 lines = traceback.format_exception(record.exc_info[1])
-                record.exc_text = indented(scope.hide("".join(lines)))
+                record.exc_text = indented(_hide("".join(lines), scopes))
                 # A handler that formats it itself would show everything.
                 record.exc_info = None
+            elif record.exc_text:
+                record.exc_text = _hide(record.exc_text, scopes)
         return True
+
+
+def _hide(text: str, scopes: Iterable[Scope]) -> str:
+    for scope in scopes:
+        text = scope.hide(text)
+    return text
 
 
 def _case_of(record: logging.LogRecord, scope: Scope) -> int | None:
