@@ -62,6 +62,14 @@ class PeerRejects(PeerUnreachable):
     is_permanent = True
 
 
+class ProcessingFailed(DicomnodeError):
+    """A case could not be processed where it was processed; `trace` is the traceback there, if any."""
+
+    def __init__(self, message: str, trace: str = "") -> None:
+        super().__init__(message)
+        self.trace = trace
+
+
 class OutOfResources(DicomnodeError):
     """The disk is full or a memory limit is reached; nothing was stored."""
 

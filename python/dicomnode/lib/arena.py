@@ -8,8 +8,9 @@ it cannot do is left to the ordinary way, errors too.
 """
 
 import math
+import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from dicomnode.lib.images import (
     place_of,
     read_slices,
 )
+from dicomnode.lib.shared import new_shared, shared_array
 
 # How many places there may be from the first to the last image: so many, and so many for each.
 _FEW, _SPARSE = 512, 4
@@ -42,16 +44,40 @@ class Frame:
     place: int
 
 
+@dataclass(frozen=True, eq=False)
+class HandedOver:
+    """The images of an arena on their way to another process.
+
+    `descriptor` is that of their shared memory, and is the owner's to close. `frames` are, of each
+    image that was asked for, the place and the notes of each frame; None of one that is not there.
+    The rows of `shape` start at the place `first`.
+    """
+
+    reading: Reading
+    descriptor: int
+    first: int
+    shape: tuple[int, ...]
+    dtype: numpy.dtype[Any]
+    frames: list[list[tuple[int, list[str]]] | None]
+
+
 class Arena:
     """The decoded images of one input of one case. Safe to use from any thread.
 
     `reading` tells how pixels become values, `most_bytes` how much memory the images may take.
-    `on_give_up` is called with the reason where they are left to the ordinary way.
+    `on_give_up` is called with the reason where they are left to the ordinary way. With `is_shared`
+    they lie in memory that another process can get: see `hand_over`.
     """
 
     def __init__(
-        self, reading: Reading, most_bytes: int, on_give_up: Callable[[str], None]
+        self,
+        reading: Reading,
+        most_bytes: int,
+        on_give_up: Callable[[str], None],
+        is_shared: bool = False,
     ) -> None:
+        self._is_shared = is_shared
+        self._descriptor = -1
         self._reading = reading
         self._most_bytes = most_bytes
         self._on_give_up = on_give_up
@@ -115,8 +141,7 @@ class Arena:
                 f"{count + 1} images of {size} bytes are more than {self._most_bytes} bytes"
             )
         if self._array is None or self._first is None:
-            # Only what is written to takes memory.
-            self._array = numpy.empty((2 * most - 1, *shape), dtype)
+            self._array = self._allocated((2 * most - 1, *shape), dtype)
             self._first = header
         if (self._array.shape[1:], self._array.dtype) != (shape, dtype):
             raise InconsistentSeries(f"image {header.sop_instance_uid} has another size or type")
@@ -133,6 +158,13 @@ class Arena:
         self._ends = (min((place, *self._ends)), max((place, *self._ends)))
         self._places[header] = place
         return place
+
+    def _allocated(self, shape: tuple[int, ...], dtype: numpy.dtype[Any]) -> NDArray[Any]:
+        """An array of which only what is written to takes memory."""
+        if not self._is_shared:
+            return numpy.empty(shape, dtype)
+        self._descriptor = new_shared(math.prod(shape) * dtype.itemsize)
+        return shared_array(self._descriptor, shape, dtype)
 
     def decode(self, frame: Frame) -> None:
         """Decode one frame into its place."""
@@ -189,6 +221,57 @@ class Arena:
                 self._end()
         return _rows(array, places), notes
 
+    def hand_over(self, sources: Iterable[Source]) -> HandedOver | None:
+        """The decoded images for another process, in which `received` takes them; gone from here.
+
+        Waits for what is being decoded. None where there is nothing to hand over.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_over or not self._pending)
+            array = self._array
+            if array is None or not self._notes or self._descriptor < 0:
+                return None
+            first, last = self._ends
+            frames = [
+                [
+                    (self._places[header] - first, self._notes[header])
+                    for header in self._headers[source]
+                ]
+                if source in self._headers
+                else None
+                for source in sources
+            ]
+            descriptor, self._descriptor = self._descriptor, -1
+            shape = (last - first + 1, *array.shape[1:])
+            self._end()
+            return HandedOver(self._reading, descriptor, first, shape, array.dtype, frames)
+
+    @classmethod
+    def received(
+        cls,
+        reading: Reading,
+        array: NDArray[Any],
+        frames: Mapping[Source, list[tuple[int, list[str]]] | None],
+    ) -> "Arena":
+        """The images that another process decoded: for each source the place and notes of its frames.
+
+        Raises what reading the headers of the sources raises.
+        """
+        arena = cls(reading, array.nbytes, lambda _: None)
+        known = [source for source, found in frames.items() if found is not None]
+        headers: dict[Source, list[ImageHeader]] = {source: [] for source in known}
+        for item in read_slices([LazyDataset(source) for source in known])[0]:
+            if isinstance(item.dataset, LazyDataset):
+                headers[item.dataset.source].append(item.header)
+        for source in known:
+            found = frames[source] or []
+            if len(found) != len(headers[source]):
+                return arena
+            for header, (place, notes) in zip(headers[source], found, strict=True):
+                arena._places[header], arena._notes[header] = place, notes
+        arena._headers, arena._array = headers, array
+        return arena
+
     def give_up(self, reason: str) -> None:
         """Leave these images to the ordinary way, and let their memory go."""
         with self._changed:
@@ -207,6 +290,9 @@ class Arena:
     def _end(self) -> None:
         self._is_over = True
         self._array = None
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
         self._headers = {}
         self._places = {}
         self._notes = {}

@@ -14,7 +14,7 @@ from functools import partial
 from queue import SimpleQueue
 
 from dicomnode.lib.arena import Arena, Frame
-from dicomnode.lib.images import Decoded, Reading
+from dicomnode.lib.images import Reading
 from dicomnode.storage.store import Storage
 
 # An answer waits no longer, however slow the decoder is.
@@ -22,7 +22,10 @@ _PATIENCE_SECONDS = 5.0
 
 
 class EagerDecoding:
-    """Decoders over one storage. `readings` are those of the eager inputs, by name."""
+    """Decoders over one storage. `readings` are those of the eager inputs, by name.
+
+    With `is_shared` the images lie in memory that another process can get.
+    """
 
     def __init__(
         self,
@@ -30,7 +33,9 @@ class EagerDecoding:
         storage: Storage,
         most_bytes: int,
         logger: logging.Logger,
+        is_shared: bool = False,
     ) -> None:
+        self._is_shared = is_shared
         self._readings = dict(readings)
         self._storage = storage
         self._most_bytes = most_bytes
@@ -93,7 +98,7 @@ class EagerDecoding:
                         self._jobs.put((arena, frame))
         self._make_room()
 
-    def decoded(self, case_id: int, input_name: str) -> Decoded | None:
+    def decoded(self, case_id: int, input_name: str) -> Arena | None:
         """What was decoded for an input of a case."""
         with self._lock:
             return self._arenas.get((case_id, input_name))
@@ -112,7 +117,7 @@ class EagerDecoding:
             arena = self._arenas.pop(key, None)
             if arena is None:
                 tell = partial(self._tell, case_id, name)
-                arena = Arena(self._readings[name], self._most_bytes, tell)
+                arena = Arena(self._readings[name], self._most_bytes, tell, self._is_shared)
             self._arenas[key] = arena
             return arena
 

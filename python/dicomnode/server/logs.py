@@ -133,6 +133,16 @@ def _hide(text: str, scopes: Iterable[Scope]) -> str:
     return text
 
 
+def tell(logger: logging.Logger, level: int, text: str, trace: str = "") -> None:
+    """Log what was said in another process, with the traceback from there."""
+    if logger.isEnabledFor(level):
+        # It is no line of ours, wherever it is logged.
+        record = logger.makeRecord(logger.name, level, "", 0, printable(text), (), None)
+        if trace:
+            record.exc_text = indented(trace)
+        logger.handle(record)
+
+
 def _case_of(record: logging.LogRecord, scope: Scope) -> int | None:
     """A line of ours that begins with a case has its number as first argument."""
     args = record.args

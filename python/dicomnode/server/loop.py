@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from dicomnode.errors import DicomnodeError
+from dicomnode.errors import DicomnodeError, ProcessingFailed
 from dicomnode.lib.dicom import printable
 from dicomnode.lib.redaction import patient_words_of
-from dicomnode.server.logs import about, current
+from dicomnode.server.logs import about, current, tell
 from dicomnode.server.meters import Meters
 from dicomnode.storage.ledger import State
 from dicomnode.storage.store import Storage
@@ -193,15 +193,24 @@ class Failures:
                 # At its end an interpreter starts no more threads, which sending needs.
                 self._logger.warning("case %d: the program ends, it goes on after a start", case_id)
                 return
-            self._logger.error(
-                "case %d FAILED and is kept: %s: %s",
-                case_id,
-                type(error).__name__,
-                error,
-                exc_info=True,
-            )
             self._meters.failures.add()
-            trace = current().hide(traceback.format_exc()).splitlines()
+            if isinstance(error, ProcessingFailed):
+                # Where it was processed counts, not where this was told.
+                told = str(error)
+                text = error.trace if told in error.trace else f"{error.trace}\n{told}".lstrip()
+                tell(
+                    self._logger, logging.ERROR, f"case {case_id} FAILED and is kept: {told}", text
+                )
+            else:
+                text = traceback.format_exc()
+                self._logger.error(
+                    "case %d FAILED and is kept: %s: %s",
+                    case_id,
+                    type(error).__name__,
+                    error,
+                    exc_info=True,
+                )
+            trace = current().hide(text).splitlines()
             self._unrecorded[case_id] = "\n".join(printable(line) for line in trace)
             self.record()
 

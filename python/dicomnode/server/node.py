@@ -14,10 +14,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from pydicom.dataset import Dataset
 from pydicom.tag import TagType
@@ -29,14 +30,20 @@ from dicomnode.lib.tls import TLS
 from dicomnode.server.association import AssociationServer, Reception, default_contexts
 from dicomnode.server.completeness import AtDeadline, Patience
 from dicomnode.server.eager import EagerDecoding
+from dicomnode.server.executors import Executing
 from dicomnode.server.exporter import Retries
 from dicomnode.server.health import Health
 from dicomnode.server.input import AbstractInput, eager_reading, expected_of
+from dicomnode.server.job import CaseLimits, Place
 from dicomnode.server.logs import Annotating, LogFile, formatter
 from dicomnode.server.meters import Meters
+from dicomnode.server.reference import describe
 from dicomnode.server.routing import compile_rules
 from dicomnode.server.runner import Runner, Work
+from dicomnode.server.threads import Threads
 from dicomnode.server.transport import Limits, Network
+from dicomnode.server.workers import Workers
+from dicomnode.storage.layout import OWN
 from dicomnode.storage.ledger import Case
 from dicomnode.storage.store import Durability, Storage
 
@@ -96,6 +103,22 @@ class AbstractPipeline:
     workers: int = 1
     #: How long `close`, a signal too, waits for images that arrive and cases that are processed.
     stop_seconds: float = 30.0
+    #: Where cases are processed: `"thread"` is in this process, `"process"` in worker processes, which
+    #: can do no harm to the node.
+    isolation: Literal["thread", "process"] = "thread"
+    #: At most so long for one case, by the clock; then its worker process is ended. A thread cannot be
+    #: ended: that it takes longer is logged. None is no limit.
+    process_seconds: float | None = 3600.0
+    #: At most so many bytes of memory for a worker process and all that it starts; None is no limit.
+    process_memory: int | None = None
+    #: At most so many bytes of results of one case.
+    process_output: int = 16 << 30
+    #: A worker process is replaced after so many cases, so that what leaks does not add up; None keeps it.
+    worker_cases: int | None = 1000
+    #: Processes the cases instead, for example on other machines: any `concurrent.futures.Executor`.
+    executor: Executor | None = None
+    #: True where this is the instance of a worker process; do not set it.
+    is_worker: bool = False
 
     #: Port of the pages `/healthz` and `/metrics`; None has none, 0 finds a free one, which
     #: `health_port` then tells.
@@ -227,12 +250,16 @@ class AbstractPipeline:
                 f"deadline_seconds {self.deadline_seconds} is less than quiet_seconds "
                 f"{self.quiet_seconds}: no case would ever be ready"
             )
+        self._check_processing()
         for name, value, least in (
             ("port", self.port, 0),
             ("health_port", 0 if self.health_port is None else self.health_port, 0),
             ("workers", self.workers, 0),
             ("backup_weeks", self.backup_weeks, 0),
             ("memory_limit", 1 if self.memory_limit is None else self.memory_limit, 1),
+            ("process_memory", 1 if self.process_memory is None else self.process_memory, 1),
+            ("process_output", self.process_output, 1),
+            ("worker_cases", 1 if self.worker_cases is None else self.worker_cases, 1),
         ):
             if not isinstance(value, int) or value < least:
                 raise IncorrectlyConfigured(
@@ -254,6 +281,29 @@ class AbstractPipeline:
                     raise IncorrectlyConfigured(
                         f"{name} has to have 1 to 16 ASCII characters without backslash, not {title!r}"
                     )
+
+    def _check_processing(self) -> None:
+        if self.isolation not in ("thread", "process"):
+            raise IncorrectlyConfigured(
+                f"isolation has to be 'thread' or 'process', not {self.isolation!r}"
+            )
+        if self.executor is not None and not isinstance(self.executor, Executor):
+            raise IncorrectlyConfigured(
+                f"executor has to be a concurrent.futures.Executor, not {self.executor!r}"
+            )
+        if self.executor is not None and self.isolation == "process":
+            raise IncorrectlyConfigured(
+                "an executor decides itself where cases are processed: leave isolation as it is"
+            )
+        if self.process_memory is not None and self.isolation == "thread":
+            raise IncorrectlyConfigured(
+                'process_memory needs isolation = "process": the memory of one thread has no limit'
+            )
+        seconds = self.process_seconds
+        if seconds is not None and not (isinstance(seconds, int | float) and seconds > 0):
+            raise IncorrectlyConfigured(
+                f"process_seconds has to be a number above 0 or None, not {seconds!r}"
+            )
 
     # What a user overrides
 
@@ -366,6 +416,7 @@ class AbstractPipeline:
             self.logger,
             durability=self.durability,
             least_free=self.limits.free_bytes,
+            is_shared=self.isolation == "process",
         )
         tls = None if self.tls is None else self.tls.server()
         storage.open()
@@ -376,13 +427,26 @@ class AbstractPipeline:
         self._check_settings()
         if self.input and type(self).process is AbstractPipeline.process:
             self.logger.warning("%s does not define process()", type(self).__name__)
+        readings = {
+            name: None if self.executor is not None else eager_reading(kind)
+            for name, kind in self.input.items()
+        }
+        eager = EagerDecoding(
+            {name: reading for name, reading in readings.items() if reading is not None},
+            storage,
+            limit // 2,
+            self.logger,
+            is_shared=self.isolation == "process",
+        )
+        self._eager = eager
+        meters = Meters()
         days = self.study_expiration_days
+        case_limits = CaseLimits(self.process_seconds, self.process_memory, self.process_output)
         work = Work(
             self.ae_title,
             self.input,
             tuple(self.endpoints),
             Retries(self.export_retry_seconds, self.export_give_up_seconds),
-            self.process,
             Patience(
                 self.quiet_seconds,
                 self.deadline_seconds,
@@ -390,17 +454,10 @@ class AbstractPipeline:
                 None if days is None else days * 24 * 3600,
             ),
             self._clock,
+            self._place(eager, case_limits),
+            case_limits,
         )
-        readings = {name: eager_reading(kind) for name, kind in self.input.items()}
-        eager = EagerDecoding(
-            {name: reading for name, reading in readings.items() if reading is not None},
-            storage,
-            limit // 2,
-            self.logger,
-        )
-        self._eager = eager
-        meters = Meters()
-        runner = Runner(work, storage, eager, self.logger, self.workers, meters)
+        self._runner = runner = Runner(work, storage, eager, self.logger, self.workers, meters)
 
         def on_stored(identifier: str, uid: str) -> None:
             runner.arrived(identifier, uid)
@@ -437,10 +494,10 @@ class AbstractPipeline:
             self.health_port = self._health.open(self.health_ip, self.health_port)
             self.logger.info("health is told on %s:%d", self.health_ip, self.health_port)
         runner.watch(server)
+        runner.open()
         eager.open()
         self.port = server.open(self.ip, self.port)
         self._server = server
-        self._runner = runner
         self._is_opening = False
         runner.recall()
         if self._storage is not storage:
@@ -459,6 +516,25 @@ class AbstractPipeline:
                 self.ip,
                 self.port,
             )
+
+    def _place(self, eager: EagerDecoding, limits: CaseLimits) -> Place:
+        """Where cases are processed."""
+        root = self.root_data_directory
+        folder = None if root is None else Path(root).absolute() / OWN / "work"
+        if self.executor is not None:
+            return Executing(self.executor, describe(self), limits, folder, self.logger)
+        if self.isolation == "thread":
+            return Threads(self.process, limits, self.logger)
+        return Workers(
+            describe(self),
+            set(self.input),
+            self.workers,
+            limits,
+            self.worker_cases,
+            eager,
+            folder,
+            self.logger,
+        )
 
     def close(self) -> None:
         """Stop to listen, finish the step that runs, and let everything go. Nothing is deleted.

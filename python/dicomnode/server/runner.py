@@ -8,23 +8,26 @@ Whatever fails, the case is kept and FAILED.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-from pydicom.dataset import Dataset
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 
 from dicomnode.errors import InvalidDataset
-from dicomnode.lib.dicom import encode
 from dicomnode.lib.dimse import Address
 from dicomnode.server.completeness import LOOKERS, Completeness, Patience, Senders
 from dicomnode.server.eager import EagerDecoding
 from dicomnode.server.exporter import Exporter, Retries
 from dicomnode.server.input import AbstractInput
+from dicomnode.server.job import CaseLimits, Claimed, Place, Stopped, WorkerLost, checked
 from dicomnode.server.loop import Failures, Loop
 from dicomnode.server.meters import Meters
 from dicomnode.storage.ledger import Case, State
 from dicomnode.storage.store import Storage
+
+# A case whose worker was ended by somebody else is processed once more.
+_ATTEMPTS = 2
+# How long it takes to interrupt one that outlasts the end of the node.
+_END_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,10 @@ class Work:
     inputs: Mapping[str, type[AbstractInput]]
     endpoints: Sequence[Address]
     retries: Retries
-    process: Callable[[dict[str, Any]], Iterable[Dataset] | None]
     patience: Patience
     clock: Callable[[], float]
+    place: Place
+    limits: CaseLimits
 
 
 class Runner:
@@ -57,6 +61,7 @@ class Runner:
         self._storage = storage
         self._eager = eager
         self._logger = logger
+        self._place = work.place
         self._lock = threading.Lock()
         # How many cases are being processed, and whether one of them has to be alone.
         self._processing = 0
@@ -72,9 +77,7 @@ class Runner:
             self._failures,
             work.clock,
         )
-        self._loop = Loop(
-            storage, logger, lambda: bool(self._failures or self._completeness.is_postponed)
-        )
+        self._loop = Loop(storage, logger, self._is_postponed)
         self._loop.add("looker", self._completeness.step, LOOKERS, self._completeness.due)
         self._loop.add("worker", self._process_next, workers)
         Exporter(
@@ -101,6 +104,13 @@ class Runner:
         """An image was stored."""
         self._completeness.arrived(identifier, uid)
 
+    def _is_postponed(self) -> bool:
+        return bool(self._failures or self._completeness.is_postponed or self._place.is_waiting())
+
+    def open(self) -> None:
+        """Make ready where cases are processed. Raises IncorrectlyConfigured where it cannot work."""
+        self._place.open()
+
     def start(self) -> None:
         """Start the threads."""
         self._loop.start()
@@ -108,10 +118,17 @@ class Runner:
     def stop(self, drain: bool, seconds: float | None) -> bool:
         """Stop after the step that runs, or with `drain` after all that is ready.
 
-        Tells whether all threads ended within `seconds`; None waits without end.
+        Tells whether all threads ended within `seconds`; None waits without end. A case that is
+        processed in another process is interrupted then.
         """
         self._completeness.keep()
-        return self._loop.stop(drain, seconds)
+        has_ended = self._loop.stop(drain, seconds)
+        if not has_ended:
+            self._place.stop()
+            has_ended = self._loop.stop(False, _END_SECONDS)
+        if has_ended:
+            self._place.close()
+        return has_ended
 
     def is_worker(self, thread: threading.Thread) -> bool:
         """Whether a thread is one of these, in which user code runs."""
@@ -140,17 +157,22 @@ class Runner:
             case = self._storage.ledger.case(case_id)
             if case.state is not State.READY:
                 continue
-            if not self._begin(case):
+            if not self._place.reserve():
                 return False
-            worked = False
             try:
-                inputs = self._claim(case)
-                if inputs is not None:
-                    self._process(case, inputs)
-                    worked = True
-                    return True
+                if not self._begin(case):
+                    return False
+                worked = False
+                try:
+                    claimed = self._claim(case)
+                    if claimed is not None:
+                        self._process(case, claimed)
+                        worked = True
+                        return True
+                finally:
+                    self._end(worked)
             finally:
-                self._end(worked)
+                self._place.release()
         return False
 
     def _begin(self, case: Case) -> bool:
@@ -178,8 +200,8 @@ class Runner:
         if wakes:
             self.wake()
 
-    def _claim(self, case: Case) -> dict[str, AbstractInput] | None:
-        """The inputs of a case that is now ours; None where it is not to be processed now.
+    def _claim(self, case: Case) -> Claimed | None:
+        """What a case holds that is now ours; None where it is not to be processed now.
 
         The inputs validate again: what is claimed is what was validated, whatever came in between.
         """
@@ -194,9 +216,10 @@ class Runner:
             return None
         inputs, waiting = looked
         if not waiting:
-            if not case.sealed and not self._can_be_ground(case, inputs):
+            claimed = Claimed(contents.sources, inputs)
+            if not case.sealed and not self._can_be_ground(case, claimed):
                 return None
-            return inputs if self._storage.seal(case, contents) else None
+            return claimed if self._storage.seal(case, contents) else None
         if not case.sealed:
             self._storage.settle(case.identifier, contents, complete=False, why=waiting.reason)
             return None
@@ -206,7 +229,7 @@ class Runner:
             )
         return None
 
-    def _can_be_ground(self, case: Case, inputs: Mapping[str, AbstractInput]) -> bool:
+    def _can_be_ground(self, case: Case, claimed: Claimed) -> bool:
         """Whether an incomplete case that is to be processed as it is can be.
 
         Tried while it still takes images, since images may be all that it lacks.
@@ -215,57 +238,44 @@ class Runner:
             return True
         with self._failures.blaming(case.id):
             try:
-                for one in inputs.values():
-                    one.get_data()
+                trial = replace(claimed, grinds_only=True)
+                for _ in self._place.process(case.id, trial, lambda _: None):
+                    pass
+            except Stopped:
+                return False
             except BaseException:
                 self._storage.waits.unforce(case.id)
                 raise
             return True
         return False
 
-    def _process(self, case: Case, inputs: Mapping[str, AbstractInput]) -> None:
+    def _process(self, case: Case, claimed: Claimed) -> None:
         with self._failures.blaming(case.id):
             start = time.perf_counter()
+
+            def on_ground(seconds: float) -> None:
+                nonlocal start
+                start = time.perf_counter()
+                self._eager.drop(case.id)
+                self._meters.grind_seconds.observe(seconds)
+                self._logger.info("case %d ground in %.3f s", case.id, seconds)
+
+            results = self._place.process(case.id, claimed, on_ground)
             try:
-                data = {name: one.get_data() for name, one in inputs.items()}
+                # What is not taken any more is not made.
+                with closing(results):
+                    count = self._storage.keep_results(case, checked(results, self._work.limits))
+            except Stopped:
+                self._logger.warning("case %d is interrupted: the node closes", case.id)
+                return
+            except WorkerLost as error:
+                if case.attempts + 1 >= _ATTEMPTS:
+                    raise
+                self._logger.error("case %d is processed once more: %s", case.id, error)
+                self._storage.ledger.move(case.id, State.PROCESSING, State.READY)
+                return
             finally:
                 self._eager.drop(case.id)
-            ground = time.perf_counter()
-            self._meters.grind_seconds.observe(ground - start)
-            self._logger.info("case %d ground in %.3f s", case.id, ground - start)
-            results = self._work.process(data)
-            count = self._storage.keep_results(case, _encoded(results))
-            self._meters.process_seconds.observe(time.perf_counter() - ground)
-            self._logger.info(
-                "case %d processed in %.3f s: %d results",
-                case.id,
-                time.perf_counter() - ground,
-                count,
-            )
-
-
-def _encoded(results: object) -> Iterator[tuple[str, str, str, bytes]]:
-    """What process() returned, one by one as (SOPInstanceUID, SOPClassUID, syntax, Part 10)."""
-    if results is None:
-        return
-    if isinstance(results, Dataset):
-        results = [results]
-    if not isinstance(results, Iterable):
-        raise InvalidDataset(
-            f"process() returned {type(results).__name__}; it has to return an iterable of Datasets"
-        )
-    seen: set[str] = set()
-    for dataset in results:
-        if not isinstance(dataset, Dataset):
-            raise InvalidDataset(
-                f"process() gave a {type(dataset).__name__} among its results; it has to give Datasets"
-            )
-        data, syntax = encode(dataset)
-        uid = str(dataset.SOPInstanceUID)
-        if uid in seen:
-            raise InvalidDataset(
-                f"two results have the SOPInstanceUID {uid}; give each a new one "
-                "(pydicom.uid.generate_uid)"
-            )
-        seen.add(uid)
-        yield uid, str(dataset.SOPClassUID), syntax, data
+            took = time.perf_counter() - start
+            self._meters.process_seconds.observe(took)
+            self._logger.info("case %d processed in %.3f s: %d results", case.id, took, count)

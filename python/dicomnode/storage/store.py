@@ -58,6 +58,7 @@ from dicomnode.storage.layout import (
 from dicomnode.storage.ledger import OVER, Case, InstanceRow, Ledger, ResultRow, State
 from dicomnode.storage.outbox import Outbox
 from dicomnode.storage.recovery import OpenCase, Recovery, delete_files, mark_damaged
+from dicomnode.storage.shared import SharedInstances
 from dicomnode.storage.waits import Waits
 
 _DONE_KEPT = 1000
@@ -114,7 +115,8 @@ class Storage:
 
     `root` None keeps all in memory, at most `memory_limit` bytes. `input_names` are the inputs of
     the pipeline; `identifier_tag` is the attribute that groups images into cases, which recovery
-    needs for files that the ledger does not know.
+    needs for files that the ledger does not know. With `is_shared` other processes can read what is in
+    memory.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class Storage:
         *,
         durability: Durability = "power",
         least_free: int | None = None,
+        is_shared: bool = False,
     ) -> None:
         self.root = root
         self._is_flushed = durability == "power"
@@ -144,7 +147,9 @@ class Storage:
         self._unverified: set[int] = set()
         self._unfinished: set[str] = set()
         self._instances: Instances
-        if root is None:
+        if root is None and is_shared:
+            self._instances = SharedInstances(memory_limit)
+        elif root is None:
             self._instances = MemoryInstances(memory_limit)
         else:
             self._instances = FileInstances(root, root / OWN / "incoming", self._is_flushed)
@@ -212,6 +217,8 @@ class Storage:
         """Let the root go."""
         self.ledger.close()
         self._open_cases.clear()
+        if isinstance(self._instances, SharedInstances):
+            self._instances.close()
         if self._lock_file >= 0:
             os.close(self._lock_file)
             self._lock_file = -1
@@ -666,7 +673,7 @@ class Storage:
 
     # Results
 
-    def keep_results(self, case: Case, results: Iterable[tuple[str, str, str, bytes]]) -> int:
+    def keep_results(self, case: Case, results: Iterable[tuple[str, str, str, Buffer]]) -> int:
         """PROCESSING -> EXPORTING with all results durable; how many there are.
 
         `results` are (SOPInstanceUID, SOPClassUID, transfer syntax UID, Part 10 bytes); they are
