@@ -453,11 +453,8 @@ def test_a_file_that_opens_whenever_it_is_imported_is_told(tmp_path: Path) -> No
     assert 'below `if __name__ == "__main__":`' in said
 
 
-def test_close_interrupts_what_outlasts_it_without_blame(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dicomnode.server.node._STOP_SECONDS", 1.0)
-    with misbehaving(tmp_path) as (node, _):
+def test_close_interrupts_what_outlasts_it_without_blame(tmp_path: Path) -> None:
+    with misbehaving(tmp_path, stop_seconds=1.0) as (node, _):
         ask(node, "HANG")
         wait_for(lambda: notes(tmp_path) == ["hangs"])
         start = time.monotonic()

@@ -172,9 +172,10 @@ class Executing:
                     "still be at it"
                 )
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
         """Wait for nothing any more; what the executor does with it is not known."""
         self._is_stopping = True
+        return True
 
     def close(self) -> None:
         """The executor is its owner's; only the proof is ours."""

@@ -81,8 +81,8 @@ class Place(Protocol):
         doing, Stopped after `stop`.
         """
 
-    def stop(self) -> None:
-        """Interrupt what is being processed, where that can be done; from any thread."""
+    def stop(self) -> bool:
+        """Interrupt what is being processed, and tell whether that can be done; from any thread."""
 
     def close(self) -> None:
         """Let everything go, after the last case."""

@@ -123,8 +123,7 @@ class Runner:
         """
         self._completeness.keep()
         has_ended = self._loop.stop(drain, seconds)
-        if not has_ended:
-            self._place.stop()
+        if not has_ended and self._place.stop():
             has_ended = self._loop.stop(False, _END_SECONDS)
         if has_ended:
             self._place.close()

@@ -60,8 +60,9 @@ class Threads:
             self._seconds,
         )
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
         """A thread cannot be interrupted."""
+        return False
 
     def close(self) -> None:
         """Nothing to do."""

@@ -565,12 +565,13 @@ class Workers:
         self._first_memory = self._first_memory or used
         return used > (self._first_memory + limit) / 2
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
         """End what is being processed, because the node stops."""
         self._is_closed = True
         with self._lock:
             for worker in self._busy:
                 worker.stop()
+        return True
 
     def close(self) -> None:
         """End all workers."""
