@@ -93,6 +93,9 @@ class Receiver:
     def is_within(self) -> bool:
         """Whether a message has begun and is not whole."""
 
+    def discard(self, errno: int) -> None:
+        """Keep no more of the dataset that goes to a file; the request then tells `errno`."""
+
     def receive(
         self, wake: int, seconds: float, on_full: Callable[[str, str, int], int]
     ) -> Received | bytes | None:

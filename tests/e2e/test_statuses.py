@@ -19,6 +19,8 @@ from dicomnode.lib.dicom import encode
 from dicomnode.lib.dimse import echo, send
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.node import AbstractPipeline
+from dicomnode.server.transport import Limits
+from dicomnode.storage.store import Storage
 from dicomnode.testing import State, address_of, make_series, running_node, wait_for_cases
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -303,3 +305,30 @@ def test_no_name_and_no_birth_date_is_logged(capsys: pytest.CaptureFixture[str])
     assert "stored in case 1" in said.out
     for text in (said.out, said.err):
         assert "Secret" not in text and "19230405" not in text
+
+
+def test_s3_a_large_image_does_not_fill_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room when it begins, and less than has to stay free while it arrives."""
+    free = iter([10 << 30, 10 << 30])
+    monkeypatch.setattr(Storage, "free_bytes", lambda _: next(free, 0))
+    large = make_series(1, 4600, 4600)[0]
+    with running_node(Node, root_data_directory=tmp_path) as one:
+        address = address_of(one)
+        assert send(address, [large])[0].status == 0xA700
+        monkeypatch.undo()
+        assert [answer.status for answer in send(address, [large, *make_series(2)])] == [0, 0, 0]
+        kept = max(path.stat().st_size for path in tmp_path.rglob("*.dcm"))
+        assert kept > 4600 * 4600 * 2
+    assert not list((tmp_path / ".dicomnode" / "incoming").iterdir())
+
+
+def test_an_association_has_a_number_of_images_and_bytes() -> None:
+    series = make_series(4)
+    size = len(dataset_bytes(series[0]))
+    for limits in (Limits(instances=2), Limits(association_bytes=2 * size + 100)):
+        with running_node(Node, limits=limits) as one:
+            address = address_of(one)
+            assert [a.status for a in send(address, series)] == [0, 0, 0xA700, 0xA700]
+            assert [a.status for a in send(address, series[2:])] == [0, 0]

@@ -116,6 +116,8 @@ class _Visit:
     touched: dict[str, set[int]] = field(default_factory=dict)
     stored: int = 0
     refused: int = 0
+    #: Bytes of all images.
+    size: int = 0
     over: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -372,8 +374,16 @@ class AssociationServer:
         self._reception.meters.associations.add(label="refused")
 
     def arriving(self, association: Association) -> None:
-        """Images that are arriving are in memory until they are whole; they must not take all of it."""
-        del association
+        """What is arriving must take neither all memory nor all of the disk."""
+        visit = self._visits.get(association)
+        if (
+            visit is not None
+            and visit.growing is not None
+            and isinstance(association, NodeAssociation)
+            and not self._storage.has_room(0)
+        ):
+            association.keep_no_more(errno.ENOSPC)
+            visit.growing.discard()
         with self._lock:
             held = {
                 one: one.arriving
@@ -471,7 +481,12 @@ class AssociationServer:
             return self._refuse(uid, _INVALID_INSTANCE, "SOPInstanceUID is no UID")
         if sop_class != str(context.abstract_syntax):
             return self._refuse(uid, _CLASS_NOT_SUPPORTED, "SOP class is not that of the context")
-        if visit.stored + visit.refused >= self._reception.limits.instances:
+        limits = self._reception.limits
+        visit.size += received.size
+        if (
+            visit.stored + visit.refused >= limits.instances
+            or visit.size > limits.association_bytes
+        ):
             return self._refuse(uid, _OUT_OF_RESOURCES, "too many images in one association")
         if received.in_file and (growing is None or received.errno is not None):
             raise OutOfResources(

@@ -69,6 +69,8 @@ class Limits:
     associations: int = 100
     #: Images of one association; more are answered 0xA700.
     instances: int = 1_000_000
+    #: Bytes of the images of one association; more are answered 0xA700.
+    association_bytes: int = 1 << 40
     #: Bytes of one image.
     instance_bytes: int = 16 << 30
     #: The largest PDU that senders are asked to use, and may use.
@@ -253,7 +255,7 @@ class _Provider(DULServiceProvider):
         self.wake = _Wake()
         self._service = service
         self._association = association
-        self._receiver: Receiver | None = None
+        self.receiver: Receiver | None = None
         # When the message that is arriving began, and how much had arrived by then; and when last
         # something came, and how much by then.
         self._began: tuple[float, int] | None = None
@@ -267,13 +269,13 @@ class _Provider(DULServiceProvider):
     @property
     def arriving(self) -> int:
         """Bytes in memory of the image that is arriving."""
-        receiver = self._receiver
+        receiver = self.receiver
         return 0 if receiver is None else receiver.arriving
 
     @property
     def is_reading(self) -> bool:
         """Whether more of a message has to be read, or can be without waiting."""
-        receiver = self._receiver
+        receiver = self.receiver
         established = self.state_machine.current_state == _ESTABLISHED
         return receiver is not None and established and receiver.is_within
 
@@ -303,7 +305,7 @@ class _Provider(DULServiceProvider):
             with contextlib.suppress(InvalidEventError):
                 super().run_reactor()
         finally:
-            self._receiver = None
+            self.receiver = None
             if self.socket is not None:
                 self.socket.close()
             self.wake.close()
@@ -315,7 +317,7 @@ class _Provider(DULServiceProvider):
             super()._read_pdu_data()
             return
         try:
-            receiver = self._receiver or self._new_receiver()
+            receiver = self.receiver or self._new_receiver()
             found = self._read(receiver)
             if found is None:
                 self._check_pace(receiver)
@@ -343,7 +345,7 @@ class _Provider(DULServiceProvider):
         if client is None:
             raise OSError("closed")
         is_plain = not isinstance(client, ssl.SSLSocket)
-        self._receiver = Receiver(
+        self.receiver = Receiver(
             [int(context.context_id or 0) for context in self._association.accepted_contexts],
             # A tolerance for senders that count the headers in.
             limits.pdu_bytes + 1024,
@@ -352,7 +354,7 @@ class _Provider(DULServiceProvider):
             client.fileno() if is_plain else None,
         )
         self._last = (time.monotonic(), 0)
-        return self._receiver
+        return self.receiver
 
     def _read(self, receiver: Receiver) -> Received | bytes | None:
         client = None if self.socket is None else self.socket.socket
@@ -434,6 +436,12 @@ class NodeAssociation(Association):
     def arriving(self) -> int:
         """Bytes in memory of the image that is arriving."""
         return self.provider.arriving
+
+    def keep_no_more(self, number: int) -> None:
+        """Read the image that goes to a file to its end, and keep nothing of it; `number` is of an error."""
+        receiver = self.provider.receiver
+        if receiver is not None:
+            receiver.discard(number)
 
     def cut_off(self) -> None:
         """End the connection at once."""

@@ -353,13 +353,14 @@ class Storage:
             raise
         return growing
 
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes leave as much of the disk free as has to stay so."""
+        return self.root is None or self.free_bytes() - size >= self._least_free
+
     def _check_room(self, size: int) -> None:
-        if self.root is None:
-            return
-        free = self.free_bytes()
-        if free - size < self._least_free:
+        if not self.has_room(size):
             raise OutOfResources(
-                f"{free} bytes are free on the disk of root_data_directory, and {self._least_free} "
+                f"{self.free_bytes()} bytes are free on the disk of root_data_directory, and {self._least_free} "
                 "have to stay free (limits.free_bytes)"
             )
 

@@ -140,6 +140,15 @@ impl Receiver {
         self.lock().parser.is_within()
     }
 
+    /// Keep no more of the dataset that goes to a file; the request then tells `errno`.
+    fn discard(&self, errno: i32) {
+        let mut state = self.lock();
+        if state.spill.is_used {
+            state.spill.file = None;
+            state.spill.errno = Some(errno);
+        }
+    }
+
     /// Read from the socket until something is whole.
     ///
     /// A request gives `Received`, any other PDU its bytes, a closed connection empty bytes. None
