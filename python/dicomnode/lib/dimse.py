@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from pydicom.dataset import Dataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_dataset
 
 from dicomnode.errors import (
     CouldNotCompleteDIMSEMessage,
@@ -23,6 +25,7 @@ from dicomnode.errors import (
     PeerRefuses,
     PeerUnreachable,
 )
+from dicomnode.lib.commitment import PUSH_MODEL, PUSH_MODEL_INSTANCE, REQUEST, Commitment
 from dicomnode.lib.dicom import (
     LazyDataset,
     Source,
@@ -30,6 +33,8 @@ from dicomnode.lib.dicom import (
     encode,
     header_text,
     is_uid,
+    part10_prefix,
+    read,
     scan,
 )
 from dicomnode.lib.requestor import IMPLEMENTATION_UID as IMPLEMENTATION_UID
@@ -168,7 +173,72 @@ def send(
     return [responses[k] for k in range(len(batch))]
 
 
-def associate(address: Address, ae_title: str, contexts: Iterable[tuple[str, str]]) -> Requestor:
+def ask_commitment(
+    address: Address,
+    asked: Commitment,
+    ae_title: str = "DICOMNODE",
+    *,
+    is_reported: Callable[[], bool] = lambda: False,
+    seconds: float = 10.0,
+) -> Commitment | None:
+    """Ask a peer to keep instances that were sent to it (N-ACTION, PS3.4 J.3.2).
+
+    The peer reports over this association, or later over one to us. Waits so many seconds for the
+    first, unless `is_reported` tells that the second has happened. None where no report came here.
+
+    Raises what `echo` does; PeerRefuses where the peer does no storage commitment, or not this one.
+    """
+    association = associate(address, ae_title, [(PUSH_MODEL, EXPLICIT), (PUSH_MODEL, IMPLICIT)])
+    (_, syntax), context = min(association.accepted.items(), key=lambda one: one[0][1] != EXPLICIT)
+    dataset = _plain(asked.to_dataset(), syntax)
+    answer = association.action(context, PUSH_MODEL, PUSH_MODEL_INSTANCE, REQUEST, dataset)
+    status = answer.number(0x0900)
+    if status != 0x0000:
+        association.release()
+        raise PeerRefuses(
+            f"{address} refused the storage commitment with status 0x{status & 0xFFFF:04X} "
+            f"{answer.text(0x0902)}".rstrip()
+        )
+    end, report = time.monotonic() + seconds, None
+    try:
+        while report is None and not is_reported() and time.monotonic() < end:
+            if association.has_message(0.1):
+                report = association.take_report()
+    except CouldNotCompleteDIMSEMessage:
+        # It ended the association: the report comes over another one.
+        return None
+    association.release()
+    if report is None:
+        return None
+    prefix = part10_prefix(PUSH_MODEL, PUSH_MODEL_INSTANCE, syntax)
+    return Commitment.of(read(prefix + report.dataset))
+
+
+def report_commitment(address: Address, report: Commitment, ae_title: str = "DICOMNODE") -> None:
+    """Tell a peer which of the instances are kept that it asked for (N-EVENT-REPORT, PS3.4 J.3.3).
+
+    Raises what `echo` does.
+    """
+    association = associate(
+        address, ae_title, [(PUSH_MODEL, EXPLICIT), (PUSH_MODEL, IMPLICIT)], serves=PUSH_MODEL
+    )
+    (_, syntax), context = min(association.accepted.items(), key=lambda one: one[0][1] != EXPLICIT)
+    dataset = _plain(report.to_dataset(), syntax)
+    association.report(context, PUSH_MODEL, PUSH_MODEL_INSTANCE, report.event_type, dataset)
+    association.release()
+
+
+def _plain(dataset: Dataset, syntax: str) -> memoryview:
+    """A small dataset without pixels, encoded."""
+    encoded = DicomBytesIO()
+    encoded.is_implicit_VR, encoded.is_little_endian = syntax == IMPLICIT, True
+    write_dataset(encoded, dataset)
+    return memoryview(encoded.getvalue())
+
+
+def associate(
+    address: Address, ae_title: str, contexts: Iterable[tuple[str, str]], serves: str = ""
+) -> Requestor:
     """An association with (abstract syntax, transfer syntax) contexts.
 
     Asks again while the peer is too busy to take one.
@@ -184,7 +254,7 @@ def associate(address: Address, ae_title: str, contexts: Iterable[tuple[str, str
     while True:
         try:
             return Requestor(
-                str(address), (address.ip, address.port), address.ae_title, ae_title, wanted
+                str(address), (address.ip, address.port), address.ae_title, ae_title, wanted, serves
             )
         except PeerBusy:
             if time.monotonic() + pause >= end:

@@ -20,6 +20,7 @@ from pynetdicom.pdu_primitives import (
     ImplementationClassUIDNotification,
     ImplementationVersionNameNotification,
     MaximumLengthNotification,
+    SCP_SCU_RoleSelectionNegotiation,
 )
 from pynetdicom.presentation import PresentationContext, build_context
 
@@ -85,7 +86,8 @@ class Requestor:
     """An established association. Use it in one thread, and `release` or `abort` it.
 
     `accepted` maps (abstract syntax, transfer syntax) to the number of a presentation context. At most
-    128 contexts of odd numbers fit (PS3.8 section 9.3.2.2).
+    128 contexts of odd numbers fit (PS3.8 section 9.3.2.2). `serves` is an abstract syntax for which we are
+    the SCP (PS3.7 annex D.3.3.4).
 
     Raises PeerUnreachable where the peer is not there or is too busy (PeerBusy) or rejects the
     association (PeerRejects), PeerRefuses where it accepts no context. All methods but `release` and
@@ -99,10 +101,13 @@ class Requestor:
         called: str,
         calling: str,
         contexts: Sequence[tuple[str, str]],
+        serves: str = "",
     ) -> None:
         self._name = name
+        self._serves = serves
         self._received = bytearray()
         self._message_id = 0
+        self._early: list[Message] = []
         self._poll = select.poll()
         try:
             self._socket = socket.create_connection(place, _CONNECT_SECONDS)
@@ -128,7 +133,7 @@ class Requestor:
             context.context_id = 2 * k + 1
             proposed.append(context)
         try:
-            self._write([_request(called, calling, proposed)])
+            self._write([_request(called, calling, proposed, self._serves)])
             kind, body = self._read_pdu(_ANSWER_SECONDS)
         except CouldNotCompleteDIMSEMessage as error:
             raise PeerUnreachable(
@@ -210,6 +215,63 @@ class Requestor:
         in_flight = min(len(dataset), _IN_FLIGHT_BYTES)
         return self._answer(0x8001, _ANSWER_SECONDS + in_flight / _LEAST_BYTES_PER_SECOND)
 
+    def action(
+        self, context_id: int, sop_class: str, sop_instance: str, kind: int, dataset: memoryview
+    ) -> Message:
+        """N-ACTION (PS3.7 section 10.1.4): the answer."""
+        self._send_command(
+            context_id,
+            0x0130,
+            [
+                (0x0003, _uid(sop_class)),
+                (0x1001, _uid(sop_instance)),
+                (0x1008, kind.to_bytes(2, "little")),
+            ],
+            dataset,
+        )
+        return self._answer(0x8130, _ANSWER_SECONDS)
+
+    def report(
+        self, context_id: int, sop_class: str, sop_instance: str, kind: int, dataset: memoryview
+    ) -> Message:
+        """N-EVENT-REPORT (PS3.7 section 10.1.1), which we send as SCP: the answer."""
+        self._send_command(
+            context_id,
+            0x0100,
+            [
+                (0x0002, _uid(sop_class)),
+                (0x1000, _uid(sop_instance)),
+                (0x1002, kind.to_bytes(2, "little")),
+            ],
+            dataset,
+        )
+        return self._answer(0x8100, _ANSWER_SECONDS)
+
+    def has_message(self, seconds: float) -> bool:
+        """Whether the peer sends something within so many seconds."""
+        self._poll.modify(self._socket, select.POLLIN)
+        return bool(self._early or self._received) or bool(self._poll.poll(seconds * 1000))
+
+    def take_report(self) -> Message:
+        """An N-EVENT-REPORT that the peer sends; it is answered with success."""
+        message = self._early.pop() if self._early else self._message(_ANSWER_SECONDS)
+        if message.number(0x0100) != 0x0100:
+            self.abort()
+            raise CouldNotCompleteDIMSEMessage(f"{self._name} sent something else than a report")
+        answer = encode_command(
+            [
+                (0x0002, message.command.get(0x0002, b"")),
+                (0x0100, (0x8100).to_bytes(2, "little")),
+                (0x0120, message.command.get(0x0110, b"\0\0")),
+                (0x0800, _NO_DATASET.to_bytes(2, "little")),
+                (0x0900, b"\0\0"),
+                (0x1000, message.command.get(0x1000, b"")),
+                (0x1002, message.command.get(0x1002, b"\1\0")),
+            ]
+        )
+        self._write(list(_fragments(message.context_id, memoryview(answer), self._part_bytes, 1)))
+        return message
+
     def release(self) -> None:
         """End the association in order; a peer that does not answer is left."""
         with contextlib.suppress(CouldNotCompleteDIMSEMessage):
@@ -253,6 +315,10 @@ class Requestor:
     def _answer(self, kind: int, seconds: float) -> Message:
         """The response to the last request; one to another, or a request of the peer, is an error."""
         message = self._message(seconds)
+        if kind == 0x8130 and message.number(0x0100) == 0x0100:
+            # A quick peer reports before it answers.
+            self._early.append(message)
+            message = self._message(seconds)
         if message.number(0x0100) != kind or message.number(0x0120) != self._message_id:
             self.abort()
             raise CouldNotCompleteDIMSEMessage(
@@ -430,7 +496,7 @@ def _uid(text: str) -> bytes:
     return value + b"\0" if len(value) % 2 else value
 
 
-def _request(called: str, calling: str, contexts: list[PresentationContext]) -> bytes:
+def _request(called: str, calling: str, contexts: list[PresentationContext], serves: str) -> bytes:
     primitive = A_ASSOCIATE()
     primitive.application_context_name = _APPLICATION_CONTEXT
     primitive.calling_ae_title = calling
@@ -443,6 +509,10 @@ def _request(called: str, calling: str, contexts: list[PresentationContext]) -> 
     version = ImplementationVersionNameNotification()
     version.implementation_version_name = _IMPLEMENTATION_NAME
     primitive.user_information = [longest, implementation, version]
+    if serves:
+        role = SCP_SCU_RoleSelectionNegotiation()
+        role.sop_class_uid, role.scu_role, role.scp_role = serves, False, True
+        primitive.user_information.append(role)
     request = A_ASSOCIATE_RQ()
     request.from_primitive(primitive)
     return bytes(request.encode())

@@ -26,6 +26,7 @@ from pynetdicom.association import Association
 from pynetdicom.presentation import PresentationContext, build_context
 
 from dicomnode.errors import CannotListen, IncorrectlyConfigured, InvalidDicom, OutOfResources
+from dicomnode.lib.commitment import PUSH_MODEL, PUSH_MODEL_INSTANCE, REQUEST, Commitment
 from dicomnode.lib.dicom import (
     Header,
     LazyDataset,
@@ -38,6 +39,7 @@ from dicomnode.lib.dicom import (
 )
 from dicomnode.lib.dimse import IMPLEMENTATION_UID
 from dicomnode.lib.redaction import patient_words
+from dicomnode.server.commitment import Committing
 from dicomnode.server.logs import Scope, about, hide_patient
 from dicomnode.server.meters import Meters
 from dicomnode.server.routing import Rule, route
@@ -54,6 +56,8 @@ from dicomnode.storage.store import DuplicateInstance, Instance, Storage
 
 _VERIFICATION = "1.2.840.10008.1.1"
 _SUCCESS = 0x0000
+_PROCESSING_FAILURE = 0x0110
+_NO_SUCH_ACTION = 0x0123
 _DUPLICATE = 0x0111
 _INVALID_INSTANCE = 0x0117
 _OUT_OF_RESOURCES = 0xA700
@@ -142,6 +146,7 @@ class Reception:
     #: The user's filter, None where it was not overridden; gets a lazy dataset.
     accept: Callable[[Dataset], bool] | None
     meters: Meters
+    committing: Committing
     #: Called after an image was stored, before the answer, with its identifier and SOPInstanceUID.
     on_stored: Callable[[str, str], None]
     #: Called after an association, with the identifiers that it touched.
@@ -174,6 +179,8 @@ class AssociationServer:
         reception, contexts = self._reception, self._contexts()
         handlers = [
             (evt.EVT_C_ECHO, self._on_echo),
+            (evt.EVT_N_ACTION, self._on_action),
+            (evt.EVT_N_EVENT_REPORT, self._on_report),
             (evt.EVT_CONN_OPEN, self._on_open),
             (evt.EVT_REQUESTED, self._on_requested),
             (evt.EVT_ACCEPTED, self._on_accepted),
@@ -213,6 +220,11 @@ class AssociationServer:
         contexts = list(given)
         if all(context.abstract_syntax != _VERIFICATION for context in contexts):
             contexts.append(build_context(_VERIFICATION))
+        if all(context.abstract_syntax != PUSH_MODEL for context in contexts):
+            commitment = build_context(PUSH_MODEL)
+            # Senders ask us, and those that we asked report.
+            commitment.scu_role = commitment.scp_role = True
+            contexts.append(commitment)
         return contexts
 
     def close(self, seconds: float) -> None:
@@ -287,6 +299,45 @@ class AssociationServer:
         with self._about(event.assoc):
             self._logger.info("C-ECHO from %s", _peer(event.assoc))
         return _SUCCESS
+
+    def _on_action(self, event: Any) -> tuple[int, None]:
+        """A sender asks for storage commitment."""
+        calling = str(event.assoc.requestor.ae_title or "").strip()
+        with self._working(), self._about(event.assoc):
+            try:
+                if event.action_type != REQUEST:
+                    return _NO_SUCH_ACTION, None
+                reply = partial(self._reply, event.assoc)
+                return self._reception.committing.asked(
+                    event.action_information, calling, reply
+                ), None
+            except Exception:
+                # What a peer sends may fail anywhere in pydicom.
+                self._logger.exception("a request for storage commitment is not understood")
+                return _PROCESSING_FAILURE, None
+
+    def _on_report(self, event: Any) -> tuple[int, None]:
+        """A peer that was asked for storage commitment reports."""
+        calling = str(event.assoc.requestor.ae_title or "").strip()
+        with self._working(), self._about(event.assoc):
+            try:
+                return self._reception.committing.reported(event.event_information, calling), None
+            except Exception:
+                # As above.
+                self._logger.exception("a report of storage commitment is not understood")
+                return _PROCESSING_FAILURE, None
+
+    def _reply(self, association: Association, report: Commitment) -> bool:
+        """Report over the association of the request, if that is still there."""
+        if not association.is_established:
+            return False
+        try:
+            status, _ = association.send_n_event_report(
+                report.to_dataset(), report.event_type, PUSH_MODEL, PUSH_MODEL_INSTANCE
+            )
+        except (RuntimeError, ValueError):
+            return False
+        return bool(status.get("Status") == _SUCCESS)
 
     def _on_requested(self, event: Any) -> None:
         """Reject an AE title that is called from a network that is not its own."""

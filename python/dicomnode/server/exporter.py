@@ -14,13 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from pydicom.uid import generate_uid
+
 from dicomnode.errors import (
     CouldNotCompleteDIMSEMessage,
     IncorrectlyConfigured,
     OutOfResources,
     PeerUnreachable,
 )
-from dicomnode.lib.dimse import Address, Outgoing, Response, send
+from dicomnode.lib.commitment import Commitment
+from dicomnode.lib.dimse import Address, Outgoing, Response, ask_commitment, send
 from dicomnode.server.loop import Failures, Loop
 from dicomnode.server.meters import Meters
 from dicomnode.storage.ledger import ResultRow
@@ -33,6 +36,8 @@ _LONGEST_SECONDS = 15 * 60.0
 # minutes pass between these attempts.
 _SLOWLY = 60
 _MOST_REFUSALS = 3
+# How long a report of storage commitment is waited for over the association of the request.
+_REPORT_SECONDS = 10.0
 # So many answers are recorded at once.
 _RECORDED_TOGETHER = 32
 # Answers of a peer that has no room or no time now (PS3.4 B.2.3, PS3.7 annex C): out of resources,
@@ -46,10 +51,11 @@ class _Stopping(Exception):
 
 @dataclass(frozen=True)
 class Retries:
-    """When to send again, and when to give up."""
+    """When to send again, when to give up, and whether endpoints are asked to keep what they got."""
 
     retry_seconds: float
     give_up_seconds: float
+    commit: bool = False
 
     def pause(self, attempts: int, slowly: bool) -> float:
         """How long to wait after so many attempts that failed in a row."""
@@ -171,7 +177,12 @@ class Exporter:
     def _attempt(self, endpoint: Address, export: Export, outage: Outage | None) -> None:
         """Send what this endpoint has not acknowledged, and record what comes of it."""
         key, number, outbox = export.endpoint, export.case_id, self._storage.outbox
-        rows = self._storage.undelivered(number, key)
+        answers = outbox.answers(number, key)
+        rows = [
+            row
+            for row in self._storage.undelivered(number, key)
+            if row.uid not in answers or not _is_exhausted(answers[row.uid])
+        ]
         problem, is_permanent = "", False
         try:
             if rows:
@@ -185,25 +196,90 @@ class Exporter:
             outbox.mend(key)
             self._logger.info("%s takes associations again", key)
         answers = outbox.answers(number, key)
-        left = [row for row in rows if row.uid not in answers or not answers[row.uid].stored]
+        left = self._storage.undelivered(number, key)
+        if not left and self._retries.commit:
+            self._ask(endpoint, export)
+            return
         if not left:
             self._times.pop((number, key), None)
             outbox.update(replace(export, state=Delivery.SENT, attempts=0, next=0.0, problem=""))
             return
         refused = [answers[row.uid] for row in left if row.uid in answers]
-        problem = problem or _told(key, refused, len(rows))
+        problem = problem or _told(key, refused, len(self._storage.ledger.results(number)))
         final = [one for one in refused if one.status not in _PASSING]
-        is_over = len(left) == sum(one.attempts > _MOST_REFUSALS for one in final)
+        is_over = len(left) == sum(map(_is_exhausted, refused))
         self._postpone(
             replace(
                 export,
-                attempts=1 if len(left) < len(rows) else export.attempts + 1,
+                attempts=1
+                if any(answers[row.uid].stored for row in rows if row.uid in answers)
+                else export.attempts + 1,
                 refusals=export.refusals + is_permanent,
                 problem=problem,
             ),
             slowly=is_permanent or bool(final),
             is_over=is_over,
         )
+
+    def _ask(self, endpoint: Address, export: Export) -> None:
+        """Ask an endpoint to keep what it stored, before anything of the case is deleted."""
+        key, number, commitments = export.endpoint, export.case_id, self._storage.commitments
+        is_unanswered = commitments.is_open(number, key)
+        waiting = replace(
+            export,
+            attempts=export.attempts + is_unanswered,
+            refusals=export.refusals + is_unanswered,
+            problem=f"{key} has not reported whether it keeps the results (storage commitment)",
+        )
+        asked = Commitment(
+            generate_uid(),
+            {row.uid: row.sop_class for row in self._storage.ledger.results(number)},
+        )
+        if not asked.instances:
+            self._storage.outbox.update(replace(export, state=Delivery.SENT))
+            return
+        # Before it is asked, since the report may be here before the answer.
+        commitments.begin(asked.transaction_uid, number, key)
+        self._postpone(waiting, slowly=True, is_over=False)
+        if waiting.refusals > _MOST_REFUSALS:
+            return
+        try:
+            report = ask_commitment(
+                endpoint,
+                asked,
+                self._ae_title,
+                is_reported=lambda: not commitments.is_open(number, key) or self._loop.is_stopping,
+                seconds=_REPORT_SECONDS,
+            )
+        except CouldNotCompleteDIMSEMessage as error:
+            commitments.cancel(asked.transaction_uid)
+            if isinstance(error, PeerUnreachable):
+                raise
+            failed = replace(
+                waiting,
+                attempts=waiting.attempts + 1,
+                refusals=waiting.refusals + error.is_permanent,
+                problem=str(error),
+            )
+            self._postpone(failed, slowly=error.is_permanent, is_over=False)
+            return
+        if report is not None and report.transaction_uid == asked.transaction_uid:
+            self.reported(report)
+
+    def reported(self, report: Commitment) -> bool:
+        """Record what an endpoint reports of a commitment; whether that was asked."""
+        settled = self._storage.commitments.settle(report, self._retries.pause(1, slowly=False))
+        if settled is None:
+            return False
+        number, lost = settled
+        if lost:
+            self._logger.error(
+                "case %d: %d results are not kept, they are sent again", number, lost
+            )
+        else:
+            self._logger.info("case %d: an endpoint keeps all results", number)
+        self._loop.wake()
+        return True
 
     def _postpone(self, export: Export, slowly: bool, is_over: bool) -> None:
         """Try it again later, or give it up."""
@@ -327,6 +403,12 @@ class Exporter:
             raise CouldNotCompleteDIMSEMessage("; ".join(dead))
         self._storage.finish(self._storage.ledger.case(case_id))
         self._logger.info("case %d is done", case_id)
+
+
+def _is_exhausted(answer: Answer) -> bool:
+    """Whether a result was refused for good often enough."""
+    is_final = not answer.stored and answer.status not in _PASSING
+    return is_final and answer.attempts > _MOST_REFUSALS
 
 
 def _told(key: str, refused: Sequence[Answer], count: int) -> str:

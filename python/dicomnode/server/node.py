@@ -79,6 +79,9 @@ class AbstractPipeline:
     export_retry_seconds: float = 5.0
     #: What has waited so long for an endpoint is given up: the case is FAILED, and kept.
     export_give_up_seconds: float = 5 * 24 * 3600.0
+    #: Whether endpoints have to promise to keep the results (storage commitment) before the case is
+    #: DONE and its files are deleted.
+    commit: bool = False
     #: The attribute that tells which images belong together.
     patient_identifier_tag: TagType = 0x00100020
     #: A case is ready when no image came for it for so long, whether or not its sender has ended the
@@ -265,6 +268,8 @@ class AbstractPipeline:
                 raise IncorrectlyConfigured(
                     f"{name} has to be a whole number, at least {least}, not {value!r}"
                 )
+        if not isinstance(self.commit, bool):
+            raise IncorrectlyConfigured(f"commit has to be True or False, not {self.commit!r}")
         for name, seconds in (
             ("export_retry_seconds", self.export_retry_seconds),
             ("export_give_up_seconds", self.export_give_up_seconds),
@@ -446,7 +451,7 @@ class AbstractPipeline:
             self.ae_title,
             self.input,
             tuple(self.endpoints),
-            Retries(self.export_retry_seconds, self.export_give_up_seconds),
+            Retries(self.export_retry_seconds, self.export_give_up_seconds, self.commit),
             Patience(
                 self.quiet_seconds,
                 self.deadline_seconds,
@@ -475,6 +480,7 @@ class AbstractPipeline:
                 tls=tls,
                 limits=self.limits,
                 meters=meters,
+                committing=runner.committing,
                 accept=None if type(self).filter is AbstractPipeline.filter else self.filter,
                 most_bytes=limit,
                 on_stored=on_stored,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from dicomnode.errors import InvalidDataset
 from dicomnode.lib.dimse import Address
+from dicomnode.server.commitment import Committing
 from dicomnode.server.completeness import LOOKERS, Completeness, Patience, Senders
 from dicomnode.server.eager import EagerDecoding
 from dicomnode.server.exporter import Exporter, Retries
@@ -80,7 +81,7 @@ class Runner:
         self._loop = Loop(storage, logger, self._is_postponed)
         self._loop.add("looker", self._completeness.step, LOOKERS, self._completeness.due)
         self._loop.add("worker", self._process_next, workers)
-        Exporter(
+        exporter = Exporter(
             work.ae_title,
             work.endpoints,
             work.retries,
@@ -89,6 +90,10 @@ class Runner:
             self._loop,
             self._failures,
             meters,
+        )
+        #: Storage commitment, for the association server.
+        self.committing = Committing(
+            work.ae_title, work.endpoints, storage, logger, exporter.reported, self._loop
         )
 
     def watch(self, senders: Senders) -> None:

@@ -401,6 +401,7 @@ class Ledger:
             (case_id,),
         )
         self._db.execute("DELETE FROM exports WHERE case_id = ? AND state != 'SENT'", (case_id,))
+        self._db.execute("DELETE FROM commitments WHERE case_id = ?", (case_id,))
         self._db.execute(
             "UPDATE deliveries SET attempts = 0 WHERE case_id = ? AND NOT stored", (case_id,)
         )
@@ -417,6 +418,7 @@ class Ledger:
             for table, column in (
                 ("deliveries", "case_id"),
                 ("exports", "case_id"),
+                ("commitments", "case_id"),
                 ("interrupted", "case_id"),
                 ("cases", "id"),
             ):
@@ -545,7 +547,7 @@ class Ledger:
                 (State.FAILED.value, error, time.time(), case_id, State.EXPORTING.value),
             )
             if cursor.rowcount == 1:
-                for table in ("deliveries", "exports", "results"):
+                for table in ("deliveries", "exports", "results", "commitments"):
                     db.execute(f"DELETE FROM {table} WHERE case_id = ?", (case_id,))
 
     def clear(self, case_id: int) -> None:

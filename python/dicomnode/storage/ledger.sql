@@ -124,3 +124,19 @@ CREATE TABLE IF NOT EXISTS made (
     uid     TEXT    NOT NULL UNIQUE,
     case_id INTEGER NOT NULL
 );
+
+-- One row for each endpoint that was asked to keep the results of a case, and has not reported yet.
+CREATE TABLE IF NOT EXISTS commitments (
+    transaction_uid TEXT    NOT NULL PRIMARY KEY,
+    case_id         INTEGER NOT NULL,
+    endpoint        TEXT    NOT NULL
+) WITHOUT ROWID;
+
+-- One row for each instance that a sender asked this node to keep, with the newest request for it.
+CREATE TABLE IF NOT EXISTS asked (
+    uid             TEXT NOT NULL PRIMARY KEY,
+    transaction_uid TEXT NOT NULL,
+    calling         TEXT NOT NULL,
+    moment          REAL NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS asked_together ON asked (transaction_uid);

@@ -36,8 +36,9 @@ from dicomnode.errors import (
     OutOfResources,
     UnknownCase,
 )
-from dicomnode.lib.dicom import LazyDataset, Source, safe_name
+from dicomnode.lib.dicom import LazyDataset, Source, header_text, safe_name, scan
 from dicomnode.lib.expected import series_of
+from dicomnode.storage.commitments import Commitments
 from dicomnode.storage.instances import (
     Buffer,
     FileInstances,
@@ -155,6 +156,7 @@ class Storage:
             self._instances = FileInstances(root, root / OWN / "incoming", self._is_flushed)
         self.ledger: Ledger
         self.outbox: Outbox
+        self.commitments: Commitments
         self.waits: Waits
 
     # Opening and closing
@@ -168,6 +170,7 @@ class Storage:
         if self.root is None:
             self.ledger = Ledger(None)
             self.outbox = Outbox(self.ledger)
+            self.commitments = Commitments(self.ledger)
             self.waits = Waits(self.ledger)
             return
         own = self.root / OWN
@@ -192,6 +195,7 @@ class Storage:
         try:
             self.ledger = self._open_ledger(own / "ledger.sqlite")
             self.outbox = Outbox(self.ledger)
+            self.commitments = Commitments(self.ledger)
             self.waits = Waits(self.ledger)
             try:
                 recovery = Recovery(
@@ -719,6 +723,23 @@ class Storage:
         if digest_of(data) != row.digest:
             raise DamagedResult(f"result {row.uid} is not what was kept")
         return data
+
+    def kept(self, transaction_uid: str) -> dict[str, str]:
+        """Of the instances that a sender asked to keep those that are here and sound, with their class.
+
+        None of them without a root directory: what is in memory is not kept.
+        """
+        found: dict[str, str] = {}
+        for uid, folder, name, file, digest in self.commitments.copies(transaction_uid):
+            source = self._instances.source(input_folder(folder, name), file)
+            if self.root is None or uid in found or not isinstance(source, str):
+                continue
+            try:
+                if not digest or digest_of_file(source) == digest:
+                    found[uid] = header_text(scan(source), 0x00080016)
+            except (InvalidDicom, OSError) as error:
+                self._logger.error("%s cannot be read: %s", uid, type(error).__name__)
+        return found
 
     def drop_results(self, case_id: int, error: str) -> None:
         """Give up the results of a case, which is FAILED by that: a retry makes them anew."""

@@ -1,0 +1,363 @@
+"""Storage commitment, as the one who asks and as the one who is asked."""
+
+import json
+import os
+import queue
+import socket
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydicom.dataset import Dataset
+from pynetdicom import AE, evt
+from pynetdicom.presentation import build_context
+from pynetdicom.sop_class import CTImageStorage
+
+from dicomnode.errors import InvalidDataset, PeerRefuses, PeerUnreachable
+from dicomnode.lib.commitment import NOT_THERE, PUSH_MODEL, PUSH_MODEL_INSTANCE, Commitment
+from dicomnode.lib.dimse import Address, ask_commitment, echo, report_commitment, send
+from dicomnode.lib.grinders import identity_grinder, many_meta_grinder, numpy_grinder
+from dicomnode.lib.series import derive_series
+from dicomnode.server.input import AbstractInput
+from dicomnode.server.node import AbstractPipeline
+from dicomnode.storage.ledger import State
+from dicomnode.storage.outbox import Delivery
+from dicomnode.testing import StoringNode, address_of, make_series, running_node, wait_for_cases
+
+needs_orthanc = pytest.mark.skipif(
+    not Path("/usr/sbin/Orthanc").exists() and not os.environ.get("DICOMNODE_REQUIRE_PEERS"),
+    reason="Orthanc is missing",
+)
+CT = "1.2.840.10008.5.1.4.1.1.2"
+
+
+class Two(AbstractInput):
+    image_grinder = many_meta_grinder(identity_grinder, numpy_grinder)
+
+    def validate(self) -> bool:
+        return self.images == 2
+
+
+class Committing(AbstractPipeline):
+    """Sends back what it got, and wants it to be kept."""
+
+    ae_title = "NODE"
+    input = {"ct": Two}
+    commit = True
+    export_retry_seconds = 0.02
+
+    def process(self, input_data: dict[str, Any]) -> Iterable[Dataset]:
+        images, array = input_data["ct"]
+        return derive_series(array, images)
+
+
+class Archive:
+    """Stores, and reports on a commitment as `reports` tells: on which way, and what is lost."""
+
+    def __init__(self, way: str, lost: Callable[[int], int] = lambda n: 0) -> None:
+        self.way = way
+        self.lost = lost
+        self.stored: list[str] = []
+        self.requests = 0
+        self.node: Address | None = None
+        self.asked: queue.Queue[Dataset] = queue.Queue()
+
+    def on_store(self, event: Any) -> int:
+        self.stored.append(str(event.request.AffectedSOPInstanceUID))
+        return 0
+
+    def on_action(self, event: Any) -> tuple[int, None]:
+        self.requests += 1
+        asked = Commitment.of(event.action_information)
+        lost = list(asked.instances)[: self.lost(self.requests)]
+        report = Commitment(asked.transaction_uid, asked.instances, dict.fromkeys(lost, NOT_THERE))
+        if self.way == "refuses":
+            return 0x0110, None
+        if self.way == "same":
+            threading.Thread(target=self._report, args=(event.assoc, report), daemon=True).start()
+        elif self.way == "new":
+            threading.Thread(target=self._report_to_node, args=(report,), daemon=True).start()
+        return 0, None
+
+    def _report(self, association: Any, report: Commitment) -> None:
+        association.send_n_event_report(
+            report.to_dataset(), report.event_type, PUSH_MODEL, PUSH_MODEL_INSTANCE
+        )
+
+    def _report_to_node(self, report: Commitment) -> None:
+        assert self.node is not None
+        report_commitment(self.node, report, "PEER")
+
+    @contextmanager
+    def listening(self) -> Iterator[Address]:
+        ae = AE(ae_title="PEER")
+        ae.add_supported_context(CTImageStorage)
+        if self.way != "none":
+            ae.add_supported_context(PUSH_MODEL)
+        server = ae.start_server(
+            ("127.0.0.1", 0),
+            block=False,
+            evt_handlers=[
+                (evt.EVT_C_STORE, self.on_store),
+                (evt.EVT_N_ACTION, self.on_action),
+            ],
+        )
+        try:
+            yield Address("127.0.0.1", server.server_address[1], "PEER")
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.parametrize("way", ["same", "new"])
+def test_a_case_is_done_when_the_endpoint_keeps_all(way: str) -> None:
+    archive = Archive(way)
+    with archive.listening() as address, running_node(Committing, endpoints=[address]) as node:
+        archive.node = address_of(node)
+        send(address_of(node), make_series(2))
+        wait_for_cases(node, State.DONE)
+    assert archive.requests == 1 and len(archive.stored) == 2
+
+
+@pytest.mark.parametrize("way", ["same", "new"])
+def test_what_is_not_kept_is_sent_again(way: str) -> None:
+    archive = Archive(way, lambda n: 1 if n == 1 else 0)
+    with archive.listening() as address, running_node(Committing, endpoints=[address]) as node:
+        archive.node = address_of(node)
+        send(address_of(node), make_series(2))
+        wait_for_cases(node, State.DONE)
+    assert archive.stored[2:] == [archive.stored[0]] and archive.requests == 2
+
+
+def test_what_is_never_kept_is_given_up_and_stays(tmp_path: Path) -> None:
+    archive = Archive("same", lambda n: 1)
+    with (
+        archive.listening() as address,
+        running_node(Committing, endpoints=[address], root_data_directory=tmp_path) as node,
+    ):
+        send(address_of(node), make_series(2))
+        wait_for_cases(node, State.FAILED)
+        assert "not committed" in node.cases()[0].error
+        assert archive.stored.count(archive.stored[0]) == 4
+        archive.lost = lambda n: 0
+        node.retry(1)
+        wait_for_cases(node, State.DONE)
+
+
+def test_no_report_leads_to_new_requests_and_then_to_giving_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dicomnode.server.exporter._SLOWLY", 1)
+    monkeypatch.setattr("dicomnode.server.exporter._REPORT_SECONDS", 0.1)
+    archive = Archive("silent")
+    with archive.listening() as address, running_node(Committing, endpoints=[address]) as node:
+        send(address_of(node), make_series(2))
+        wait_for_cases(node, State.FAILED)
+        assert "has not reported" in node.cases()[0].error
+    assert archive.requests == 4 and len(archive.stored) == 2
+
+
+@pytest.mark.parametrize("way", ["none", "refuses"])
+def test_an_endpoint_without_commitment_leaves_the_case_failed(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dicomnode.server.exporter._SLOWLY", 1)
+    archive = Archive(way)
+    with archive.listening() as address, running_node(Committing, endpoints=[address]) as node:
+        send(address_of(node), make_series(2))
+        wait_for_cases(node, State.FAILED)
+        assert node._storage is not None
+        (export,) = node._storage.outbox.exports(1)
+        assert export.state is Delivery.DEAD
+        assert ("accepted none" if way == "none" else "0x0110") in export.problem
+    assert len(archive.stored) == 2
+
+
+def test_a_report_that_nobody_waits_for_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with running_node(StoringNode) as node:
+        report_commitment(address_of(node), Commitment("1.2.3", {"1.2.4": CT}), "SOMEBODY")
+        assert node.wait(lambda: "nobody waits for" in caplog.text, 10)
+
+
+def test_a_node_keeps_what_it_has_and_says_what_not(tmp_path: Path) -> None:
+    images = make_series(3)
+    instances = {str(one.SOPInstanceUID): CT for one in images}
+    with running_node(StoringNode, root_data_directory=tmp_path) as node:
+        assert all(one.is_stored for one in send(address_of(node), images[:2]))
+        report = ask_commitment(address_of(node), Commitment("1.2.3", instances), "MODALITY")
+        assert report is not None and report.transaction_uid == "1.2.3"
+        assert dict(report.failed) == {str(images[2].SOPInstanceUID): NOT_THERE}
+        # One that changed on the disk is not kept.
+        victim = next(tmp_path.glob("*/*/*.dcm"))
+        victim.write_bytes(victim.read_bytes()[:-2] + b"\xff\xff")
+        again = ask_commitment(address_of(node), Commitment("1.2.4", instances), "MODALITY")
+        assert again is not None and len(again.failed) == 2
+        # The list tells what belongs together.
+        assert node._storage is not None
+        assert node._storage.commitments.listed_with(1) == sorted(instances)
+
+
+def test_what_is_in_memory_is_not_kept() -> None:
+    (image,) = make_series(1)
+    with running_node(StoringNode) as node:
+        send(address_of(node), [image])
+        asked = Commitment("1.2.3", {str(image.SOPInstanceUID): CT})
+        report = ask_commitment(address_of(node), asked, "MODALITY")
+        assert report is not None and report.failed
+
+
+def test_an_endpoint_that_asks_gets_its_report_over_a_new_association(tmp_path: Path) -> None:
+    reports: queue.Queue[Commitment] = queue.Queue()
+
+    def on_report(event: Any) -> tuple[int, None]:
+        reports.put(Commitment.of(event.event_information))
+        return 0, None
+
+    ae = AE(ae_title="PEER")
+    context = build_context(PUSH_MODEL)
+    context.scu_role = context.scp_role = True
+    server = ae.start_server(
+        ("127.0.0.1", 0),
+        block=False,
+        contexts=[context],
+        evt_handlers=[(evt.EVT_N_EVENT_REPORT, on_report)],
+    )
+    try:
+        peer = Address("127.0.0.1", server.server_address[1], "PEER")
+        (image,) = make_series(1)
+        with running_node(StoringNode, endpoints=[peer], root_data_directory=tmp_path) as node:
+            send(address_of(node), [image])
+            asked = Commitment("1.2.3", {str(image.SOPInstanceUID): CT})
+            assert ask_commitment(address_of(node), asked, "PEER", seconds=0.0) is None
+            report = reports.get(timeout=20)
+        assert report.instances == asked.instances and not report.failed
+    finally:
+        server.shutdown()
+
+
+def test_a_request_that_is_none_is_refused() -> None:
+    ae = AE(ae_title="MODALITY")
+    ae.add_requested_context(PUSH_MODEL)
+    with running_node(StoringNode) as node:
+        association = ae.associate("127.0.0.1", node.port, ae_title="STORE")
+        empty = Dataset()
+        empty.TransactionUID = "1.2.3"
+        status, _ = association.send_n_action(empty, 1, PUSH_MODEL, PUSH_MODEL_INSTANCE)
+        assert status.Status == 0x0115
+        status, _ = association.send_n_action(empty, 7, PUSH_MODEL, PUSH_MODEL_INSTANCE)
+        assert status.Status == 0x0123
+        association.release()
+        with pytest.raises(PeerRefuses):
+            ask_commitment(address_of(node), Commitment("../x", {"1.2": CT}))
+
+
+@pytest.mark.parametrize("uid", ["", "../x", "1.2\n3"])
+def test_what_is_no_commitment_is_told(uid: str) -> None:
+    dataset = Commitment("1.2.3", {"1.2.4": CT}).to_dataset()
+    dataset.ReferencedSOPSequence[0].ReferencedSOPInstanceUID = uid
+    with pytest.raises(InvalidDataset):
+        Commitment.of(dataset)
+    with pytest.raises(InvalidDataset):
+        Commitment.of(Dataset())
+
+
+@contextmanager
+def orthanc(folder: Path, node_port: int) -> Iterator[tuple[Address, str]]:
+    """Orthanc, which knows the node under its AE title: its address, and that of its REST API."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as one,
+        socket.create_server(("127.0.0.1", 0)) as two,
+    ):
+        port, http = one.getsockname()[1], two.getsockname()[1]
+    config = folder / "orthanc.json"
+    settings = {
+        "StorageDirectory": str(folder / "orthanc"),
+        "IndexDirectory": str(folder / "orthanc"),
+        "DicomPort": port,
+        "HttpPort": http,
+        "DicomAet": "ORTHANC",
+        "AuthenticationEnabled": False,
+        "Plugins": [],
+        "DicomAlwaysAllowStore": True,
+        "DicomModalities": {"node": ["NODE", "127.0.0.1", node_port]},
+    }
+    config.write_text(json.dumps(settings))
+    process = subprocess.Popen(
+        ["/usr/sbin/Orthanc", str(config)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    address = Address("127.0.0.1", port, "ORTHANC")
+    try:
+        end = time.monotonic() + 60
+        while True:
+            try:
+                echo(address, "NODE")
+            except PeerUnreachable:
+                assert time.monotonic() < end and process.poll() is None
+                time.sleep(0.1)
+            else:
+                break
+        yield address, f"http://127.0.0.1:{http}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def rest(url: str, body: Any = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(url, data), timeout=30) as answer:
+        return json.loads(answer.read() or b"null")
+
+
+@needs_orthanc
+def test_orthanc_keeps_what_a_node_sends_and_says_so(tmp_path: Path) -> None:
+    with running_node(Committing, root_data_directory=tmp_path / "first") as probe:
+        port = probe.port
+    with (
+        orthanc(tmp_path, port) as (address, url),
+        running_node(
+            Committing,
+            port=port,
+            endpoints=[address],
+            root_data_directory=tmp_path / "root",
+            export_retry_seconds=1.0,
+        ) as node,
+    ):
+        send(address_of(node), make_series(2))
+        wait_for_cases(node, State.DONE, seconds=90)
+        assert rest(f"{url}/statistics")["CountInstances"] == 2
+
+
+@needs_orthanc
+def test_orthanc_asks_a_node_and_gets_its_report(tmp_path: Path) -> None:
+    with running_node(StoringNode, ae_title="NODE") as probe:
+        port = probe.port
+    with orthanc(tmp_path, port) as (address, url):
+        images = make_series(2)
+        assert all(one.is_stored for one in send(address, images, "NODE"))
+        with running_node(
+            StoringNode,
+            ae_title="NODE",
+            port=port,
+            endpoints=[address],
+            root_data_directory=tmp_path / "root",
+        ) as node:
+            series = rest(f"{url}/series")
+            job = rest(
+                f"{url}/modalities/node/store",
+                {"Resources": series, "StorageCommitment": True, "Synchronous": True},
+            )
+            transaction = job["StorageCommitmentTransactionUID"]
+            assert node.wait(
+                lambda: rest(f"{url}/storage-commitment/{transaction}")["Status"] != "Pending", 60
+            )
+            report = rest(f"{url}/storage-commitment/{transaction}")
+            assert report["Status"] == "Success", report
+            assert len(report["Success"]) == 2
