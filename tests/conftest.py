@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -71,16 +72,20 @@ def storescp(
     environment = {**os.environ, "TCP_NODELAY": "1"}
     with subprocess.Popen(command, env=environment) as process:
         address = Address("127.0.0.1", free_port, "STORESCP")
-        _until_it_answers(address)
-        yield address, folder
-        process.terminate()
+        try:
+            _until_it_answers(address)
+            yield address, folder
+        finally:
+            process.terminate()
 
 
 def _until_it_answers(address: Address) -> None:
-    for _ in range(100):
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
         try:
             echo(address)
         except CouldNotCompleteDIMSEMessage:
-            continue
-        return
+            time.sleep(0.05)
+        else:
+            return
     raise TimeoutError(f"{address} does not answer")
