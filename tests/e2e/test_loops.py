@@ -5,12 +5,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from pydicom.dataset import Dataset
 
-from dicomnode.lib.dicom import read
+from dicomnode.lib.dicom import LazyDataset, encode, read
 from dicomnode.lib.dimse import send
 from dicomnode.lib.grinders import identity_grinder, many_meta_grinder, numpy_grinder
 from dicomnode.lib.series import derive_series
+from dicomnode.lib.uids import Uids
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.node import AbstractPipeline
 from dicomnode.storage.ledger import State
@@ -142,3 +144,20 @@ def test_a_retry_that_makes_results_anew_gives_them_new_uids() -> None:
         node.retry(1)
         wait_for_cases(node, State.DONE)
     assert not set(made[0]) & set(made[1])
+
+
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+def test_s7_the_uids_are_those_of_the_case_wherever_it_is_processed(isolation: str) -> None:
+    images = make_series(2)
+    with (
+        running_node(StoringNode) as archive,
+        running_node(Echoing, endpoints=[address_of(archive)], isolation=isolation) as node,
+    ):
+        send(address_of(node), images)
+        wait_for_cases(node, State.DONE)
+        assert node._storage is not None
+        uids = Uids(node._storage.ledger.seed(1))
+        sent = [str(one.SOPInstanceUID) for one in archive.received]
+    mine = [LazyDataset(encode(image)[0], uids=uids) for image in images]
+    results = Echoing(start=False).process({"ct": (mine, numpy_grinder(mine))})
+    assert sent == [str(one.SOPInstanceUID) for one in results]

@@ -22,6 +22,7 @@ from typing import Any
 
 from dicomnode.errors import IncorrectlyConfigured, OutOfResources, ProcessingFailed
 from dicomnode.lib.dicom import printable
+from dicomnode.lib.uids import Uids
 from dicomnode.server.input import Datasets
 from dicomnode.server.job import (
     CaseLimits,
@@ -105,7 +106,11 @@ class Executing:
         """The results of a case, after the last was made."""
         del case_id
         end = None if self._limits.seconds is None else time.monotonic() + self._limits.seconds
-        job = {"output": self._limits.output, "grinds_only": claimed.grinds_only}
+        job = {
+            "output": self._limits.output,
+            "grinds_only": claimed.grinds_only,
+            "seed": claimed.seed.hex(),
+        }
         answer: dict[str, Any] = {"unseen": True}
         if self._proof is not None:
             paths = {
@@ -234,7 +239,11 @@ def _process(
     pipeline, _ = _pipeline(description)
     pipeline.logger.addHandler(records)
     try:
-        inputs = {name: pipeline.input[name](Datasets(found)) for name, found in sources.items()}
+        uids = Uids(bytes.fromhex(job["seed"]))
+        inputs = {
+            name: pipeline.input[name](Datasets(found, uids=uids))
+            for name, found in sources.items()
+        }
         limits = CaseLimits(output=job["output"])
         process = None if job["grinds_only"] else pipeline.process
         results = [

@@ -47,6 +47,8 @@ class Claimed:
     inputs: Mapping[str, AbstractInput]
     #: Whether process() is left out: nothing comes of it but what grinding raises.
     grinds_only: bool = False
+    #: What the UIDs of results are made from.
+    seed: bytes = b""
 
 
 class WorkerLost(ProcessingFailed):

@@ -220,7 +220,7 @@ class Runner:
             return None
         inputs, waiting = looked
         if not waiting:
-            claimed = Claimed(contents.sources, inputs)
+            claimed = Claimed(contents.sources, inputs, seed=self._storage.ledger.seed(case.id))
             if not case.sealed and not self._can_be_ground(case, claimed):
                 return None
             return claimed if self._storage.seal(case, contents) else None

@@ -27,6 +27,7 @@ from dicomnode.errors import IncorrectlyConfigured
 from dicomnode.lib.arena import Arena
 from dicomnode.lib.images import Reading
 from dicomnode.lib.shared import shared_array, write_shared
+from dicomnode.lib.uids import Uids
 from dicomnode.server.channel import MOST_BYTES, BrokenChannel, Channel
 from dicomnode.server.input import Datasets
 from dicomnode.server.job import run
@@ -85,12 +86,12 @@ def _process(
 ) -> dict[str, Any]:
     """One case; what the node is told at its end."""
     try:
-        inputs = {}
+        inputs, uids = {}, Uids(bytes.fromhex(case["seed"]))
         for name, sources in case["inputs"].items():
             decoded = None
             if name in case["decoded"]:
                 decoded = _arena(case["decoded"][name], list(sources.values()), descriptors.pop(0))
-            inputs[name] = pipeline.input[name](Datasets(sources, decoded))
+            inputs[name] = pipeline.input[name](Datasets(sources, decoded, uids))
             del decoded
         process = None if case["grinds_only"] else pipeline.process
         results = run(process, inputs, lambda seconds: channel.send({"ground": seconds}))

@@ -199,6 +199,7 @@ class Worker:
             "decoded": decoded,
             "folder": str(folder),
             "grinds_only": claimed.grinds_only,
+            "seed": claimed.seed.hex(),
         }
         with contextlib.suppress(BrokenChannel):
             # A worker that is gone is told of below.
