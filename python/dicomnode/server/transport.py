@@ -192,6 +192,9 @@ class _Socket(AssociationSocket):
         if isinstance(client, ssl.SSLSocket) and client.pending():
             return True
         closing = provider.state_machine.current_state == _CLOSING
+        if closing and provider.is_aborting:
+            _read_off(client)
+            return False
         try:
             found = _wait(client, provider.wake, 0.0 if closing else _LOOK_SECONDS)
         except (OSError, ValueError):
@@ -233,6 +236,18 @@ class _Socket(AssociationSocket):
             self.event_queue.put("Evt17")
 
 
+def _read_off(client: socket.socket) -> None:
+    """Let a peer have our A-ABORT: a connection that is closed with bytes unread is reset instead."""
+    end = time.monotonic() + _LOOK_SECONDS
+    with contextlib.suppress(OSError):
+        if not isinstance(client, ssl.SSLSocket):
+            client.shutdown(socket.SHUT_WR)
+        while (left := end - time.monotonic()) > 0:
+            client.settimeout(left)
+            if not client.recv(1 << 16):
+                return
+
+
 def _wait(client: socket.socket, wake: _Wake, seconds: float) -> bool:
     """Whether a socket can be read within so many seconds; sooner false where somebody wakes us."""
     poll = select.poll()
@@ -256,6 +271,8 @@ class _Provider(DULServiceProvider):
         self._service = service
         self._association = association
         self.receiver: Receiver | None = None
+        #: The peer broke the protocol: what it still sends is not looked at.
+        self.is_aborting = False
         # When the message that is arriving began, and how much had arrived by then; and when last
         # something came, and how much by then.
         self._began: tuple[float, int] | None = None
@@ -322,22 +339,21 @@ class _Provider(DULServiceProvider):
             if found is None:
                 self._check_pace(receiver)
                 return
+            self._began = None
+            if isinstance(found, Received):
+                response = self._service.store(self._association, found)
+                if self.socket is not None:
+                    self.socket.send(response)
+            elif found:
+                self._pass_on(found)
+            else:
+                self.event_queue.put("Evt17")
         except InvalidDicom as error:
             self._association.complain(str(error))
+            self.is_aborting = True
             self.event_queue.put("Evt19")
-            return
         except OSError:
             self.event_queue.put("Evt17")
-            return
-        self._began = None
-        if isinstance(found, Received):
-            response = self._service.store(self._association, found)
-            if self.socket is not None:
-                self.socket.send(response)
-        elif not found:
-            self.event_queue.put("Evt17")
-        else:
-            self._pass_on(found)
 
     def _new_receiver(self) -> Receiver:
         limits = self.limits
