@@ -26,6 +26,8 @@ from dicomnode.storage.ledger import Ledger, State
 from dicomnode.storage.outbox import Delivery, Outbox
 from dicomnode.testing import address_of, make_series, running_node, wait_for_cases
 
+from .programs import Command
+
 NOBODY = Address("127.0.0.1", 1, "NOBODY")
 
 
@@ -416,3 +418,56 @@ def test_a_pause_grows_to_a_quarter_of_an_hour_and_is_random() -> None:
         longest = min(900.0, 5.0 * 2.0 ** min(attempts - 1, 60))
         assert min(pauses) >= 0 and longest / 2 < max(pauses) <= longest
     assert retries.pause(1, slowly=True) == 300.0
+
+
+_NODE = """
+from dicomnode.lib.dimse import Address
+from dicomnode.lib.grinders import identity_grinder, many_meta_grinder, numpy_grinder
+from dicomnode.lib.series import derive_series
+from dicomnode.server.input import AbstractInput
+from dicomnode.server.node import AbstractPipeline
+
+class Four(AbstractInput):
+    image_grinder = many_meta_grinder(identity_grinder, numpy_grinder)
+
+    def validate(self):
+        return self.images == 4
+
+class Node(AbstractPipeline):
+    ip, port, ae_title = "127.0.0.1", 0, "NODE"
+    input = {"ct": Four}
+    endpoints = [Address("127.0.0.1", PORT, "PEER")]
+    export_retry_seconds = 0.1
+
+    def process(self, input_data):
+        images, array = input_data["ct"]
+        return derive_series(array, images)
+"""
+
+
+@pytest.mark.parametrize("image", [1, 3, 4])
+def test_x5_a_node_that_is_killed_after_the_peer_stored_sends_the_same_again(
+    image: int, tmp_path: Path
+) -> None:
+    killed = threading.Event()
+
+    def kill(count: int) -> int:
+        if count == image:
+            # The peer has it; the node dies before it knows.
+            first.process.kill()
+            first.process.wait(30)
+            killed.set()
+        return 0
+
+    peer, root = Peer(kill), tmp_path / "root"
+    with listening(peer) as address:
+        file = tmp_path / "node.py"
+        file.write_text(_NODE.replace("PORT", str(address.port)))
+        with Command("run", file, "--root", root) as first:
+            answers = send(first.address("NODE"), make_series(4, 8, 8))
+            assert [one.status for one in answers] == [0] * 4
+            assert killed.wait(60)
+        with Command("run", file, "--root", root) as second:
+            second.until("case 1 is done")
+    # What the node knew to be stored is at most not recorded yet; nothing has another UID.
+    assert len(set(peer.uids)) == 4 and len(peer.uids) <= 4 + image
