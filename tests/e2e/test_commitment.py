@@ -199,7 +199,9 @@ def test_a_node_keeps_what_it_has_and_says_what_not(tmp_path: Path) -> None:
         assert again is not None and len(again.failed) == 2
         # The list tells what belongs together.
         assert node._storage is not None
-        assert node._storage.commitments.listed_with(1) == sorted(instances)
+        assert not node._storage.commitments.lists_all_of(1)
+        send(address_of(node), images[2:])
+        assert node._storage.commitments.lists_all_of(1)
 
 
 def test_what_is_in_memory_is_not_kept() -> None:

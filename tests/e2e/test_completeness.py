@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 from pydicom.dataset import Dataset
+from pydicom.uid import generate_uid
 from pynetdicom import AE, build_context
 from typer.testing import CliRunner
 
 from dicomnode.cli.main import app
 from dicomnode.errors import IncorrectlyConfigured, UnknownCase
-from dicomnode.lib.dimse import send
+from dicomnode.lib.commitment import Commitment
+from dicomnode.lib.dimse import ask_commitment, send
 from dicomnode.lib.grinders import numpy_grinder
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.node import AbstractPipeline
@@ -330,6 +332,29 @@ def test_where_the_headers_tell_the_count_no_quiet_time_is_needed() -> None:
         clock.seconds += 60
         wait_for_cases(node, State.DONE, 2)
         assert node.seen == [4, 4]
+
+
+def test_a_sender_that_asks_for_commitment_has_sent_all_so_no_quiet_time_is_needed(
+    tmp_path: Path,
+) -> None:
+    clock = Clock()
+    series = make_series(4)
+    classes = {one.SOPInstanceUID: one.SOPClassUID for one in series}
+    with running_node(
+        Counting, quiet_seconds=60.0, _clock=clock, root_data_directory=tmp_path
+    ) as node:
+        send_all(node, series[:2])
+        assert is_told(node, "no image for 60 s more")
+        # It lists images that are not here yet: that is no sign that these are all.
+        report = ask_commitment(address_of(node), Commitment(generate_uid(), classes, {}))
+        assert report is not None and len(report.failed) == 2
+        look(node)
+        assert node.cases()[0].state is State.RECEIVING
+        send_all(node, series[2:])
+        report = ask_commitment(address_of(node), Commitment(generate_uid(), classes, {}))
+        assert report is not None and not report.failed
+        wait_for_cases(node, State.DONE)
+        assert node.seen == [4]
 
 
 @pytest.mark.parametrize("wrong", [0, True, 1.5, "PatientName", "NoSuchKeyword", [1]])

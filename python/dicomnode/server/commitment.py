@@ -6,7 +6,7 @@ request was answered, in a thread of its own, since every file is read again for
 
 import logging
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from pydicom.dataset import Dataset
 
@@ -37,6 +37,7 @@ class Committing:
         storage: Storage,
         logger: logging.Logger,
         on_report: Callable[[Commitment], bool],
+        on_asked: Callable[[Iterable[str]], None],
         loop: Loop,
     ) -> None:
         self._ae_title = ae_title
@@ -44,6 +45,8 @@ class Committing:
         self._storage = storage
         self._logger = logger
         self._on_report = on_report
+        # Who asks has sent all: the cases of these identifiers may be complete.
+        self._on_asked = on_asked
         self._loop = loop
         self._requests: queue.Queue[tuple[Commitment, str, Reply]] = queue.Queue()
         loop.add("commitment", self._report_next)
@@ -61,6 +64,7 @@ class Committing:
         except OutOfResources as error:
             self._logger.error("a request for storage commitment is not taken: %s", error)
             return _PROCESSING_FAILURE
+        self._on_asked(self._storage.commitments.identifiers_in(asked.transaction_uid))
         self._requests.put((asked, calling, reply))
         self._loop.wake()
         return _SUCCESS

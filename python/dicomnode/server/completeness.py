@@ -287,6 +287,11 @@ class Completeness:
                 with self._lock:
                     self._unchecked.add(identifier)
 
+    def check_soon(self, identifiers: Iterable[str]) -> None:
+        """Have these cases looked at when the threads are woken."""
+        with self._lock:
+            self._unchecked.update(identifiers)
+
     def _check_again(self) -> bool:
         with self._lock:
             identifiers, self._unchecked = self._unchecked, set()
@@ -364,14 +369,17 @@ class Completeness:
         is_open, is_quiet_in = self._coming(identifier, contents.case_id)
         if is_open:
             return Waiting("an association that brought images of it is open")
-        counts = all(kind.expected_images is not None for kind in self._inputs.values())
+        counts = bool(inputs) and all(
+            kind.expected_images is not None for kind in self._inputs.values()
+        )
+        is_listed = is_quiet_in > 0 and self._storage.commitments.lists_all_of(contents.case_id)
         quiet = Waiting(f"no image for {is_quiet_in:.0f} s more")
-        if is_quiet_in > 0 and not (counts and inputs):
+        if is_quiet_in > 0 and not (counts or is_listed):
             return quiet
         lacking = _lacking(inputs)
-        if is_quiet_in > 0:
-            # Where the headers tell how many there are, nothing else has to.
-            return lacking if not lacking and lacking.is_counted else quiet
+        if is_quiet_in > 0 and (lacking or not (lacking.is_counted or is_listed)):
+            # Silence is needed only where neither headers nor sender tell that this is all.
+            return quiet
         return lacking
 
     def _coming(self, identifier: str, case_id: int) -> tuple[bool, float]:

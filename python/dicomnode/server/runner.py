@@ -93,7 +93,13 @@ class Runner:
         )
         #: Storage commitment, for the association server.
         self.committing = Committing(
-            work.ae_title, work.endpoints, storage, logger, exporter.reported, self._loop
+            work.ae_title,
+            work.endpoints,
+            storage,
+            logger,
+            exporter.reported,
+            self._completeness.check_soon,
+            self._loop,
         )
 
     def watch(self, senders: Senders) -> None:

@@ -96,15 +96,26 @@ class Commitments:
                 "DELETE FROM asked WHERE moment < (SELECT max(moment) FROM asked) - ?", (7 * 86400,)
             )
 
-    def listed_with(self, case_id: int) -> list[str]:
-        """All instances of the newest requests that list an instance of a case.
-
-        A sender asks when it has sent all: a case that holds these is complete.
+    def lists_all_of(self, case_id: int) -> bool:
+        """Whether the newest requests for the instances of a case list all of them, and none that is
+        not here: then its sender has sent all.
         """
         rows = self._ledger.rows(
-            "SELECT DISTINCT uid FROM asked WHERE transaction_uid IN (SELECT transaction_uid FROM "
-            "asked AS a JOIN instances AS i ON i.uid = a.uid WHERE i.case_id = ?) ORDER BY uid",
-            (case_id,),
+            "SELECT (SELECT count(*) FROM instances WHERE case_id = ? AND uid NOT IN "
+            "(SELECT uid FROM asked)), "
+            "(SELECT count(*) FROM asked WHERE transaction_uid IN (SELECT a.transaction_uid FROM "
+            "instances AS i CROSS JOIN asked AS a ON a.uid = i.uid WHERE i.case_id = ?) "
+            "AND uid NOT IN (SELECT uid FROM instances))",
+            (case_id, case_id),
+        )
+        return rows[0] == (0, 0)
+
+    def identifiers_in(self, transaction_uid: str) -> list[str]:
+        """The identifiers whose cases take images and hold some that a request lists."""
+        rows = self._ledger.rows(
+            "SELECT DISTINCT identifier FROM cases JOIN instances ON case_id = id "
+            "WHERE NOT sealed AND uid IN (SELECT uid FROM asked WHERE transaction_uid = ?)",
+            (transaction_uid,),
         )
         return [str(row[0]) for row in rows]
 
