@@ -1,4 +1,4 @@
-"""How soon after the last image does `process` start, with and without `eager`?
+"""How soon after the last image does `process` start, with and without `eager`, in threads and workers?
 
 dcmtk's dcmsend sends a series over one association. Its log tells when it got the last C-STORE response
 and when it asked for the release; the node tells, by the same clock, when it called `process`. The
@@ -34,7 +34,8 @@ from dicomnode.testing import running_node
 
 #: None is uncompressed.
 SYNTAXES = ("JPEG 2000 Lossless", "RLE Lossless", None)
-KINDS = ("eager", "later")
+#: When it is decoded, and where it is processed.
+KINDS = ("eager", "later", "eager, in a worker process", "later, in a worker process")
 # What a step of the node ends with, in its log.
 _STEPS = (
     ("closed:", "the association ends"),
@@ -79,7 +80,7 @@ class Run:
 
 
 def answer(title: str, folder: Path, repeats: int) -> list[Table]:
-    """Both kinds of node, in turn; and where the time goes. Nothing without dcmsend."""
+    """All kinds of node, in turn; and where the time goes. Nothing without dcmsend."""
     sender = receive.program("dcmsend")
     if sender is None:
         return []
@@ -88,7 +89,7 @@ def answer(title: str, folder: Path, repeats: int) -> list[Table]:
         for kind in KINDS:
             runs[kind].append(_run(kind, sender, folder))
     digests = {run.digest for one in runs.values() for run in one}
-    wrong = "" if len(digests) == 1 else "eager and later give other values"
+    wrong = "" if len(digests) == 1 else "the kinds give other values"
     rows = [_row(kind, runs[kind], wrong) for kind in KINDS]
     parts = [
         Row(f"{kind}: until {step}", tuple(run.steps[step] for run in runs[kind]))
@@ -163,26 +164,43 @@ def _send(sender: str, port: int, paths: list[Path], place: Path) -> tuple[float
     return started, response, release
 
 
+class Series(AbstractInput):
+    """Complete once the last image has come."""
+
+    image_grinder = numpy_grinder
+    count = 0
+
+    def validate(self) -> bool:
+        return self.images >= self.count
+
+
+class EagerSeries(Series):
+    eager = True
+
+
+class Node(AbstractPipeline):
+    """At module level, so that a worker process can import it."""
+
+    ae_title = "ANY-SCP"
+    told = ""
+
+    def process(self, input_data: dict[str, Any]) -> Iterable[pydicom.Dataset]:
+        entered = time.time()
+        digest = hashlib.sha256(memoryview(input_data["series"]).cast("B")).hexdigest()
+        Path(self.told).write_text(json.dumps({"process": entered, "digest": digest}))
+        return []
+
+
+class Later(Node):
+    input = {"series": Series}
+
+
+class Eager(Node):
+    input = {"series": EagerSeries}
+
+
 def serve(kind: str, count: int, root: str) -> None:
     """A node that processes one case and tells when."""
-
-    class Series(AbstractInput):
-        image_grinder = numpy_grinder
-        eager = kind == "eager"
-
-        def validate(self) -> bool:
-            return self.images >= count
-
-    class Node(AbstractPipeline):
-        ae_title = "ANY-SCP"
-        input = {"series": Series}
-        log_path = f"{root}.log"
-
-        def process(self, input_data: dict[str, Any]) -> Iterable[pydicom.Dataset]:
-            entered = time.time()
-            digest = hashlib.sha256(memoryview(input_data["series"]).cast("B")).hexdigest()
-            print(json.dumps({"process": entered, "steps": steps, "digest": digest}), flush=True)
-            return []
 
     class Steps(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -195,10 +213,20 @@ def serve(kind: str, count: int, root: str) -> None:
                     steps.append((name, record.created))
 
     steps: list[tuple[str, float]] = []
-    with running_node(Node, root_data_directory=root) as node:
+    Series.count = count
+    told = Path(f"{root}.told")
+    settings = {
+        "log_path": f"{root}.log",
+        "told": str(told),
+        "isolation": "process" if "worker" in kind else "thread",
+    }
+    with running_node(
+        Eager if kind.startswith("eager") else Later, root_data_directory=root, **settings
+    ) as node:
         node.logger.addHandler(Steps())
         print(node.port, flush=True)
         node.wait(lambda: bool(node.cases()) and node.cases()[0].state.value == "DONE", 600)
+    print(json.dumps({"steps": steps, **json.loads(told.read_text())}), flush=True)
 
 
 if __name__ == "__main__":

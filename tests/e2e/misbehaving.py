@@ -57,6 +57,9 @@ class Misbehaving(AbstractPipeline):
         images, array = input_data["ct"]
         wish = str(images[0].SeriesDescription).partition(" ")[0]
         action = getattr(self, f"do_{wish.lower()}", None)
+        if wish == "UIDS":
+            self.note(next(iter(derive_series(array, images))).SOPInstanceUID)
+            action = self.do_kill
         given = action(array) if action is not None else None
         return derive_series(array + self.number, images) if given is None else given
 

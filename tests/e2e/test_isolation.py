@@ -280,6 +280,14 @@ def test_s7_a_worker_that_somebody_kills_costs_one_more_attempt(tmp_path: Path) 
         assert len(store.received) == 2
 
 
+def test_s7_the_second_attempt_gives_the_same_uids(tmp_path: Path) -> None:
+    with misbehaving(tmp_path) as (node, _):
+        ask(node, "UIDS")
+        wait_for_cases(node, State.DONE)
+    first, killed, second, _ = notes(tmp_path)
+    assert killed == "killed" and first == second and first.startswith("2.25.")
+
+
 def test_s7_not_for_ever(tmp_path: Path) -> None:
     with misbehaving(tmp_path) as (node, _):
         ask(node, "KILLED", "GOOD")
