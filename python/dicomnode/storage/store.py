@@ -10,6 +10,7 @@ On disk, below the root:
     .dicomnode/ledger.sqlite                                       cases and states
     .dicomnode/outbox/<case>/                                      results on their way
     .dicomnode/incoming/                                           not yet complete files
+    .dicomnode/work/                                               working directories of cases
     .dicomnode/damaged/                                            set aside at a start
 """
 
