@@ -39,6 +39,7 @@ from dicomnode.lib.dicom import (
 )
 from dicomnode.lib.requestor import IMPLEMENTATION_UID as IMPLEMENTATION_UID
 from dicomnode.lib.requestor import PeerBusy, Requestor
+from dicomnode.lib.tls import TLS
 from dicomnode.lib.transcode import EXPLICIT, IMPLICIT, transcode
 
 # 0x0000, the storage warnings of PS3.4 B.2.3, and 0x0111: the peer has this instance already.
@@ -58,11 +59,15 @@ _AE_TITLE = re.compile(r"[ -\[\]-~]{1,16}")
 
 @dataclass(frozen=True)
 class Address:
-    """Where a DICOM peer listens: IP address or host name, port, AE title of the peer."""
+    """Where a DICOM peer listens: IP address or host name, port, AE title of the peer.
+
+    With `tls` the connection to it is encrypted.
+    """
 
     ip: str
     port: int
     ae_title: str
+    tls: TLS | None = None
 
     def __str__(self) -> str:
         return f"{self.ae_title}@{self.ip}:{self.port}"
@@ -250,11 +255,17 @@ def associate(
     if not address.ip or not _is_title(address.ae_title):
         raise PeerUnreachable(f"{address} cannot be reached: it has no host or no AE title")
     end, pause = time.monotonic() + _BUSY_SECONDS, 0.05
-    wanted = list(contexts)
+    wanted, tls = list(contexts), None if address.tls is None else address.tls.client()
     while True:
         try:
             return Requestor(
-                str(address), (address.ip, address.port), address.ae_title, ae_title, wanted, serves
+                str(address),
+                (address.ip, address.port),
+                address.ae_title,
+                ae_title,
+                wanted,
+                serves,
+                tls,
             )
         except PeerBusy:
             if time.monotonic() + pause >= end:

@@ -9,6 +9,7 @@ written from the buffers of the caller, without a copy.
 import contextlib
 import select
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Iterable, Sequence
@@ -43,6 +44,7 @@ _MOST_SENT_PDU_BYTES = 1 << 20
 _MOST_MESSAGE_BYTES = 64 << 20
 # What the system takes at once, and how much the two systems may hold between them.
 _MOST_PARTS = 512
+_MOST_TLS_PARTS = 32
 _IN_FLIGHT_BYTES = 16 << 20
 _CONNECT_SECONDS = 10.0
 # A peer gets so long for an answer, and for each part of an object that it reads; a large one takes as
@@ -102,6 +104,7 @@ class Requestor:
         calling: str,
         contexts: Sequence[tuple[str, str]],
         serves: str = "",
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._name = name
         self._serves = serves
@@ -117,6 +120,8 @@ class Requestor:
         try:
             # Without TCP_NODELAY every small message waits 40 ms for a delayed acknowledgement.
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if tls is not None:
+                self._shake_hands(tls, place[0])
             self._socket.setblocking(False)
             self._poll.register(self._socket, select.POLLIN)
             self._negotiate(called, calling, contexts)
@@ -125,6 +130,16 @@ class Requestor:
             raise
 
     # Negotiation
+
+    def _shake_hands(self, tls: ssl.SSLContext, host: str) -> None:
+        """Encrypt from here on. The socket still has the deadline of the connection."""
+        try:
+            self._socket = tls.wrap_socket(self._socket, server_hostname=host)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "verify_message", "") or getattr(error, "reason", "") or error
+            raise PeerUnreachable(
+                f"{self._name} cannot be reached: no TLS with it: {reason}"
+            ) from error
 
     def _negotiate(self, called: str, calling: str, contexts: Sequence[tuple[str, str]]) -> None:
         proposed = []
@@ -371,8 +386,8 @@ class Requestor:
         try:
             while first < len(left):
                 try:
-                    sent = self._socket.sendmsg(left[first : first + _MOST_PARTS])
-                except BlockingIOError:
+                    sent = self._send_some(left[first : first + _MOST_PARTS])
+                except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
                     self._poll.modify(self._socket, select.POLLIN | select.POLLOUT)
                     seconds = min(end, stalled) - time.monotonic()
                     events = self._poll.poll(max(seconds, 0) * 1000)
@@ -389,6 +404,13 @@ class Requestor:
                     left[first] = left[first][sent:]
         except OSError as error:
             self._lost(error)
+
+    def _send_some(self, parts: list[memoryview]) -> int:
+        """Send what the system takes now; how many bytes that was."""
+        if not isinstance(self._socket, ssl.SSLSocket):
+            return self._socket.sendmsg(parts)
+        # What has to be encrypted is one buffer, and the same one after each wait.
+        return self._socket.send(b"".join(parts[:_MOST_TLS_PARTS]))
 
     def _read_pdu(self, seconds: float) -> tuple[int, bytes]:
         """The next PDU: its type and what follows its length. An A-ABORT is an error."""
@@ -420,13 +442,17 @@ class Requestor:
 
     def _receive(self) -> None:
         """Take what has arrived, and look for an abort. Raises OSError at the end of a connection."""
-        try:
-            data = self._socket.recv(65536)
-        except BlockingIOError:
-            return
-        if not data:
-            raise ConnectionResetError("it closed the connection")
-        self._received += data
+        while True:
+            try:
+                data = self._socket.recv(65536)
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                return
+            if not data:
+                raise ConnectionResetError("it closed the connection")
+            self._received += data
+            # What was decrypted already is not told of by poll().
+            if not (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
+                break
         if len(self._received) > MOST_PDU_BYTES * 2:
             raise ConnectionAbortedError("it sends what nobody asked for")
         self._pdu_size()

@@ -424,6 +424,10 @@ class AbstractPipeline:
             is_shared=self.isolation == "process",
         )
         tls = None if self.tls is None else self.tls.server()
+        for endpoint in self.endpoints:
+            if endpoint.tls is not None:
+                # What is wrong with its files is told now, and not by the first case.
+                endpoint.tls.client()
         storage.open()
         self._storage = storage
         self.post_init()
@@ -755,6 +759,8 @@ def _addresses(endpoints: object) -> Sequence[Address]:
                 f"endpoints holds {one!r}; ip and ae_title (at most 16 characters) have to be texts, "
                 "port a number"
             )
+        if one.tls is not None and not isinstance(one.tls, TLS):
+            raise IncorrectlyConfigured(f"endpoints holds {one!r}; tls has to be TLS(...) or None")
     return endpoints
 
 
