@@ -466,6 +466,31 @@ def test_a_value_that_is_none_names_the_image(text: bytes) -> None:
     assert mixed(made.values())[1].SOPInstanceUID in str(told.value)
 
 
+@pytest.mark.parametrize(
+    ("split_by", "tag", "vr", "value"),
+    [
+        ("AcquisitionDateTime", 0x00080022, "LO", "20260101"),
+        ("AcquisitionDateTime", 0x0008002A, "LO", "20260101000000"),
+        ("AcquisitionDateTime", 0x00080022, "DA", ["20260101", "20260102"]),
+        ("AcquisitionDateTime", 0x00080201, "SH", "+9900"),
+        ("DiffusionBValue", 0x00189087, "LO", "strong"),
+        ("DiffusionGradientOrientation", 0x00189089, "LO", "left"),
+    ],
+)
+def test_g41_g44_a_value_written_as_another_kind_names_the_image(
+    split_by: str, tag: int, vr: str, value: Any
+) -> None:
+    made = make_series(2, 4, 5)
+    for one in made:
+        one.AcquisitionDate, one.AcquisitionTime = "20260101", "000000"
+    made[1].add_new(tag, vr, value)
+    if split_by.startswith("Diff"):
+        made[0].DiffusionBValue, made[0].DiffusionGradientOrientation = 0.0, [0.0, 0.0, 1.0]
+    given = [LazyDataset(encode(one)[0]) for one in made]
+    with pytest.raises(InvalidDicom, match=str(made[1].SOPInstanceUID)):
+        series_grinder(split_by=split_by)(given)
+
+
 def test_g42_g50_volumes_of_unequal_length_are_told_or_left_out(kind: Callable) -> None:
     made = tagged("TemporalPositionIdentifier", [1, 2, 3])
     given = kind([one for one in mixed(made.values()) if one is not made[3][-1]])

@@ -208,6 +208,16 @@ _FROM_TEXT: dict[str, Callable[[str], Any]] = {
 }
 
 
+def _of_kind(item: Slice, tag: int, kind: type) -> Any:
+    """The value of an element; one of another kind, whatever VR it was written with, is an error."""
+    value = element_value(item, tag)
+    if value is not None and not isinstance(value, kind):
+        raise InvalidDicom(
+            f"image {called(item.header)}: {tag_name(tag)}: expected one {kind.__name__}, found {value!r}"
+        )
+    return value
+
+
 def _private_value(item: Slice, private: _Private) -> Any:
     """The value of a private element, if the block is that of its maker (PS3.5 section 7.8.1)."""
     if element_value(item, private.creator_tag, "LO") != private.creator:
@@ -223,7 +233,12 @@ def _b_value(item: Slice) -> float | None:
             if isinstance(value, tuple):
                 # GE writes four numbers, and adds 10^9 to the first.
                 value = value[0] % 100_000 if isinstance(value[0], int) else value[0]
-    return None if value is None else float(value)
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidDicom(
+            f"image {called(item.header)} has the b-value {value!r}, which is no number"
+        ) from error
 
 
 def _direction(item: Slice) -> tuple[float, ...] | None:
@@ -236,20 +251,26 @@ def _direction(item: Slice) -> tuple[float, ...] | None:
         element_value(item, _DIRECTIONALITY) in ("NONE", "ISOTROPIC") or _b_value(item) == 0
     ):
         return (0.0, 0.0, 0.0)
-    return value  # type: ignore[no-any-return]
+    if value is None:
+        return None
+    if not isinstance(value, tuple) or not all(isinstance(one, int | float) for one in value):
+        raise InvalidDicom(
+            f"image {called(item.header)} has the gradient direction {value!r}, which is none"
+        )
+    return value
 
 
 def _date_time(item: Slice) -> datetime | None:
     """When an image was acquired, as a whole: no midnight lies between two of them."""
-    value = element_value(item, _FRAME_DATE_TIME) or element_value(item, _DATE_TIME)
+    value = _of_kind(item, _FRAME_DATE_TIME, datetime) or _of_kind(item, _DATE_TIME, datetime)
     if value is None:
-        day, hour = element_value(item, _DATE), element_value(item, _TIME)
+        day, hour = _of_kind(item, _DATE, date), _of_kind(item, _TIME, time)
         if day is None or hour is None:
             return None
         value = datetime.combine(day, hour)
-    zone = element_value(item, _TIME_ZONE)
+    zone = _of_kind(item, _TIME_ZONE, str)
     if value.tzinfo is None and zone is not None:
-        found = re.fullmatch(r"([+-])(\d\d)(\d\d)", zone)
+        found = re.fullmatch(r"([+-])([01]\d|2[0-3])([0-5]\d)", zone)
         if found is None:
             raise InvalidDicom(
                 f"image {called(item.header)} has the TimezoneOffsetFromUTC {zone!r}, which is none"
@@ -257,7 +278,8 @@ def _date_time(item: Slice) -> datetime | None:
         sign, hours, minutes = found.groups()
         offset = timedelta(hours=int(hours), minutes=int(minutes))
         value = value.replace(tzinfo=timezone(-offset if sign == "-" else offset))
-    return value  # type: ignore[no-any-return]
+    found_time: datetime = value
+    return found_time
 
 
 def split(slices: Sequence[Slice], keywords: tuple[str, ...]) -> dict[Any, list[Slice]]:
