@@ -14,7 +14,12 @@ import pytest
 from dicomnode.errors import CouldNotCompleteDIMSEMessage
 from dicomnode.lib.dimse import Address, echo
 
-_PACKAGES = {"dciodvfy": "dicom3tools", "dcm2niix": "dcm2niix"}
+_PACKAGES = {
+    "dciodvfy": "dicom3tools",
+    "openssl": "openssl",
+    "systemd-analyze": "systemd",
+    "dcm2niix": "dcm2niix",
+}
 
 
 @pytest.fixture(scope="session")
