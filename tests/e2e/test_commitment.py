@@ -4,6 +4,7 @@ import json
 import os
 import queue
 import socket
+import struct
 import subprocess
 import threading
 import time
@@ -21,9 +22,10 @@ from pynetdicom.sop_class import CTImageStorage
 
 from dicomnode.errors import InvalidDataset, PeerRefuses, PeerUnreachable
 from dicomnode.lib.commitment import NOT_THERE, PUSH_MODEL, PUSH_MODEL_INSTANCE, Commitment
-from dicomnode.lib.dimse import Address, ask_commitment, echo, report_commitment, send
+from dicomnode.lib.dimse import Address, ask_commitment, associate, echo, report_commitment, send
 from dicomnode.lib.grinders import identity_grinder, many_meta_grinder, numpy_grinder
 from dicomnode.lib.series import derive_series
+from dicomnode.lib.transcode import IMPLICIT
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.node import AbstractPipeline
 from dicomnode.storage.ledger import State
@@ -363,3 +365,18 @@ def test_orthanc_asks_a_node_and_gets_its_report(tmp_path: Path) -> None:
             report = rest(f"{url}/storage-commitment/{transaction}")
             assert report["Status"] == "Success", report
             assert len(report["Success"]) == 2
+
+
+def test_c9_a_request_that_is_nested_too_deep_is_refused_at_once() -> None:
+    deep = b""
+    for _ in range(300):
+        item = struct.pack("<HHI", 0xFFFE, 0xE000, len(deep)) + deep
+        deep = struct.pack("<HHI", 0x0008, 0x1199, len(item)) + item
+    with running_node(StoringNode) as node:
+        address = address_of(node)
+        association = associate(address, "MODALITY", [(PUSH_MODEL, IMPLICIT)])
+        start = time.monotonic()
+        answer = association.action(1, PUSH_MODEL, PUSH_MODEL_INSTANCE, 1, memoryview(deep))
+        assert answer.number(0x0900) == 0x0110 and time.monotonic() - start < 10
+        association.release()
+        assert send(address, make_series(1))[0].status == 0

@@ -308,6 +308,7 @@ class AssociationServer:
                 if event.action_type != REQUEST:
                     return _NO_SUCH_ACTION, None
                 reply = partial(self._reply, event.assoc)
+                _check_dataset(event.request.ActionInformation, event.context)
                 return self._reception.committing.asked(
                     event.action_information, calling, reply
                 ), None
@@ -321,6 +322,7 @@ class AssociationServer:
         calling = str(event.assoc.requestor.ae_title or "").strip()
         with self._working(), self._about(event.assoc):
             try:
+                _check_dataset(event.request.EventInformation, event.context)
                 return self._reception.committing.reported(event.event_information, calling), None
             except Exception:
                 # As above.
@@ -619,6 +621,11 @@ def _file_stem(header: Header, uid: str) -> str:
     if re.fullmatch(r"[+-]?[0-9]{1,12}", number) is None:
         return f"Image_{modality}_{uid}"
     return f"Image_{modality}_{int(number)}"
+
+
+def _check_dataset(encoded: Any, context: Any) -> None:
+    """Raise InvalidDicom where pydicom could take very long: nested too deep, or lying lengths."""
+    scan(b"" if encoded is None else encoded.getvalue(), str(context.transfer_syntax))
 
 
 def _peer(association: Association) -> str:

@@ -6,6 +6,10 @@ from dicomnode.lib.commitment import NOT_THERE, Commitment
 from dicomnode.storage.ledger import Ledger
 from dicomnode.storage.outbox import Delivery
 
+# A request tells what belongs together for a week, unless there are too many.
+_KEPT_SECONDS = 7 * 86400.0
+_MOST_ASKED = 1_000_000
+
 
 class Commitments:
     """Transactions of storage commitment. Safe to use from any thread."""
@@ -93,8 +97,12 @@ class Commitments:
                 [(uid, asked.transaction_uid, calling, time.time()) for uid in asked.instances],
             )
             db.execute(
-                "DELETE FROM asked WHERE moment < (SELECT max(moment) FROM asked) - ?", (7 * 86400,)
+                "DELETE FROM asked WHERE moment < (SELECT max(moment) FROM asked) - ?",
+                (_KEPT_SECONDS,),
             )
+            ((count,),) = db.execute("SELECT count(*) FROM asked")
+            if count > _MOST_ASKED:
+                db.execute("DELETE FROM asked WHERE transaction_uid != ?", (asked.transaction_uid,))
 
     def lists_all_of(self, case_id: int) -> bool:
         """Whether the newest requests for the instances of a case list all of them, and none that is
