@@ -338,23 +338,32 @@ def test_a_sender_that_asks_for_commitment_has_sent_all_so_no_quiet_time_is_need
     tmp_path: Path,
 ) -> None:
     clock = Clock()
-    series = make_series(4)
-    classes = {one.SOPInstanceUID: one.SOPClassUID for one in series}
+
+    def ask(node: AbstractPipeline, series: list[Dataset]) -> int:
+        """How many are not kept."""
+        classes = {str(one.SOPInstanceUID): str(one.SOPClassUID) for one in series}
+        report = ask_commitment(address_of(node), Commitment(generate_uid(), classes))
+        assert report is not None
+        return len(report.failed)
+
     with running_node(
         Counting, quiet_seconds=60.0, _clock=clock, root_data_directory=tmp_path
     ) as node:
-        send_all(node, series[:2])
+        series = make_series(4, patient_id="A")
+        send_all(node, series)
         assert is_told(node, "no image for 60 s more")
-        # It lists images that are not here yet: that is no sign that these are all.
-        report = ask_commitment(address_of(node), Commitment(generate_uid(), classes, {}))
-        assert report is not None and len(report.failed) == 2
-        look(node)
-        assert node.cases()[0].state is State.RECEIVING
-        send_all(node, series[2:])
-        report = ask_commitment(address_of(node), Commitment(generate_uid(), classes, {}))
-        assert report is not None and not report.failed
+        assert ask(node, series) == 0
         wait_for_cases(node, State.DONE)
-        assert node.seen == [4]
+        # What it lists and has not sent is still to come.
+        series = make_series(4, patient_id="B")
+        send_all(node, series[:2])
+        assert is_told(node, "no image for 60 s more", 2)
+        assert ask(node, series) == 2
+        look(node)
+        assert node.cases()[1].state is State.RECEIVING
+        send_all(node, series[2:])
+        wait_for_cases(node, State.DONE, 2)
+        assert node.seen == [4, 4]
 
 
 @pytest.mark.parametrize("wrong", [0, True, 1.5, "PatientName", "NoSuchKeyword", [1]])

@@ -64,7 +64,6 @@ class Committing:
         except OutOfResources as error:
             self._logger.error("a request for storage commitment is not taken: %s", error)
             return _PROCESSING_FAILURE
-        self._on_asked(self._storage.commitments.identifiers_in(asked.transaction_uid))
         self._requests.put((asked, calling, reply))
         self._loop.wake()
         return _SUCCESS
@@ -93,6 +92,8 @@ class Committing:
         except (DicomnodeError, OSError) as error:
             # Whoever gets none asks again.
             self._logger.error("%r gets no report: %s", calling, error)
+        # Not before the report: what is done with is deleted, and would count as not kept.
+        self._on_asked(self._storage.commitments.identifiers_in(asked.transaction_uid))
         return True
 
     def _report(self, asked: Commitment, calling: str, reply: Reply) -> None:
