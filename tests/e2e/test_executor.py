@@ -90,7 +90,7 @@ def test_a_file_of_the_same_name_on_another_machine_is_not_taken(tmp_path: Path)
 def test_p2_what_takes_too_long_is_given_up(tmp_path: Path) -> None:
     with executor("processes") as pool:
         settings: dict[str, Any] = {"isolation": "thread", "executor": pool}
-        with misbehaving(tmp_path, process_seconds=3.0, **settings) as (node, _):
+        with misbehaving(tmp_path, process_seconds=15.0, **settings) as (node, _):
             ask(node, "HANG", "GOOD")
             wait_for_cases(node, State.FAILED)
             wait_for_cases(node, State.DONE)
