@@ -473,6 +473,7 @@ def test_a_value_that_is_none_names_the_image(text: bytes) -> None:
         ("AcquisitionDateTime", 0x0008002A, "LO", "20260101000000"),
         ("AcquisitionDateTime", 0x00080022, "DA", ["20260101", "20260102"]),
         ("AcquisitionDateTime", 0x00080201, "SH", "+9900"),
+        ("AcquisitionDateTime", 0x00080032, "TM", "\r"),
         ("DiffusionBValue", 0x00189087, "LO", "strong"),
         ("DiffusionGradientOrientation", 0x00189089, "LO", "left"),
     ],

@@ -185,13 +185,24 @@ def _plain(value: Any, vr: str) -> Any:
     return value or None
 
 
+def _date(text: str) -> date:
+    return date(*_known(DA(text), text).timetuple()[:3])
+
+
+def _known(found: Any, text: str) -> Any:
+    """What pydicom made of a text; of some that say nothing it makes None."""
+    if found is None:
+        raise ValueError(f"{text!r} is none")
+    return found
+
+
 def _time(text: str) -> time:
-    found = TM(text)
+    found = _known(TM(text), text)
     return time(found.hour, found.minute, found.second, found.microsecond)
 
 
 def _whole_time(text: str) -> datetime:
-    found = DT(text)
+    found = _known(DT(text), text)
     return datetime(
         found.year, found.month, found.day, found.hour, found.minute, found.second,
         found.microsecond, found.tzinfo,
@@ -202,7 +213,7 @@ def _whole_time(text: str) -> datetime:
 _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "DS": lambda text: _plain(float(text), ""),
     "IS": int,
-    "DA": lambda text: date(*DA(text).timetuple()[:3]),
+    "DA": _date,
     "TM": _time,
     "DT": _whole_time,
 }
