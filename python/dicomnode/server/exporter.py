@@ -380,13 +380,13 @@ class Exporter:
         """Look for cases that are over with every endpoint, and tell whether there were some."""
         self._failures.record()
         keys = {str(endpoint) for endpoint in self._endpoints}
-        worked = False
+        worked, empty = False, self._storage.outbox.without_results()
         for case_id, exports in self._storage.outbox.open_exports().items():
             if case_id in self._failures:
                 continue
             known = [export for export in exports if export.endpoint in keys]
             is_over = {one.endpoint for one in known if one.state is not Delivery.PENDING} == keys
-            if is_over or not self._storage.ledger.results(case_id):
+            if is_over or case_id in empty:
                 worked = True
                 with self._failures.blaming(case_id):
                     self._settle(case_id, known)

@@ -111,6 +111,15 @@ class Outbox:
                 known.append(_export(row))
         return found
 
+    def without_results(self) -> set[int]:
+        """The cases that are EXPORTING and have nothing to send."""
+        rows = self._ledger.rows(
+            "SELECT id FROM cases WHERE state = ? AND NOT EXISTS "
+            "(SELECT 1 FROM results WHERE case_id = cases.id)",
+            (State.EXPORTING.value,),
+        )
+        return {int(str(row[0])) for row in rows}
+
     def outages(self) -> dict[str, Outage]:
         """The endpoints that take no associations."""
         rows = self._ledger.rows("SELECT endpoint, attempts, next, problem FROM outages", ())
