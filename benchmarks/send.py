@@ -72,7 +72,7 @@ def _run(name: str, folder: Path, options: Sequence[str]) -> tuple[float, float,
                     stderr=subprocess.DEVNULL,
                     text=True,
                 )
-                # pynetdicom loses an answer now and then, and then ends the association.
+                # pynetdicom may end the association before all images were answered.
                 seconds, cpu = map(float, done.stdout.split() or (0.0, 0.0))
             else:
                 seconds, cpu = _dcmtk(kind, port, folder, Path(place))
