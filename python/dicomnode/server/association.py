@@ -125,6 +125,18 @@ class _Visit:
     over: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def take_file(self) -> Growing | None:
+        """The file of the image that is arriving, which is the caller's from now on."""
+        with self.lock:
+            growing, self.growing = self.growing, None
+        return growing
+
+    def drop_file(self) -> None:
+        """Let go the file of an image that will not be kept."""
+        growing = self.take_file()
+        if growing is not None:
+            growing.discard()
+
 
 @dataclass(frozen=True)
 class Reception:
@@ -389,12 +401,11 @@ class AssociationServer:
             with self._lock:
                 visit = self._visits.pop(association, None)
             if visit is not None:
-                if visit.growing is not None:
-                    visit.growing.discard()
                 if visit.is_accepted:
                     self._reception.meters.associations_open.add(-1)
                     with about(association=visit.number):
                         self._leave(association, visit)
+                visit.drop_file()
 
     def _leave(self, association: Association, visit: _Visit) -> None:
         with visit.lock:
@@ -436,7 +447,7 @@ class AssociationServer:
             and not self._storage.has_room(0)
         ):
             association.keep_no_more(errno.ENOSPC)
-            visit.growing.discard()
+            visit.drop_file()
         with self._lock:
             held = {
                 one: one.arriving
@@ -465,12 +476,17 @@ class AssociationServer:
             return -1
         try:
             prefix = self._prefix(association, sop_class, uid, context)
-            visit.growing = self._storage.begin(prefix)
+            growing = self._storage.begin(prefix)
         except OutOfResources as error:
             with self._about(association):
                 self._logger.error("%s not stored: %s", uid, error)
             return -1
-        return visit.growing.descriptor
+        with visit.lock:
+            if not visit.over:
+                visit.growing = growing
+                return growing.descriptor
+        growing.discard()
+        return -1
 
     def store(self, association: Association, received: Received) -> bytes:
         """Keep an image, and answer."""
@@ -478,7 +494,7 @@ class AssociationServer:
             # Without a visit the connection has closed while this image was on its way.
             visit = self._visits.get(association) or _Visit(over=True)
         with self._working(), self._about(association):
-            growing, visit.growing = visit.growing, None
+            growing = visit.take_file()
             try:
                 status, comment = self._answered(association, received, growing, visit)
             finally:
