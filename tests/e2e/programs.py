@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -17,11 +18,19 @@ _COMMAND = "from dicomnode.cli.main import main; main()"
 
 
 class Command:
-    """`dicomnode <arguments>`, killed at the end of a `with` block where it still runs."""
+    """`dicomnode <arguments>`, killed at the end of a `with` block where it still runs.
 
-    def __init__(self, *arguments: object, environment: dict[str, str] | None = None) -> None:
+    `prefix` is a program that runs it, such as strace.
+    """
+
+    def __init__(
+        self,
+        *arguments: object,
+        environment: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-u", "-c", _COMMAND, *map(str, arguments)],
+            [*prefix, sys.executable, "-u", "-c", _COMMAND, *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -1,0 +1,1 @@
+"""Faults over a longer time: kills and load."""
