@@ -170,17 +170,26 @@ class Crash:
     def open(self) -> None:
         """Start the endpoints."""
         self._serve(
-            [sys.executable, "-m", "tests.faults.endpoint", str(self._ports["RECORDER"])]
-            + [str(self._journal)]
+            sys.executable,
+            "-m",
+            "tests.faults.endpoint",
+            str(self._ports["RECORDER"]),
+            str(self._journal),
         )
         self._serve(
-            [self._storescp, "+B", "-aet", "STORESCP", "-od", str(self._kept), "--fork"]
-            + [str(self._ports["STORESCP"])]
+            self._storescp,
+            "+B",
+            "-aet",
+            "STORESCP",
+            "-od",
+            str(self._kept),
+            "--fork",
+            str(self._ports["STORESCP"]),
         )
         for title, port in self._ports.items():
             until_it_answers(Address("127.0.0.1", port, title))
 
-    def _serve(self, command: list[str]) -> None:
+    def _serve(self, *command: str) -> None:
         program = subprocess.Popen(
             command, env={**os.environ, "TCP_NODELAY": "1"}, stderr=subprocess.DEVNULL
         )

@@ -191,7 +191,11 @@ def test_a_damaged_file_blocks_its_case_until_it_is_sent_again(damage: str, tmp_
     else:
         victim.write_bytes(bytes(len(data)))
     with opened(tmp_path) as storage:
-        assert storage.ledger.case(number).state is State.RECEIVING
+        if victim.exists() and victim.stat().st_size == len(data):
+            # A start looks at sizes only; what is in a file is read before it is processed.
+            storage.verify(storage.ledger.case(number))
+        else:
+            assert storage.ledger.case(number).state is State.RECEIVING
         contents = storage.current("P")
         assert contents is not None
         assert first.sop_instance_uid in contents.obstacle
@@ -267,7 +271,7 @@ def test_a_rebuild_that_was_interrupted_goes_on(
 
     def dying(self: Ledger, case_id: int, rows: list[InstanceRow]) -> None:
         calls.append(case_id)
-        if len(calls) == 3:
+        if len(calls) == 2:
             raise KeyboardInterrupt
         real(self, case_id, rows)
 

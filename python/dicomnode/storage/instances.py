@@ -121,6 +121,9 @@ class FileInstances:
         self._root = root
         self._incoming = incoming
         self._flush = flush
+        # The folders that are there for sure, also after a power cut.
+        self._made: set[str] = set()
+        self._making = threading.Lock()
 
     def begin(self) -> Growing:
         """A file to be written. Raises OutOfResources."""
@@ -139,16 +142,35 @@ class FileInstances:
             growing.discard()
 
     def place(self, staged: Staged, folder: str, names: Iterable[str]) -> str:
-        directory = self._root / folder
         try:
-            make_folder(directory)
-            place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            place = self._open_folder(folder)
             try:
                 return self._link(staged.descriptor, place, names)
             finally:
                 os.close(place)
         except OSError as error:
             raise out_of_resources(error) from error
+
+    def _open_folder(self, folder: str) -> int:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        if folder in self._made:
+            try:
+                return os.open(self._root / folder, flags)
+            except FileNotFoundError:
+                # It was removed, since it was empty.
+                self._made.discard(folder)
+        # Who finds a folder that another thread makes waits until it is durable.
+        with self._making:
+            directory = self._root / folder
+            make_folder(directory, self._flush)
+            descriptor = os.open(directory, flags)
+            if self._flush and folder not in self._made:
+                # It may be there because a node made it that was killed before it had flushed it.
+                while directory != self._root:
+                    directory = directory.parent
+                    flush_folder(directory)
+            self._made.add(folder)
+            return descriptor
 
     def _link(self, descriptor: int, place: int, names: Iterable[str]) -> str:
         for name in names:
@@ -158,7 +180,11 @@ class FileInstances:
             except FileExistsError:
                 continue
             if self._flush:
-                os.fsync(place)
+                try:
+                    os.fsync(place)
+                except OSError:
+                    os.unlink(name, dir_fd=place)
+                    raise
             return name
         raise ValueError("no name is free")
 
@@ -187,6 +213,7 @@ class FileInstances:
 
     def remove(self, folder: str, names: Iterable[str]) -> None:
         directory = self._root / folder
+        self._made.discard(folder)
         for name in names:
             # A folder of that name is somebody else's.
             with suppress(IsADirectoryError):
@@ -281,18 +308,28 @@ class MemoryInstances:
                     self._release(data)
 
 
-def make_folder(directory: Path) -> None:
-    """Make a folder and those above it that are missing, durably."""
+def make_folder(directory: Path, flush: bool = True) -> None:
+    """Make a folder and those above it that are missing, with `flush` durably."""
     if directory.is_dir():
         return
-    make_folder(directory.parent)
+    make_folder(directory.parent, flush)
     directory.mkdir(mode=0o700, exist_ok=True)
-    flush_folder(directory.parent)
+    if flush:
+        flush_folder(directory.parent)
 
 
 def flush_folder(directory: Path) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_file(path: Path) -> None:
+    """Make what is in a file durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

@@ -16,7 +16,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from importlib.resources import files
@@ -127,7 +127,9 @@ class Ledger:
                 raise sqlite3.OperationalError(
                     f"it has version {version}, this dicomnode knows version {_VERSION}"
                 )
-            self._db.execute(f"PRAGMA user_version = {_VERSION}")
+            if version != _VERSION:
+                # Not without need: there may be no room for it.
+                self._db.execute(f"PRAGMA user_version = {_VERSION}")
             self._db.executescript(files(__package__).joinpath("ledger.sql").read_text("utf-8"))
             found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
             if found != "ok":
@@ -161,8 +163,11 @@ class Ledger:
                     raise
                 self._db.execute("COMMIT")
             except sqlite3.OperationalError as error:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+                with suppress(sqlite3.Error):
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+                    # Then the next change finds room in what the log of the ledger has already.
+                    self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
                 raise OutOfResources(f"the ledger cannot be written: {error}") from error
 
     def changes(self) -> int:
@@ -237,6 +242,20 @@ class Ledger:
                 (case_id,),
             )
 
+    def interrupt_all(self, *states: State) -> None:
+        """Remember what the cases in these states hold, as `interrupt`, in one transaction."""
+        wanted = [state.value for state in states]
+        with self.transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO interrupted (case_id, input, uid, digest) "
+                "SELECT i.case_id, i.input, i.uid, i.digest FROM cases AS c "
+                "JOIN instances AS i ON i.case_id = c.id LEFT JOIN interrupted AS o "
+                "ON o.case_id = i.case_id AND o.input = i.input AND o.uid = i.uid "
+                f"WHERE c.state IN ({', '.join('?' * len(wanted))}) "
+                "AND NOT i.damaged AND length(i.digest) > 0 AND o.digest IS NOT i.digest",
+                wanted,
+            )
+
     def repeated(self, case_id: int) -> int | None:
         """The earlier case of the same identifier that held all that this one holds.
 
@@ -282,6 +301,23 @@ class Ledger:
                 f"SELECT {_CASE} FROM cases WHERE state IN ({marks}) ORDER BY id", wanted
             ).fetchall()
         return [_case(row) for row in rows]
+
+    def over_with_files(self) -> list[Case]:
+        """The cases that are over and whose files were not all deleted."""
+        with self._lock:
+            rows = self._db.execute(
+                f"SELECT {_CASE} FROM cases WHERE state IN (?, ?) AND (EXISTS "
+                "(SELECT 1 FROM instances WHERE case_id = cases.id) OR EXISTS "
+                "(SELECT 1 FROM results WHERE case_id = cases.id)) ORDER BY id",
+                [state.value for state in OVER],
+            ).fetchall()
+        return [_case(row) for row in rows]
+
+    def cases_with_results(self) -> set[int]:
+        """The numbers of the cases whose results are kept."""
+        with self._lock:
+            rows = self._db.execute("SELECT DISTINCT case_id FROM results").fetchall()
+        return {int(row[0]) for row in rows}
 
     def summary(self) -> dict[State, tuple[int, float]]:
         """{state: (how many cases are in it, when the first of them came into it)}."""

@@ -15,6 +15,8 @@ CREATE TABLE IF NOT EXISTS cases (
 );
 CREATE UNIQUE INDEX IF NOT EXISTS open_case ON cases (identifier) WHERE sealed = 0;
 CREATE INDEX IF NOT EXISTS case_state ON cases (state, id);
+CREATE INDEX IF NOT EXISTS case_identifier ON cases (identifier, id);
+CREATE INDEX IF NOT EXISTS case_folder ON cases (folder, id);
 
 -- One row for each instance and input that holds it: the promise behind the answer 0x0000.
 -- `damaged` is 1 where the file was found missing or broken; while the case takes images, a resend

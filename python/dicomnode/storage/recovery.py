@@ -5,14 +5,15 @@ the ledger does not know is adopted, one that is not what it was is set aside an
 """
 
 import logging
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dicomnode.errors import InvalidDicom
+from dicomnode.errors import InvalidDicom, OutOfResources
 from dicomnode.lib.dicom import header_text, identifier_of, safe_name, scan
-from dicomnode.storage.instances import Instances
+from dicomnode.storage.instances import Instances, flush_file, flush_folder
 from dicomnode.storage.layout import (
     OWN,
     OWNER,
@@ -57,6 +58,7 @@ class Recovery:
         identifier_tag: int,
         logger: logging.Logger,
         unfinished: Iterable[str] = (),
+        flush: bool = True,
     ) -> None:
         self._root = root
         # Folders of cases whose results were on their way when the ledger was lost.
@@ -66,7 +68,9 @@ class Recovery:
         self._input_names = tuple(input_names)
         self._identifier_tag = identifier_tag
         self._logger = logger
+        self._flush = flush
         self._found: dict[str, tuple[str, OpenCase]] = {}
+        self._adopted: dict[int, tuple[OpenCase, list[InstanceRow]]] = {}
         #: The cases that take images, by identifier.
         self.open_cases: dict[str, OpenCase] = {}
         #: Cases whose files were not compared with their digests yet.
@@ -77,22 +81,24 @@ class Recovery:
         for leftover in (self._root / OWN / "incoming").iterdir():
             if leftover.is_file():
                 leftover.unlink()
-        for case in self._ledger.cases():
-            if case.state in OVER:
-                try:
-                    delete_files(self._ledger, self._instances, case)
-                except OSError as error:
-                    self._logger.error(
-                        "files of case %d, %s, stay: %s", case.id, case.state.value, error
-                    )
-                continue
+        for case in self._ledger.over_with_files():
+            try:
+                delete_files(self._ledger, self._instances, case)
+            except OSError as error:
+                self._logger.error(
+                    "files of case %d, %s, stay: %s", case.id, case.state.value, error
+                )
+        known: dict[str, set[str]] = {}
+        for case in self._ledger.cases(*(state for state in State if state not in OVER)):
             if case.state is State.PROCESSING:
                 self._recover_processing(case)
-            self._check_files(case)
+            self._check_files(case, known)
         self._drop_stale_outbox()
-        self._adopt_orphans()
-        for case in self._ledger.cases(*_INTERRUPTED):
-            self._ledger.interrupt(case.id)
+        self._adopt_orphans(known)
+        try:
+            self._ledger.interrupt_all(*_INTERRUPTED)
+        except OutOfResources as error:
+            self._logger.error("what may be sent again is not remembered: %s", error)
 
     def _recover_processing(self, case: Case) -> None:
         if case.attempts >= _ATTEMPTS:
@@ -106,13 +112,25 @@ class Recovery:
             self._ledger.move(case.id, State.PROCESSING, State.READY)
             self._logger.info("case %d was interrupted while processing, it runs again", case.id)
 
-    def _check_files(self, case: Case) -> None:
+    def _check_files(self, case: Case, known: dict[str, set[str]]) -> None:
+        """Look whether the files of a case are there, in the size that they had.
+
+        What is in them is compared with its digest before it is processed, since reading all of it now
+        would take long. `known` gets the names of the files in each folder.
+        """
         rows: dict[str, dict[str, InstanceRow]] = {}
         damaged: list[InstanceRow] = []
         for row in self._ledger.instances(case.id):
-            if not row.damaged and not self._is_sound(case, row):
-                damaged.append(mark_damaged(self._root, case, row, self._logger))
             rows.setdefault(row.input, {})[row.uid] = row
+        for name, by_uid in rows.items():
+            folder = input_folder(case.folder, name)
+            sizes = self._sizes(folder)
+            known.setdefault(folder, set()).update(row.file for row in by_uid.values())
+            damaged += [
+                mark_damaged(self._root, case, row, self._logger)
+                for row in by_uid.values()
+                if not row.damaged and not self._is_sound(folder, row, sizes)
+            ]
         if damaged:
             self._ledger.add_instances(case.id, damaged)
             for row in damaged:
@@ -132,10 +150,25 @@ class Recovery:
             self._ledger.move(case.id, State.READY, State.RECEIVING)
         self.open_cases[case.identifier] = OpenCase(case.id, case.folder, rows)
 
-    def _is_sound(self, case: Case, row: InstanceRow) -> bool:
-        folder = input_folder(case.folder, row.input)
-        if self._instances.size(folder, row.file) != row.size:
+    def _sizes(self, folder: str) -> dict[str, int] | None:
+        """The size of each file in a folder; None where it cannot be looked into now."""
+        try:
+            with os.scandir(self._root / folder) as entries:
+                return {one.name: one.stat().st_size for one in entries if one.is_file()}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except OSError as error:
+            self._logger.error("the folder %r cannot be read: %s", folder, error.strerror)
+            return None
+
+    def _is_sound(self, folder: str, row: InstanceRow, sizes: dict[str, int] | None) -> bool:
+        if sizes is None:
+            return True
+        if sizes.get(row.file) != row.size:
             return False
+        if row.digest:
+            return True
+        # One that was found without a row, and is not in the form of ours.
         try:
             header = scan(self._instances.source(folder, row.file))
         except (InvalidDicom, OSError):
@@ -144,35 +177,37 @@ class Recovery:
 
     def _drop_stale_outbox(self) -> None:
         """Results of a case that had not reached EXPORTING: process() makes them again."""
-        exporting = {str(case.id) for case in self._ledger.cases() if self._ledger.results(case.id)}
+        exporting = {str(number) for number in self._ledger.cases_with_results()}
         for folder in (self._root / OWN / "outbox").iterdir():
             if folder.name not in exporting and folder.is_dir() and not folder.is_symlink():
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _adopt_orphans(self) -> None:
-        known = {
-            (case.folder, safe_name(row.input), row.file)
-            for case in self._ledger.cases()
-            for row in self._ledger.instances(case.id)
-        }
+    def _adopt_orphans(self, known: dict[str, set[str]]) -> None:
         by_folder = {safe_name(name): name for name in self._input_names}
-        for path in sorted(self._root.glob("*/*/*")):
-            relative = path.relative_to(self._root)
-            folder, input_folder, file = relative.parts
-            if folder == OWN or (folder, input_folder, file) in known or not path.is_file():
+        for folder in _folders(self._root):
+            if folder == OWN:
                 continue
-            if input_folder not in by_folder:
-                self._logger.warning(
-                    "a file %r belongs to no input of this pipeline, left alone", relative.name
-                )
-                continue
-            try:
-                self._adopt(relative, by_folder[input_folder])
-            except (OSError, MemoryError) as error:
-                # It is looked at again at the next start.
-                self._logger.error(
-                    "file %r can be neither read nor set aside: %s", file, type(error).__name__
-                )
+            for inner in _folders(self._root / folder):
+                place = f"{folder}/{inner}"
+                names = _files(self._root / place) - known.get(place, set())
+                if names and inner not in by_folder:
+                    self._logger.warning(
+                        "%d files in %r belong to no input of this pipeline, left alone",
+                        len(names),
+                        place,
+                    )
+                    continue
+                for file in sorted(names):
+                    try:
+                        self._adopt(Path(place, file), by_folder[inner])
+                    except (OSError, MemoryError) as error:
+                        # It is looked at again at the next start.
+                        self._logger.error(
+                            "file %r can be neither read nor set aside: %s",
+                            file,
+                            type(error).__name__,
+                        )
+                self._record_adopted(self._root / place)
 
     def _adopt(self, relative: Path, input_name: str) -> None:
         """Take a file that the ledger does not know: complete, but the node ended before its row."""
@@ -202,9 +237,33 @@ class Recovery:
             self._set_aside(relative, f"it repeats an instance of case {case.id}")
             return
         adopted = InstanceRow(input_name, uid, file, path.stat().st_size, digest_of_file(path))
-        self._ledger.add_instances(case.id, [adopted])
+        if self._flush:
+            # Its sender was not told that it is safe, and is told so when it sends it again.
+            flush_file(path)
+        self._adopted.setdefault(case.id, (case, []))[1].append(adopted)
         case.put(adopted)
-        self._logger.info("case %d: instance %s was found without its row, adopted", case.id, uid)
+        self._logger.debug("case %d: instance %s was found without its row, adopted", case.id, uid)
+
+    def _record_adopted(self, folder: Path) -> None:
+        """The files of one folder together, because the ledger of many may have been lost."""
+        adopted, self._adopted = self._adopted, {}
+        for case, rows in adopted.values():
+            try:
+                if self._flush:
+                    for one in (folder, folder.parent, folder.parent.parent):
+                        flush_folder(one)
+                self._ledger.add_instances(case.id, rows)
+            except (OSError, OutOfResources) as error:
+                # They are found again at the next start.
+                self._logger.error("%d files cannot be adopted now: %s", len(rows), error)
+                for row in rows:
+                    del case.rows[row.input][row.uid]
+            else:
+                self._logger.info(
+                    "case %d: %d instances were found without their rows, adopted",
+                    case.id,
+                    len(rows),
+                )
 
     def _set_aside(self, relative: Path, trouble: str) -> None:
         self._logger.error("file %r set aside: %s", relative.name, trouble)
@@ -246,6 +305,24 @@ class Recovery:
                 self._found[folder][1].rows.setdefault(known.input, {})[known.uid] = known
         owner, found = self._found[folder]
         return found if owner == identifier else None
+
+
+def _folders(place: Path) -> list[str]:
+    """The names of the folders in a folder, in order; none where it cannot be read."""
+    try:
+        with os.scandir(place) as entries:
+            return sorted(one.name for one in entries if one.is_dir())
+    except OSError:
+        return []
+
+
+def _files(place: Path) -> set[str]:
+    """The names of the files in a folder; none where it cannot be read."""
+    try:
+        with os.scandir(place) as entries:
+            return {one.name for one in entries if one.is_file()}
+    except OSError:
+        return set()
 
 
 def mark_damaged(root: Path, case: Case, row: InstanceRow, logger: logging.Logger) -> InstanceRow:

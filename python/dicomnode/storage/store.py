@@ -11,6 +11,7 @@ On disk, below the root:
     .dicomnode/outbox/<case>/                                      results on their way
     .dicomnode/incoming/                                           not yet complete files
     .dicomnode/work/                                               working directories of cases
+    .dicomnode/reserve                                             room for a start on a full disk
     .dicomnode/damaged/                                            set aside at a start
 """
 
@@ -65,6 +66,8 @@ from dicomnode.storage.waits import Waits
 
 _DONE_KEPT = 1000
 _FREE_BYTES = 1 << 30
+# What the ledger needs to recover, to send results and to delete what is done.
+_RESERVE_BYTES = 1 << 20
 
 #: What an answer 0x0000 promises: the image survives a power cut, or a killed process only.
 Durability: TypeAlias = Literal["power", "process"]
@@ -146,6 +149,7 @@ class Storage:
         # The instances that are on their way into the open case of an identifier.
         self._arriving: dict[str, set[str]] = {}
         self._lock_file = -1
+        self._has_reserve = False
         self._unverified: set[int] = set()
         self._unfinished: set[str] = set()
         self._instances: Instances
@@ -194,6 +198,11 @@ class Storage:
         # A program that process() forks has the lock too, and would keep it when the node is gone.
         os.register_at_fork(after_in_child=partial(_let_go, weakref.ref(self)))
         try:
+            if self.free_bytes() < _RESERVE_BYTES:
+                self._logger.error(
+                    "the disk of root_data_directory is full: no image is taken until it has room"
+                )
+                (own / "reserve").unlink(missing_ok=True)
             self.ledger = self._open_ledger(own / "ledger.sqlite")
             self.outbox = Outbox(self.ledger)
             self.commitments = Commitments(self.ledger)
@@ -207,16 +216,25 @@ class Storage:
                     self._identifier_tag,
                     self._logger,
                     self._unfinished,
+                    self._is_flushed,
                 )
                 recovery.run()
             except BaseException:
                 self.ledger.close()
                 raise
+        except OutOfResources as error:
+            os.close(self._lock_file)
+            raise InvalidRootDataDirectory(
+                f"root_data_directory {self.root} has no room for a start: {error}"
+            ) from error
         except BaseException:
             os.close(self._lock_file)
             raise
         self._open_cases = recovery.open_cases
         self._unverified = recovery.unverified
+        self._keep_reserve()
+        if self._is_flushed:
+            flush_folder(own)
 
     def close(self) -> None:
         """Let the root go."""
@@ -368,6 +386,21 @@ class Storage:
                 f"{self.free_bytes()} bytes are free on the disk of root_data_directory, and {self._least_free} "
                 "have to stay free (limits.free_bytes)"
             )
+
+        if not self._has_reserve:
+            self._keep_reserve()
+
+    def _keep_reserve(self) -> None:
+        """Take room for a start on a full disk, once there is enough of it."""
+        assert self.root is not None
+        path = self.root / OWN / "reserve"
+        with suppress(OSError):
+            if not path.exists() or path.stat().st_size < _RESERVE_BYTES:
+                if self.free_bytes() - _RESERVE_BYTES < self._least_free:
+                    return
+                with path.open("wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
+            self._has_reserve = True
 
     def free_bytes(self) -> int:
         """How many bytes may be written to the disk of the root; it counts as full where it is gone."""
