@@ -74,6 +74,10 @@ class OutOfResources(DicomnodeError):
     """The disk is full or a memory limit is reached; nothing was stored."""
 
 
+class NoRoom(OutOfResources):
+    """The disk of root_data_directory is full, or cannot be written now; it is tried again."""
+
+
 class UnknownCase(DicomnodeError, KeyError):
     """No case with that number, or it is not in a state that allows the request."""
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from dicomnode.errors import DicomnodeError, ProcessingFailed
+from dicomnode.errors import DicomnodeError, NoRoom, ProcessingFailed
 from dicomnode.lib.dicom import printable
 from dicomnode.lib.redaction import patient_words_of
 from dicomnode.server.logs import about, current, tell
@@ -134,6 +134,9 @@ class Loop:
                 worked = step()
                 if self._stopping and not worked and self._is_drained():
                     return
+            except NoRoom as error:
+                self._logger.error("%s; it is tried again", error)
+                worked, seen = False, -1
             except (DicomnodeError, sqlite3.Error):
                 self._logger.exception("a step of the runner failed, it is tried again")
                 worked, seen = False, -1
@@ -175,7 +178,10 @@ class Failures:
 
     @contextmanager
     def blaming(self, case_id: int) -> Iterator[None]:
-        """What fails inside belongs to this case: it becomes FAILED and is kept, others go on."""
+        """What fails inside belongs to this case: it becomes FAILED and is kept, others go on.
+
+        But for NoRoom, which is nobody's fault: it is raised, and the step is tried again.
+        """
         patient = partial(self._patient_words, case_id)
         with about(case=case_id, patient=patient), self._recorded(case_id):
             yield
@@ -184,6 +190,9 @@ class Failures:
     def _recorded(self, case_id: int) -> Iterator[None]:
         try:
             yield
+        except NoRoom:
+            # Not the case's fault, and it passes.
+            raise
         except BaseException as error:
             in_main_thread = threading.current_thread() is threading.main_thread()
             if in_main_thread and isinstance(error, KeyboardInterrupt | SystemExit):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-from dicomnode.errors import InvalidDataset
+from dicomnode.errors import InvalidDataset, NoRoom
 from dicomnode.lib.dimse import Address
 from dicomnode.server.commitment import Committing
 from dicomnode.server.completeness import LOOKERS, Completeness, Patience, Senders
@@ -27,6 +27,8 @@ from dicomnode.storage.store import Storage
 
 # A case whose worker was ended by somebody else is processed once more.
 _ATTEMPTS = 2
+# A case whose results find no room is processed again after at most so many seconds.
+_LONGEST_PAUSE = 60.0
 # How long it takes to interrupt one that outlasts the end of the node.
 _END_SECONDS = 10.0
 
@@ -68,6 +70,10 @@ class Runner:
         self._processing = 0
         self._alone = False
         self._is_awaited = False
+        # Cases whose results found no room: how often, and until when they wait; and those of them
+        # that the ledger still has as PROCESSING.
+        self._put_offs: dict[int, tuple[int, float]] = {}
+        self._claimed: set[int] = set()
         self._failures = Failures(storage, logger, meters)
         self._completeness = Completeness(
             work.inputs,
@@ -116,7 +122,12 @@ class Runner:
         self._completeness.arrived(identifier, uid)
 
     def _is_postponed(self) -> bool:
-        return bool(self._failures or self._completeness.is_postponed or self._place.is_waiting())
+        return bool(
+            self._failures
+            or self._put_offs
+            or self._completeness.is_postponed
+            or self._place.is_waiting()
+        )
 
     def open(self) -> None:
         """Make ready where cases are processed. Raises IncorrectlyConfigured where it cannot work."""
@@ -161,8 +172,9 @@ class Runner:
 
     def _process_next(self) -> bool:
         self._failures.record()
+        self._put_back()
         for case_id in self._storage.ledger.queue(State.READY):
-            if case_id in self._failures:
+            if case_id in self._failures or self._is_put_off(case_id):
                 continue
             case = self._storage.ledger.case(case_id)
             if case.state is not State.READY:
@@ -184,6 +196,37 @@ class Runner:
             finally:
                 self._place.release()
         return False
+
+    # Results for which the disk has no room
+
+    def _put_off(self, case_id: int, tries: int, error: NoRoom) -> None:
+        """Process a case once more, when there may be room for its results."""
+        pause = min(_LONGEST_PAUSE, 2.0**tries)
+        self._logger.error(
+            "case %d: its results are not kept: %s; it is processed again in %.0f s",
+            case_id,
+            error,
+            pause,
+        )
+        with self._lock:
+            self._put_offs[case_id] = tries + 1, time.monotonic() + pause
+            self._claimed.add(case_id)
+        self._put_back()
+
+    def _put_back(self) -> None:
+        """PROCESSING -> READY for what was put off; later, where the ledger has no room either."""
+        with self._lock:
+            claimed = list(self._claimed)
+        for case_id in claimed:
+            try:
+                self._storage.ledger.put_back(case_id)
+            except NoRoom:
+                return
+            with self._lock:
+                self._claimed.discard(case_id)
+
+    def _is_put_off(self, case_id: int) -> bool:
+        return self._put_offs.get(case_id, (0, 0.0))[1] > time.monotonic()
 
     def _begin(self, case: Case) -> bool:
         """Whether a case may be processed now.
@@ -261,6 +304,7 @@ class Runner:
 
     def _process(self, case: Case, claimed: Claimed) -> None:
         with self._failures.blaming(case.id):
+            tries, _ = self._put_offs.pop(case.id, (0, 0.0))
             start = time.perf_counter()
 
             def on_ground(seconds: float) -> None:
@@ -277,6 +321,9 @@ class Runner:
                     count = self._storage.keep_results(case, checked(results, self._work.limits))
             except Stopped:
                 self._logger.warning("case %d is interrupted: the node closes", case.id)
+                return
+            except NoRoom as error:
+                self._put_off(case.id, tries, error)
                 return
             except WorkerLost as error:
                 if case.attempts + 1 >= _ATTEMPTS:

@@ -12,6 +12,7 @@ subclassing, with nothing replaced in pynetdicom itself:
 """
 
 import contextlib
+import errno
 import ipaddress
 import logging
 import os
@@ -234,6 +235,15 @@ class _Socket(AssociationSocket):
             client.sendall(bytestream)
         except OSError:
             self.event_queue.put("Evt17")
+
+    def _shutdown_socket(self) -> None:
+        """pynetdicom leaves a socket open that cannot be shut down, since its peer has reset it."""
+        client = self.socket
+        if client is not None:
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):
+                client.close()
 
 
 def _read_off(client: socket.socket) -> None:
@@ -556,7 +566,13 @@ class Server(ThreadedAssociationServer):
 
     def get_request(self) -> tuple[socket.socket, Any]:
         assert self.socket is not None
-        client, address = self.socket.accept()
+        try:
+            client, address = self.socket.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                # The connection stays in the queue, and would be tried again at once for ever.
+                time.sleep(_LOOK_SECONDS)
+            raise
         client.settimeout(self.limits.stall_seconds)
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -30,7 +30,7 @@ from dicomnode.errors import (
     DicomnodeError,
     IncorrectlyConfigured,
     InvalidDataset,
-    OutOfResources,
+    NoRoom,
     ProcessingFailed,
 )
 from dicomnode.lib.dicom import printable
@@ -601,7 +601,7 @@ def _working_folder(root: Path | None, case_id: int) -> Iterator[Path]:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=root is None)
         except OSError as error:
-            raise OutOfResources(f"no working directory: {error.strerror}") from error
+            raise NoRoom(f"no working directory: {error.strerror}") from error
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

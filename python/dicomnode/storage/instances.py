@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from dicomnode.errors import OutOfResources
+from dicomnode.errors import NoRoom, OutOfResources
 from dicomnode.lib.dicom import Source
 
 Buffer = bytes | memoryview
@@ -74,7 +74,9 @@ class Growing:
     def discard(self) -> None:
         """Close the file; where it was placed it stays."""
         if self.descriptor >= 0:
-            os.close(self.descriptor)
+            # Whether what was written is safe was asked before.
+            with suppress(OSError):
+                os.close(self.descriptor)
             if self._name is not None:
                 self._name.unlink(missing_ok=True)
         self.descriptor = -1
@@ -353,6 +355,6 @@ def _write_all(descriptor: int, data: Buffer) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def out_of_resources(error: OSError) -> OutOfResources:
+def out_of_resources(error: OSError) -> NoRoom:
     reason = errno.errorcode.get(error.errno or 0, "unknown")
-    return OutOfResources(f"cannot write: {reason} ({error.strerror})")
+    return NoRoom(f"cannot write: {reason} ({error.strerror})")

@@ -22,7 +22,7 @@ from enum import Enum
 from importlib.resources import files
 from pathlib import Path
 
-from dicomnode.errors import OutOfResources, UnknownCase
+from dicomnode.errors import NoRoom, OutOfResources, UnknownCase
 
 
 class State(Enum):
@@ -168,7 +168,7 @@ class Ledger:
                         self._db.execute("ROLLBACK")
                     # Then the next change finds room in what the log of the ledger has already.
                     self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
-                raise OutOfResources(f"the ledger cannot be written: {error}") from error
+                raise NoRoom(f"the ledger cannot be written: {error}") from error
 
     def changes(self) -> int:
         """A number that differs after another process has changed the ledger."""
@@ -273,6 +273,15 @@ class Ledger:
                 (_REPEAT_SECONDS, case_id),
             ).fetchone()
         return None if row is None else int(row[0])
+
+    def put_back(self, case_id: int) -> None:
+        """PROCESSING -> READY; the attempt does not count."""
+        with self.transaction() as db:
+            db.execute(
+                "UPDATE cases SET state = ?, attempts = max(attempts - 1, 0), changed = ? "
+                "WHERE id = ? AND state = ?",
+                (State.READY.value, time.time(), case_id, State.PROCESSING.value),
+            )
 
     def excuse(self) -> None:
         """Take back the attempts that are under way: the node is stopped, it did not die."""

@@ -35,6 +35,7 @@ from dicomnode.errors import (
     InvalidDataset,
     InvalidDicom,
     InvalidRootDataDirectory,
+    NoRoom,
     OutOfResources,
     UnknownCase,
 )
@@ -378,17 +379,20 @@ class Storage:
 
     def has_room(self, size: int) -> bool:
         """Whether so many bytes leave as much of the disk free as has to stay so."""
-        return self.root is None or self.free_bytes() - size >= self._least_free
+        if self.root is None:
+            return True
+        if not self._has_reserve:
+            self._keep_reserve()
+        # Images never take what a start needs.
+        lacking = 0 if self._has_reserve else _RESERVE_BYTES
+        return self.free_bytes() - size >= self._least_free + lacking
 
     def _check_room(self, size: int) -> None:
         if not self.has_room(size):
-            raise OutOfResources(
-                f"{self.free_bytes()} bytes are free on the disk of root_data_directory, and {self._least_free} "
-                "have to stay free (limits.free_bytes)"
+            raise NoRoom(
+                f"{self.free_bytes()} bytes are free on the disk of root_data_directory, and "
+                f"{self._least_free} have to stay free (limits.free_bytes)"
             )
-
-        if not self._has_reserve:
-            self._keep_reserve()
 
     def _keep_reserve(self) -> None:
         """Take room for a start on a full disk, once there is enough of it."""
