@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 SOURCE := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
 DATA   ?=
 
-.PHONY: help demo test lint bench fuzz docs examples format clean
+.PHONY: help demo test lint bench fuzz crash soak docs examples format clean
 
 help: ## Show the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,12 @@ bench: $(VENV)/benched ## Measure speed beside the peers and print a table
 
 fuzz: $(VENV)/fuzzed ## Fuzz each target for SECONDS (600), or only TARGET
 	. $(BIN)/activate && python -m tests.fuzz --seconds $(or $(SECONDS),600) $(if $(TARGET),--target $(TARGET))
+
+crash: $(VENV)/developed ## Kill a node ROUNDS times (200) under load, and look for what is lost
+	$(BIN)/python -m tests.faults.crash --rounds $(or $(ROUNDS),200)
+
+soak: $(VENV)/developed ## Load a node for SECONDS (1800); what it uses has to come back
+	$(BIN)/python -m tests.faults.soak --seconds $(or $(SECONDS),1800)
 
 docs: $(VENV)/developed ## Build the documentation into docs/_build
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build

@@ -6,7 +6,6 @@ memory and open files have to return to where they were.
 """
 
 import argparse
-import os
 import random
 import socket
 import struct
@@ -56,9 +55,8 @@ print("PID", os.getpid(), flush=True)
 class Soak:
     """One run over one folder."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._seed = seed
         self.port = free_port()
         self.address = Address("127.0.0.1", self.port, "NODE")
         self._file = pipeline_file(folder, NODE.format(images=IMAGES, port=self.port))
@@ -245,10 +243,9 @@ def main() -> None:
     """`make soak`."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.soak", description=__doc__)
     parser.add_argument("--seconds", type=float, default=1800)
-    parser.add_argument("--seed", type=int, default=os.getpid())
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        soak = Soak(Path(folder), options.seed)
+        soak = Soak(Path(folder))
         start = time.monotonic()
         try:
             soak.run(options.seconds)

@@ -73,7 +73,7 @@ class Runner:
         # Cases whose results found no room: how often, and until when they wait; and those of them
         # that the ledger still has as PROCESSING.
         self._put_offs: dict[int, tuple[int, float]] = {}
-        self._claimed: set[int] = set()
+        self._claimed: dict[int, str] = {}
         self._failures = Failures(storage, logger, meters)
         self._completeness = Completeness(
             work.inputs,
@@ -202,28 +202,24 @@ class Runner:
     def _put_off(self, case_id: int, tries: int, error: NoRoom) -> None:
         """Process a case once more, when there may be room for its results."""
         pause = min(_LONGEST_PAUSE, 2.0**tries)
-        self._logger.error(
-            "case %d: its results are not kept: %s; it is processed again in %.0f s",
-            case_id,
-            error,
-            pause,
-        )
+        told = f"its results are not kept: {error}; it is processed again, until they can be"
+        self._logger.error("case %d: %s, the next time in %.0f s", case_id, told, pause)
         with self._lock:
             self._put_offs[case_id] = tries + 1, time.monotonic() + pause
-            self._claimed.add(case_id)
+            self._claimed[case_id] = told
         self._put_back()
 
     def _put_back(self) -> None:
         """PROCESSING -> READY for what was put off; later, where the ledger has no room either."""
         with self._lock:
-            claimed = list(self._claimed)
-        for case_id in claimed:
+            claimed = list(self._claimed.items())
+        for case_id, told in claimed:
             try:
-                self._storage.ledger.put_back(case_id)
+                self._storage.ledger.put_back(case_id, told)
             except NoRoom:
                 return
             with self._lock:
-                self._claimed.discard(case_id)
+                self._claimed.pop(case_id, None)
 
     def _is_put_off(self, case_id: int) -> bool:
         return self._put_offs.get(case_id, (0, 0.0))[1] > time.monotonic()

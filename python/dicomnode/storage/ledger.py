@@ -274,13 +274,13 @@ class Ledger:
             ).fetchone()
         return None if row is None else int(row[0])
 
-    def put_back(self, case_id: int) -> None:
-        """PROCESSING -> READY; the attempt does not count."""
+    def put_back(self, case_id: int, error: str) -> None:
+        """PROCESSING -> READY, with the reason; the attempt does not count."""
         with self.transaction() as db:
             db.execute(
-                "UPDATE cases SET state = ?, attempts = max(attempts - 1, 0), changed = ? "
-                "WHERE id = ? AND state = ?",
-                (State.READY.value, time.time(), case_id, State.PROCESSING.value),
+                "UPDATE cases SET state = ?, attempts = max(attempts - 1, 0), error = ?, "
+                "changed = ? WHERE id = ? AND state = ?",
+                (State.READY.value, error, time.time(), case_id, State.PROCESSING.value),
             )
 
     def excuse(self) -> None:
