@@ -264,7 +264,7 @@ def test_s3_a_log_on_a_full_disk_disturbs_nobody(
         disk.empty()
         assert statuses(send(address_of(node), make_series(4, patient_id="B"))) == [0x0000] * 4
         wait_for_cases(node, State.DONE, 2)
-        assert "case 2 is done" in (disk.path / "log").read_text()
+    assert "case 2 is done" in (disk.path / "log").read_text()
 
 
 # An association needs three open files, an image that is stored one or two more.
