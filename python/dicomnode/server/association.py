@@ -418,12 +418,16 @@ class AssociationServer:
             visit.stored,
             visit.refused,
         )
+        if not visit.is_released:
+            self._interrupt(cases)
+        self._reception.on_end(touched)
+
+    def _interrupt(self, cases: Iterable[int]) -> None:
+        """Remember what these cases hold, since their sender has not got all answers."""
         try:
-            if not visit.is_released:
-                self._storage.interrupt(cases)
+            self._storage.interrupt(cases)
         except OutOfResources as error:
             self._logger.error("what may be sent again is not remembered: %s", error)
-        self._reception.on_end(touched)
 
     # What the transport asks
 
@@ -532,7 +536,7 @@ class AssociationServer:
             late = visit.over
         if late and identifier:
             # The connection closed while this image was being stored.
-            self._storage.interrupt([case_id])
+            self._interrupt([case_id])
             self._reception.on_end([identifier])
         return status, comment
 

@@ -185,11 +185,12 @@ class _Socket(AssociationSocket):
             # Nothing will come of this; whoever waits looks at the timers.
             provider.pause()
             return False
-        if provider.is_reading:
-            return True
         if provider.is_served_slowly:
+            # Also where the peer never pauses, so that more of a message is always here.
             provider.pause()
             return False
+        if provider.is_reading:
+            return True
         if isinstance(client, ssl.SSLSocket) and client.pending():
             return True
         closing = provider.state_machine.current_state == _CLOSING

@@ -266,7 +266,8 @@ class Ledger:
                 "SELECT old.id FROM cases AS new JOIN cases AS old "
                 "ON old.identifier = new.identifier AND old.id < new.id AND old.sealed "
                 "AND new.created < old.changed + ? "
-                "WHERE new.id = ? AND NOT EXISTS ("
+                "WHERE new.id = ? AND EXISTS (SELECT 1 FROM instances WHERE case_id = new.id) "
+                "AND NOT EXISTS ("
                 "SELECT 1 FROM instances AS i WHERE i.case_id = new.id AND NOT EXISTS ("
                 "SELECT 1 FROM interrupted AS o WHERE o.case_id = old.id AND o.input = i.input "
                 "AND o.uid = i.uid AND o.digest = i.digest)) ORDER BY old.id DESC LIMIT 1",

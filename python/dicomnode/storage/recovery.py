@@ -37,7 +37,7 @@ class OpenCase:
     folder: str
     rows: dict[str, dict[str, InstanceRow]] = field(default_factory=dict)
     suffixes: dict[tuple[str, str], int] = field(default_factory=dict)
-    #: Counts the changes of `rows`.
+    #: Counts the images that came.
     generation: int = 0
 
     def put(self, row: InstanceRow) -> None:

@@ -103,7 +103,7 @@ class DuplicateInstance(Exception):
 class Contents:
     """What a case holds: for each input {SOPInstanceUID: source}, and what forbids to process it.
 
-    `generation` differs after every change of what an open case holds.
+    `generation` differs after every image that came for an open case, also one that it had.
     """
 
     case_id: int
@@ -315,6 +315,8 @@ class Storage:
             known = self._open_cases.get(identifier)
             lacking = names if known is None else self._lacking(known, names, instance)
             if known is not None and not lacking:
+                # Who looked at the case before must not delete it: its sender is told that it is here.
+                known.generation += 1
                 return known.id
             self._check_room(sum(map(len, instance.chunks)))
             case = self._open_case(identifier)
@@ -807,14 +809,14 @@ class Storage:
     def _contained(self, case: Case) -> list[Case]:
         """The FAILED cases without results that a case is a revision of, and has all images of."""
         found: list[Case] = []
-        mine = {(row.input, row.uid) for row in self.ledger.instances(case.id)}
+        mine = {(row.input, row.uid, row.digest) for row in self.ledger.instances(case.id)}
         number = self.waits.of(case.id).revises
         while number:
             try:
                 earlier = self.ledger.case(number)
             except UnknownCase:
                 break
-            held = {(row.input, row.uid) for row in self.ledger.instances(number)}
+            held = {(row.input, row.uid, row.digest) for row in self.ledger.instances(number)}
             if earlier.state is State.FAILED and held <= mine and not self.ledger.results(number):
                 found.append(earlier)
             number = self.waits.of(number).revises

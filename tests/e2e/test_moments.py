@@ -1,0 +1,153 @@
+"""What happens in the same moment: repeats that expire, floods, connections that close too early."""
+
+import socket
+import struct
+import threading
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from pynetdicom import AE
+from pynetdicom.presentation import build_context
+from tests.e2e.test_completeness import Counting, Failing, FourOrEight, send_all
+from tests.unit.test_storage import claim, instances, make_ready, opened
+from tests.unit.test_waits import expire
+
+from dicomnode.errors import OutOfResources
+from dicomnode.lib.requestor import _request, _uid, encode_command
+from dicomnode.storage.ledger import State
+from dicomnode.storage.store import Storage
+from dicomnode.testing import make_series, running_node, wait_for_cases
+
+VERIFICATION = "1.2.840.10008.1.1"
+
+
+def test_a_case_is_not_deleted_after_its_sender_was_told_that_an_image_is_there() -> None:
+    (image,) = instances(1)
+    with opened(None) as storage:
+        storage.add("P", ["ct"], image)
+        contents = storage.current("P")
+        assert contents is not None
+        storage.add("P", ["ct"], image)
+        assert not storage.expire("P", contents)
+        assert expire(storage, "P")
+
+
+def test_a_revision_with_other_content_leaves_the_earlier_case(tmp_path: Path) -> None:
+    series = make_series(8)
+    with running_node(Failing, input={"ct": FourOrEight}, root_data_directory=tmp_path) as node:
+        send_all(node, series[:7])
+        wait_for_cases(node, State.FAILED)
+        kept = {path.read_bytes() for path in tmp_path.glob("*/*/*.dcm")}
+        # The first image again, changed: two contents were answered 0x0000 under one UID.
+        series[0].SeriesDescription = "corrected"
+        send_all(node, [series[0], series[7]])
+        wait_for_cases(node, State.DONE)
+        assert node.seen == [7, 8]
+        assert [case.state for case in node.cases()] == [State.FAILED, State.DONE]
+        assert {path.read_bytes() for path in tmp_path.glob("*/*/*.dcm")} == kept
+
+
+def test_a_case_that_holds_nothing_repeats_no_other(tmp_path: Path) -> None:
+    with opened(tmp_path) as storage:
+        number = storage.add("P", ["ct"], instances(1)[0])
+        make_ready(storage, number)
+        assert claim(storage, number)
+        # The node ends before the first image of the next case is there.
+        storage.ledger.open_case("P", "P~2")
+    with opened(tmp_path) as storage:
+        contents = storage.current("P")
+        assert contents is not None and storage.park("P", contents) is None
+
+
+def test_messages_that_are_sent_without_a_pause_do_not_pile_up() -> None:
+    command = encode_command(
+        [
+            (0x0002, _uid(VERIFICATION)),
+            (0x0100, b"\x30\0"),
+            (0x0110, b"\1\0"),
+            (0x0800, b"\1\1"),
+        ]
+    )
+    value = struct.pack(">IBB", len(command) + 2, 1, 3) + command
+    echoes = (struct.pack(">BBI", 4, 0, len(value)) + value) * 1000
+    context = build_context(VERIFICATION, "1.2.840.10008.1.2")
+    context.context_id = 1
+    over = threading.Event()
+    with running_node(Counting) as node:
+        with closing(socket.create_connection(("127.0.0.1", node.port))) as peer:
+            peer.sendall(_request("NODE", "FLOOD", [context], ""))
+            assert peer.recv(1 << 16)[0] == 2
+            peer.settimeout(0.5)
+
+            def flood() -> None:
+                while not over.is_set():
+                    try:
+                        peer.sendall(echoes)
+                    except OSError:
+                        return
+
+            thread = threading.Thread(target=flood)
+            thread.start()
+            answers, most = 0, 0
+            assert node._server is not None and node._server._server is not None
+            try:
+                while answers < 50_000:
+                    answers += len(peer.recv(1 << 16))
+                    for one in node._server._server.active_associations:
+                        most = max(most, one.dimse.msg_queue.qsize())
+            finally:
+                over.set()
+                thread.join()
+        assert most < 50
+
+
+def test_a_case_is_looked_at_though_its_interruption_cannot_be_remembered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    added, closed = threading.Event(), threading.Event()
+    add = Storage.add
+
+    def slow(*arguments: object) -> int:
+        number = add(*arguments)  # type: ignore[arg-type]
+        added.set()
+        assert closed.wait(30)
+        return number
+
+    def full(*_: object) -> None:
+        raise OutOfResources("the ledger cannot be written: full")
+
+    class One(FourOrEight):
+        def validate(self) -> bool:
+            return self.images == 1
+
+    with running_node(Counting, input={"ct": One}) as node:
+        monkeypatch.setattr(Storage, "add", slow)
+        monkeypatch.setattr(Storage, "interrupt", full)
+        thread = threading.Thread(target=_send_and_leave, args=(node.port, added))
+        thread.start()
+        assert added.wait(30)
+        thread.join()
+        server = node._server
+        assert server is not None
+        # As when the connection closes while the image is on its way.
+        for association in list(server._visits):
+            server._end(association)
+        closed.set()
+        wait_for_cases(node, State.DONE)
+        assert "what may be sent again is not remembered" in caplog.text
+
+
+def _send_and_leave(port: int, added: threading.Event) -> None:
+    dataset = make_series(1)[0]
+    association = AE(ae_title="LEAVER").associate(
+        "127.0.0.1",
+        port,
+        [build_context(dataset.SOPClassUID, "1.2.840.10008.1.2.1")],
+        ae_title="NODE",
+    )
+    assert association.is_established
+    sending = threading.Thread(target=association.send_c_store, args=(dataset,), daemon=True)
+    sending.start()
+    assert added.wait(30)
+    association.abort()
