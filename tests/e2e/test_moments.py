@@ -3,21 +3,27 @@
 import socket
 import struct
 import threading
+import time
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from pydicom.uid import generate_uid
 from pynetdicom import AE
 from pynetdicom.presentation import build_context
-from tests.e2e.test_completeness import Counting, Failing, FourOrEight, send_all
+from tests.e2e.test_completeness import CT, Counting, Failing, FourOrEight, send_all
 from tests.unit.test_storage import claim, instances, make_ready, opened
 from tests.unit.test_waits import expire
 
 from dicomnode.errors import OutOfResources
-from dicomnode.lib.requestor import _request, _uid, encode_command
+from dicomnode.lib.commitment import PUSH_MODEL, PUSH_MODEL_INSTANCE, REQUEST, Commitment
+from dicomnode.lib.dimse import _plain, ask_commitment
+from dicomnode.lib.requestor import Requestor, _request, _uid, encode_command
+from dicomnode.lib.transcode import IMPLICIT
+from dicomnode.server.transport import Limits
 from dicomnode.storage.ledger import State
 from dicomnode.storage.store import Storage
-from dicomnode.testing import make_series, running_node, wait_for_cases
+from dicomnode.testing import address_of, make_series, running_node, wait_for_cases
 
 VERIFICATION = "1.2.840.10008.1.1"
 
@@ -151,3 +157,21 @@ def _send_and_leave(port: int, added: threading.Event) -> None:
     sending.start()
     assert added.wait(30)
     association.abort()
+
+
+def test_a_sender_that_does_not_take_its_report_keeps_no_other_from_one(tmp_path: Path) -> None:
+    with running_node(Counting, root_data_directory=tmp_path) as node:
+        asked = Commitment(generate_uid(), {generate_uid(): CT})
+        silent = Requestor(
+            "it", ("127.0.0.1", node.port), "NODE", "SILENT", [(PUSH_MODEL, IMPLICIT)]
+        )
+        answer = silent.action(
+            1, PUSH_MODEL, PUSH_MODEL_INSTANCE, REQUEST, _plain(asked.to_dataset(), IMPLICIT)
+        )
+        assert answer.number(0x0900) == 0
+        assert silent.has_message(20)
+        # Its report is not answered, which the node waits for.
+        start = time.monotonic()
+        report = ask_commitment(address_of(node), asked, "OTHER", seconds=20)
+        assert report is not None and time.monotonic() - start < Limits().stall_seconds / 2
+        silent.abort()

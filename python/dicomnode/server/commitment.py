@@ -1,7 +1,7 @@
 """Storage commitment, as the one who is asked and as the one who gets reports (PS3.4 annex J).
 
 Solves that a sender can know what this node has before it deletes its own. A report is made after the
-request was answered, in a thread of its own, since every file is read again for it.
+request was answered, in threads of their own, since every file is read again for it.
 """
 
 import logging
@@ -22,6 +22,8 @@ _INVALID_ARGUMENT = 0x0115
 _RESOURCE_LIMITATION = 0x0213
 # A sender that asks for more at once is answered with a resource limitation.
 _MOST_REQUESTS = 100
+# How many reports are made at once, so that a sender that does not take its own keeps no other from one.
+_REPORTERS = 4
 
 #: Reports over the association of the request; whether the sender took it.
 Reply = Callable[[Commitment], bool]
@@ -49,7 +51,7 @@ class Committing:
         self._on_asked = on_asked
         self._loop = loop
         self._requests: queue.Queue[tuple[Commitment, str, Reply]] = queue.Queue()
-        loop.add("commitment", self._report_next)
+        loop.add("commitment", self._report_next, _REPORTERS)
 
     def asked(self, information: Dataset, calling: str, reply: Reply) -> int:
         """A sender asks to keep instances (N-ACTION): the status."""

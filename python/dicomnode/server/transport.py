@@ -338,7 +338,7 @@ class _Provider(DULServiceProvider):
                 self.socket.close()
             self.wake.close()
             # The thread that waits for a peer which has left without a word need not wait longer.
-            self.to_user_queue.put(None)  # type: ignore[arg-type]
+            self.to_user_queue.put(None)
 
     def _read_pdu_data(self) -> None:
         if self.state_machine.current_state != _ESTABLISHED:
