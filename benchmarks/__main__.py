@@ -25,6 +25,7 @@ from benchmarks import (
     receive,
     send,
     series,
+    start,
 )
 from benchmarks.timing import Question, Table
 from benchmarks.timing import answer as answer_question
@@ -39,6 +40,7 @@ class Sizes:
         self.mr = (12, 32, 32) if quick else (180, 256, 256)
         self.cine = (6, 48, 64) if quick else (120, 480, 640)
         self.instances = (10, 20, 40) if quick else (1250, 5000, 20_000)
+        self.kept = (50, 200) if quick else (1000, 10_000, 100_000)
         self.small_images = 100 if quick else 1000
         self.sent = 8 if quick else 140
         self.repeats = 2 if quick else 9
@@ -73,6 +75,7 @@ class Bench:
             "receive_small": self._receive_small,
             "eager": self._eager,
             "send": self._sending,
+            "start": lambda: [start.answer(self._sizes.kept, self._sizes.receive_repeats)],
         }
 
     def _made(self, name: str, write: Callable[..., Path], *size: int) -> Path:

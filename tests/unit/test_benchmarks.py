@@ -20,6 +20,7 @@ from benchmarks import (
     receive,
     send,
     series,
+    start,
     timing,
 )
 
@@ -157,3 +158,9 @@ def test_every_sender_sends_all(folder: Path) -> None:
     assert table is not None
     assert {row.name: row.wrong for row in table.rows if row.wrong} == {}
     assert [row.name for row in table.rows] == list(send.SENDERS)
+
+
+def test_a_start_over_few_images_is_measured() -> None:
+    table = start.answer([100, 200], repeats=1)
+    assert [row.name for row in table.rows] == ["100 images", "200 images"]
+    assert all(row.seconds[0] > 0 and not row.wrong for row in table.rows)
