@@ -51,6 +51,7 @@ class Node(Base):
     input = {{"ct": All}}
     workers = 2
     durability = os.environ["DURABILITY"]
+    isolation = os.environ["ISOLATION"]
     endpoints = [
         Address("127.0.0.1", int(os.environ["RECORDER"]), "RECORDER"),
         Address("127.0.0.1", int(os.environ["STORESCP"]), "STORESCP"),
@@ -248,6 +249,7 @@ class Crash:
             environment={
                 **{name: str(port) for name, port in self._ports.items()},
                 "DURABILITY": self._durability,
+                "ISOLATION": self._random.choice(("thread", "thread", "process")),
                 "EAGER": str(self._random.randint(0, 1)),
             },
         )
