@@ -65,6 +65,8 @@ class Soak:
         self._numbers = iter(range(1, sys.maxsize))
         self._pausing = threading.Event()
         self.errors: list[str] = []
+        # Always the same, so that what waits for the rest of them does not grow.
+        self._broken_off = [make_series(3, 16, 16, patient_id=f"ABORTED-{k}") for k in range(20)]
 
     @contextmanager
     def node(self) -> Iterator[Command]:
@@ -107,14 +109,13 @@ class Soak:
         self._count("series")
 
     def abort(self) -> None:
-        """An association that ends in the middle of a series, and one in the middle of an image."""
+        """An association that ends in the middle of a series."""
 
         def stop(response: Response) -> None:
             raise KeyError(response.sop_instance_uid)
 
-        images = make_series(3, 16, 16, patient_id=f"ABORTED-{random.randint(1, 20)}")
         with suppress(KeyError, CouldNotCompleteDIMSEMessage):
-            send(self.address, images, on_response=stop)
+            send(self.address, random.choice(self._broken_off), on_response=stop)
         self._count("aborted associations")
 
     def connect(self) -> None:
