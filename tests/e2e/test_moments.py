@@ -175,3 +175,29 @@ def test_a_sender_that_does_not_take_its_report_keeps_no_other_from_one(tmp_path
         report = ask_commitment(address_of(node), asked, "OTHER", seconds=20)
         assert report is not None and time.monotonic() - start < Limits().stall_seconds / 2
         silent.abort()
+
+
+def test_a_validate_that_hangs_at_a_start_keeps_neither_the_node_nor_other_cases(
+    tmp_path: Path,
+) -> None:
+    over, hangs = threading.Event(), threading.Event()
+
+    class Picky(FourOrEight):
+        def validate(self) -> bool:
+            if not hangs.is_set():
+                return False
+            if any(one.PatientID == "HANGS" for one in self.data.values()):
+                over.wait(60)
+            return True
+
+    names = ["HANGS", "A", "B", "C"]
+    with running_node(Counting, input={"ct": Picky}, root_data_directory=tmp_path) as node:
+        for name in names:
+            send_all(node, make_series(1, patient_id=name))
+    hangs.set()
+    with running_node(Counting, input={"ct": Picky}, root_data_directory=tmp_path) as node:
+        try:
+            wait_for_cases(node, State.DONE, 3)
+            assert node.cases()[0].state is State.RECEIVING
+        finally:
+            over.set()

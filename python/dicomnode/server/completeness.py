@@ -294,9 +294,13 @@ class Completeness:
 
     def _check_again(self) -> bool:
         with self._lock:
-            identifiers, self._unchecked = self._unchecked, set()
-        self.check(identifiers)
-        return bool(identifiers - self._unchecked)
+            if not self._unchecked:
+                return False
+            # One at a time: where its `validate` hangs, other threads look at the others.
+            identifier = self._unchecked.pop()
+        self.check([identifier])
+        with self._lock:
+            return identifier not in self._unchecked
 
     def _check(self, identifier: str) -> None:
         """Look whether a case is complete; again, where images came in meanwhile."""

@@ -510,8 +510,6 @@ class AbstractPipeline:
         self._server = server
         self._is_opening = False
         runner.recall()
-        if self._storage is not storage:
-            raise IncorrectlyConfigured(f"validate() of an input closed {type(self).__name__}")
         runner.start()
         # A program that ends without close() does not leave a step half done.
         atexit.register(self.close)

@@ -113,9 +113,12 @@ class Runner:
         self._completeness.senders = senders
 
     def recall(self) -> None:
-        """Look at all cases that take images, as an earlier run left them."""
+        """Have all cases looked at that take images, as an earlier run left them.
+
+        That is done by threads, so that a `validate` that hangs does not keep the node from opening.
+        """
         self._completeness.recall()
-        self.check(self._storage.open_identifiers())
+        self._completeness.check_soon(self._storage.open_identifiers())
 
     def arrived(self, identifier: str, uid: str) -> None:
         """An image was stored."""
