@@ -2,6 +2,7 @@
 
 import socket
 import struct
+import subprocess
 import threading
 import time
 from contextlib import closing
@@ -11,19 +12,22 @@ import pytest
 from pydicom.uid import generate_uid
 from pynetdicom import AE
 from pynetdicom.presentation import build_context
+from tests.e2e.test_commitment import Committing
 from tests.e2e.test_completeness import CT, Counting, Failing, FourOrEight, send_all
 from tests.unit.test_storage import claim, instances, make_ready, opened
 from tests.unit.test_waits import expire
 
 from dicomnode.errors import OutOfResources
 from dicomnode.lib.commitment import PUSH_MODEL, PUSH_MODEL_INSTANCE, REQUEST, Commitment
-from dicomnode.lib.dimse import _plain, ask_commitment
+from dicomnode.lib.dimse import Address, _plain, ask_commitment
 from dicomnode.lib.requestor import Requestor, _request, _uid, encode_command
+from dicomnode.lib.tls import TLS
 from dicomnode.lib.transcode import IMPLICIT
 from dicomnode.server.transport import Limits
 from dicomnode.storage.ledger import State
+from dicomnode.storage.outbox import Delivery
 from dicomnode.storage.store import Storage
-from dicomnode.testing import address_of, make_series, running_node, wait_for_cases
+from dicomnode.testing import StoringNode, address_of, make_series, running_node, wait_for_cases
 
 VERIFICATION = "1.2.840.10008.1.1"
 
@@ -201,3 +205,33 @@ def test_a_validate_that_hangs_at_a_start_keeps_neither_the_node_nor_other_cases
             assert node.cases()[0].state is State.RECEIVING
         finally:
             over.set()
+
+
+def test_an_endpoint_of_which_the_certificate_is_gone_keeps_no_other_from_its_results(
+    tmp_path: Path,
+) -> None:
+    subprocess.run(
+        ["/usr/bin/openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+         "-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "certificate"), "-subj", "/CN=us"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    tls = TLS(tmp_path / "certificate", tmp_path / "key")
+    with running_node(StoringNode) as other:
+        endpoints = [Address("127.0.0.1", 9, "GONE", tls), address_of(other)]
+        with running_node(
+            Committing, commit=False, endpoints=endpoints, root_data_directory=tmp_path / "root"
+        ) as node:
+            # As while it is replaced by a new one.
+            (tmp_path / "certificate").unlink()
+            send_all(node, make_series(2))
+            storage = node._storage
+            assert storage is not None
+            assert node.wait(
+                lambda: (
+                    "cannot be used" in str(storage.outbox.outages())
+                    and any(one.state is Delivery.SENT for one in storage.outbox.exports())
+                ),
+                20,
+            )
+            assert len(other.received) == 2
+            assert node.cases()[0].state is State.EXPORTING

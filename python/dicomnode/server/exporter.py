@@ -156,6 +156,9 @@ class Exporter:
                 self._attempt(endpoint, export, outage)
             except PeerUnreachable as error:
                 self._miss(endpoint, outage, error)
+            except IncorrectlyConfigured as error:
+                # Its certificate cannot be read now. The case goes to the other endpoints all the same.
+                self._miss(endpoint, outage, PeerUnreachable(f"{endpoint}: {error}"))
             self._unrecorded[endpoint] = 0
         except _Stopping:
             # What is not acknowledged goes out after the next start.
