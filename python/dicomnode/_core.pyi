@@ -96,6 +96,9 @@ class Receiver:
     def discard(self, errno: int) -> None:
         """Keep no more of the dataset that goes to a file; the request then tells `errno`."""
 
+    def close(self) -> None:
+        """Close the duplicates of the socket and of a file that is being written."""
+
     def receive(
         self, wake: int, seconds: float, on_full: Callable[[str, str, int], int]
     ) -> Received | bytes | None:

@@ -104,7 +104,7 @@ def test_the_same_bytes_again_are_stored_once(node: Node) -> None:
     assert node._storage.ledger.counts(1) == {"ct": (2, 0)}
 
 
-def test_the_same_uid_with_other_content_is_refused_and_the_first_is_kept(node: Node) -> None:
+def test_c7_the_same_uid_with_other_content_is_refused_and_the_first_is_kept(node: Node) -> None:
     (image,) = make_series(1)
     send(address_of(node), [image])
     image.PixelData = bytes(len(image.PixelData))
@@ -116,14 +116,14 @@ def test_the_same_uid_with_other_content_is_refused_and_the_first_is_kept(node: 
 
 
 @pytest.mark.parametrize("data", [b"x", b"garbage " * 100, b"\x00" * 64, b"\xff" * 4096])
-def test_data_that_is_no_dataset_is_C000(node: Node, data: bytes) -> None:
+def test_c3_data_that_is_no_dataset_is_C000(node: Node, data: bytes) -> None:
     with RawSender(node) as sender:
         answer = sender.store(data)
         assert answer.Status in (0xC000, 0xA900)
         assert 0 < len(answer.ErrorComment) <= 64
 
 
-def test_a_truncated_dataset_is_C000(node: Node) -> None:
+def test_c11_a_truncated_dataset_is_C000(node: Node) -> None:
     (image,) = make_series(1)
     data = dataset_bytes(image)
     with RawSender(node) as sender:
@@ -131,7 +131,7 @@ def test_a_truncated_dataset_is_C000(node: Node) -> None:
             assert sender.store(data[:length], image.SOPInstanceUID).Status == 0xC000
 
 
-def test_lying_lengths_and_depth_bombs_are_C000(node: Node) -> None:
+def test_c9_c11_lying_lengths_and_depth_bombs_are_C000(node: Node) -> None:
     (image,) = make_series(1)
     data = dataset_bytes(image)
     bomb = b"\x08\x00\x40\x11SQ\x00\x00\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff" * 20000
@@ -151,7 +151,7 @@ def test_n15_request_dataset_and_context_that_differ_are_refused(node: Node) -> 
 
 
 @pytest.mark.parametrize("uid", ["../../x", "/etc/passwd", "1.2.a", "x" * 64])
-def test_an_instance_uid_that_is_none_is_refused(node: Node, uid: str) -> None:
+def test_c1_an_instance_uid_that_is_none_is_refused(node: Node, uid: str) -> None:
     with RawSender(node) as sender:
         try:
             answer = sender.store(b"x", uid)
@@ -160,7 +160,7 @@ def test_an_instance_uid_that_is_none_is_refused(node: Node, uid: str) -> None:
         assert answer.Status in (0x0117, 0xC000)
 
 
-def test_no_identifier_is_B007(node: Node) -> None:
+def test_c4_no_identifier_is_B007(node: Node) -> None:
     (image,) = make_series(1)
     image.PatientID = None
     assert send(address_of(node), [image])[0].status == 0xB007
@@ -175,7 +175,7 @@ def test_another_identifier_tag_is_used() -> None:
         assert [case.identifier for case in one.cases()] == [series[0].StudyInstanceUID]
 
 
-def test_refused_by_every_input_is_B006_and_the_log_says_why(
+def test_c5_refused_by_every_input_is_B006_and_the_log_says_why(
     node: Node, caplog: pytest.LogCaptureFixture
 ) -> None:
     image = make_series(1, modality="MR")[0]

@@ -2,7 +2,7 @@
 
 The Rust targets run with libFuzzer on the stable toolchain, with coverage of Rust and of the C and
 C++ codecs, and AddressSanitizer in the latter. The Python one runs with atheris, which sees what of
-dicomnode's and pydicom's Python code an input reaches.
+dicomnode's and pydicom's Python code an input reaches. `port` attacks a node that listens.
 """
 
 import argparse
@@ -17,8 +17,9 @@ from tests.fuzz import corpus
 _TOP = Path(__file__).parents[2]
 _BUILD = _TOP / "target" / "fuzz"
 _TRIPLE = "x86_64-unknown-linux-gnu"
-_RUST = ("scan", "groups", "fragments", "rle", "codestream", "decode")
+_RUST = ("scan", "groups", "fragments", "rle", "codestream", "decode", "receive")
 _PYTHON = "python"
+_PORT = "port"
 _SANCOV = (
     "level=4",
     "inline-8bit-counters",
@@ -99,9 +100,13 @@ def fuzz(target: str, binary: Path | None, seconds: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--seconds", type=int, default=600, help="for each target")
-    parser.add_argument("--target", choices=(*_RUST, _PYTHON), action="append")
+    parser.add_argument("--target", choices=(*_RUST, _PYTHON, _PORT), action="append")
     options = parser.parse_args()
-    chosen = options.target or [*_RUST, _PYTHON]
+    chosen = options.target or [*_RUST, _PYTHON, _PORT]
     binary = build() if set(chosen) & set(_RUST) else None
     for target in chosen:
+        if target == _PORT:
+            command = [sys.executable, "-m", "tests.fuzz.port", "--seconds", str(options.seconds)]
+            subprocess.run(command, cwd=_TOP, check=True)
+            continue
         fuzz(target, None if target == _PYTHON else binary, options.seconds)

@@ -19,6 +19,7 @@ from pydicom.encaps import generate_frames, parse_basic_offsets
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 from pydicom.uid import UID, CTImageStorage
+from tests.e2e import wire
 from tests.unit import test_codecs as known
 
 from dicomnode.lib.dicom import part10_prefix
@@ -127,6 +128,24 @@ def _codestreams() -> Iterator[bytes]:
                 yield _shaped(kind, shape, dataset.SamplesPerPixel, dataset.BitsAllocated, frame)
 
 
+def _sessions() -> Iterator[bytes]:
+    """What a peer sends once there is an association, and how long the pieces are."""
+    end = wire.pdu(wire.RELEASE, bytes(4))
+    for data in files():
+        if len(data) <= _MAX_HEADER:
+            session = wire.pdu(wire.DATA, wire.value(1, 3, wire.echo_command()))
+            session += wire.store("1.2.3", data) + wire.store("1.2.4", data[:100]) + end
+            yield struct.pack("<H", 1 + len(data) % 1000) + session
+    command = wire.store_command()
+    values = [
+        wire.value(3, 1 + 2 * (k + 1 == len(command)), command[k : k + 1])
+        for k in range(len(command))
+    ]
+    yield (
+        struct.pack("<H", 7) + wire.pdu(wire.DATA, b"".join(values) + wire.value(3, 2, b"x")) + end
+    )
+
+
 def seeds(target: str) -> Iterator[bytes]:
     """The seeds of one target of rust/core/tests/hostile/targets.rs."""
     match target:
@@ -145,6 +164,8 @@ def seeds(target: str) -> Iterator[bytes]:
             yield from (one for one in _codestreams() if one[0] == _RLE)
         case "codestream":
             yield from _codestreams()
+        case "receive":
+            yield from _sessions()
         case _:
             yield from objects()
 

@@ -2,7 +2,7 @@
 
 import numpy
 import pytest
-from tests.fuzz import corpus, decode
+from tests.fuzz import corpus, decode, port
 from tests.unit import test_codecs as known
 
 from dicomnode.errors import DicomnodeError, UnsupportedImage
@@ -12,6 +12,11 @@ from dicomnode.lib.grinders import numpy_grinder
 
 def test_mutated_objects_are_errors_or_arrays_within_a_moment() -> None:
     assert decode.run(seed=1, seconds=10.0) > 300
+
+
+def test_n20_a_node_serves_others_whatever_is_sent_to_its_port() -> None:
+    found = port.run(seed=1, seconds=8.0)
+    assert found.sessions >= 100
 
 
 def test_an_array_for_which_there_is_no_memory_is_an_error_that_names_the_image() -> None:

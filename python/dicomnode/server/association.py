@@ -437,6 +437,10 @@ class AssociationServer:
         if visit is not None:
             visit.is_released = True
 
+    def closed(self, association: Association) -> None:
+        """Also where pynetdicom does not tell it."""
+        self._end(association)
+
     def turned_away(self) -> None:
         """A connection was not let in."""
         self._reception.meters.associations.add(label="refused")

@@ -23,7 +23,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 from pynetdicom import AE
@@ -31,6 +31,7 @@ from pynetdicom.association import Association
 from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dul import DULServiceProvider
 from pynetdicom.fsm import InvalidEventError
+from pynetdicom.pdu import A_ABORT_RQ
 from pynetdicom.presentation import PresentationContext
 from pynetdicom.timer import Timer
 from pynetdicom.transport import (
@@ -42,6 +43,7 @@ from pynetdicom.transport import (
 from dicomnode.errors import InvalidDicom
 from dicomnode.lib.dicom import Received, Receiver
 from dicomnode.server.logs import about
+from dicomnode.server.negotiation import plain_request
 
 # How long a thread waits at most before it looks at its timers again.
 _LOOK_SECONDS = 0.5
@@ -49,9 +51,13 @@ _LOOK_SECONDS = 0.5
 _MOST_NEGOTIATION = 1 << 20
 # Messages that are no C-STORE and wait to be served; more are not read.
 _MOST_WAITING = 4
+# Connections beyond the associations, and how long one may take to ask before others need its place.
+_MOST_SILENT = 32
+_MOMENT = 2.0
 _ESTABLISHED = "Sta6"
 _CLOSING = "Sta13"
 _IDLE = "Sta1"
+_ASSOCIATE_REQUEST = 0x01
 _RELEASE_REQUEST = 0x05
 
 
@@ -101,6 +107,9 @@ class Service(Protocol):
 
     def released(self, association: Association) -> None:
         """The peer asked for the release of its association."""
+
+    def closed(self, association: Association) -> None:
+        """The connection has ended, whatever it was that ended it; may be told twice."""
 
     def turned_away(self) -> None:
         """A connection was not let in."""
@@ -161,8 +170,11 @@ class _Signalling(queue.Queue[Any]):
     def __init__(self, tell: Callable[[], None]) -> None:
         super().__init__()
         self._tell = tell
+        #: Whether anything was ever put into it.
+        self.is_used = False
 
     def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        self.is_used = True
         super().put(item, block, timeout)
         self._tell()
 
@@ -203,6 +215,12 @@ class _Socket(AssociationSocket):
             self.event_queue.put("Evt17")
             return False
         return found
+
+    def close(self) -> None:
+        """Also tells the thread of the association, where that still waits for a request."""
+        super().close()
+        if not self._provider.to_user_queue.is_used:
+            self._provider.to_user_queue.put(None)
 
     def recv(self, nr_bytes: int) -> bytearray:
         """So many bytes, or fewer where the connection was closed. For negotiation only.
@@ -292,7 +310,7 @@ class _Provider(DULServiceProvider):
         self._idle_timer = _Timer(limits.idle_seconds)
         self.artim_timer = _Timer(limits.idle_seconds)
         self.to_provider_queue = _Signalling(self.wake.set)
-        self.to_user_queue = _Signalling(association.tell)
+        self.to_user_queue: _Signalling = _Signalling(association.tell)
 
     @property
     def arriving(self) -> int:
@@ -332,11 +350,22 @@ class _Provider(DULServiceProvider):
             # A stop and a broken message may end an association at the same moment.
             with contextlib.suppress(InvalidEventError):
                 super().run_reactor()
+        except Exception as error:  # noqa: BLE001
+            # Its state machine raises whatever comes of what it decoded.
+            self._association.complain(f"what came cannot be handled ({type(error).__name__})")
+            abort = A_ABORT_RQ()
+            abort.source, abort.reason_diagnostic = 0x02, 0x00
+            if self.socket is not None:
+                self.socket.send(abort.encode())
         finally:
-            self.receiver = None
+            receiver, self.receiver = self.receiver, None
+            if receiver is not None:
+                receiver.close()
             if self.socket is not None:
                 self.socket.close()
             self.wake.close()
+            self._association.forget()
+            self._service.closed(self._association)
             # The thread that waits for a peer which has left without a word need not wait longer.
             self.to_user_queue.put(None)
 
@@ -365,6 +394,11 @@ class _Provider(DULServiceProvider):
             self.event_queue.put("Evt19")
         except OSError:
             self.event_queue.put("Evt17")
+
+    def _decode_pdu(self, bytestream: bytearray) -> tuple[Any, str]:
+        if bytestream[0] == _ASSOCIATE_REQUEST:
+            bytestream = bytearray(plain_request(bytes(bytestream)))
+        return super()._decode_pdu(bytestream)
 
     def _new_receiver(self) -> Receiver:
         limits = self.limits
@@ -478,6 +512,20 @@ class NodeAssociation(Association):
             if client is not None:
                 client.shutdown(socket.SHUT_RDWR)
 
+    def run_reactor(self) -> None:
+        try:
+            super().run_reactor()
+        except Exception as error:  # noqa: BLE001
+            # Its negotiation raises whatever comes of what it decoded.
+            self.complain(f"what came cannot be handled ({type(error).__name__})")
+            self.cut_off()
+            self.kill()
+
+    def forget(self) -> None:
+        """The connection has ended."""
+        if isinstance(self._server, Server):
+            self._server.forget(self)
+
     def tell(self) -> None:
         """Let the thread of the association look what there is to do."""
         self.dimse.msg_queue.put((None, None))
@@ -535,6 +583,18 @@ class _Handler(RequestHandler):
         super().handle()
 
 
+@dataclass(eq=False)
+class _Connection:
+    """Since when it is there, and what became of it."""
+
+    since: float = field(default_factory=time.monotonic)
+    association: NodeAssociation | None = None
+
+    @property
+    def is_established(self) -> bool:
+        return self.association is not None and self.association.is_established
+
+
 class Server(ThreadedAssociationServer):
     """Listens. `networks` are those that may connect, empty for all."""
 
@@ -561,8 +621,9 @@ class Server(ThreadedAssociationServer):
         self._networks = networks
         self._logger = logger
         self._guard = threading.Lock()
-        # Oldest first; None until the connection has a thread of its own.
-        self._connections: dict[socket.socket, NodeAssociation | None] = {}
+        self._fewer = threading.Condition(self._guard)
+        # Oldest first.
+        self._connections: dict[socket.socket, _Connection] = {}
         super().__init__(ae, address, ae.ae_title, _Contexts(contexts), tls, handlers, _Handler)
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -590,48 +651,69 @@ class Server(ThreadedAssociationServer):
             self._logger.warning("connection from %s refused: not among allowed_networks", host)
             self.service.turned_away()
             return False
-        silent = None
         with self._guard:
-            for client in [one for one in self._connections if one.fileno() < 0]:
-                del self._connections[client]
+            silent = self._make_room()
             # Connections that have not become associations do not count as such, but end too.
-            if len(self._connections) >= self.limits.associations + 32:
-                silent = next(
-                    (
-                        one
-                        for one, association in self._connections.items()
-                        if association is None or not association.is_established
-                    ),
-                    None,
-                )
-                if silent is None:
-                    self._logger.warning("connection from %s refused: too many are open", host)
-                    self.service.turned_away()
-                    return False
-                del self._connections[silent]
-            self._connections[request] = None
+            is_full = len(self._connections) >= self.limits.associations + _MOST_SILENT
+            if not is_full:
+                self._connections[request] = _Connection()
+        if is_full:
+            self._logger.warning("connection from %s refused: too many are open", host)
+            self.service.turned_away()
+            return False
         if silent is not None:
             self._logger.warning("a connection that asked for nothing makes room for %s", host)
             with contextlib.suppress(OSError):
                 silent.shutdown(socket.SHUT_RDWR)
         return True
 
+    def _make_room(self) -> socket.socket | None:
+        """Wait until there is room for one more; the connection that has to end for it.
+
+        Those who are being answered are done in a moment. Only who had time to ask and did not is
+        silent.
+        """
+        for client in [one for one in self._connections if one.fileno() < 0]:
+            del self._connections[client]
+        end = time.monotonic() + _MOMENT
+        while len(self._connections) >= self.limits.associations + _MOST_SILENT:
+            now = time.monotonic()
+            for client, one in self._connections.items():
+                if now - one.since > _MOMENT and not one.is_established:
+                    del self._connections[client]
+                    return client
+            if now >= end:
+                break
+            self._fewer.wait(0.1)
+        return None
+
     def add(self, request: socket.socket, association: NodeAssociation) -> None:
         """Remember which association a connection has."""
         with self._guard:
             if request in self._connections:
-                self._connections[request] = association
+                self._connections[request].association = association
+
+    def forget(self, association: NodeAssociation) -> None:
+        """The connection of an association has ended."""
+        with self._guard:
+            for client, one in self._connections.items():
+                if one.association is association:
+                    del self._connections[client]
+                    self._fewer.notify_all()
+                    break
 
     def shutdown_request(self, request: Any) -> None:
         with self._guard:
             self._connections.pop(request, None)
+            self._fewer.notify_all()
         super().shutdown_request(request)
 
     @property
     def active_associations(self) -> list[Association]:
         """Those that are established, and connections that will be or not."""
         with self._guard:
-            return [one for one in self._connections.values() if one is not None]
+            found = [one.association for one in self._connections.values()]
+        return [one for one in found if one is not None]
 
     def end_all(self, seconds: float) -> None:
         """Abort all associations, after the image that each stores now, and close what is left then."""

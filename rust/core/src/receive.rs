@@ -2,8 +2,8 @@
 //!
 //! The problem: most of what a node receives is P-DATA-TF (PS3.8 section 9.3.5) that carries C-STORE
 //! requests (PS3.7 section 9.1.1), and nothing in it may be trusted. [`Receiver`] takes bytes as they
-//! come and gives whole requests, with the SHA-256 of a dataset that was taken in parts; every other message and PDU is
-//! passed on as it came. It reads nothing itself: [`Receiver::room`] and [`Receiver::filled`] put bytes
+//! come and gives whole requests, with the SHA-256 of a dataset that was taken in parts; every other
+//! message and PDU is passed on as it came. It reads nothing itself: [`Receiver::room`] and [`Receiver::filled`] put bytes
 //! in, [`Receiver::step`] takes requests out. What it holds is bounded by [`Limits`].
 
 use std::collections::VecDeque;
@@ -154,8 +154,11 @@ enum Message {
     Command(Vec<u8>),
     /// The dataset of a C-STORE request, and the digest of the parts that were taken.
     Dataset(Box<Store>, Option<Sha256>),
-    /// The dataset of another message, of which so many bytes came.
-    Other(usize),
+    /// The dataset of another message, of which so many bytes came; whether its end was passed on.
+    Other {
+        size: usize,
+        is_told: bool,
+    },
 }
 
 /// The parser of one association.
@@ -264,6 +267,9 @@ impl Receiver {
                     let head = &self.input[self.start..self.start + 6];
                     let (kind, length) = (head[0], u32_at(head, 2));
                     if kind == DATA {
+                        if length < 6 {
+                            return Err(Error::invalid("a P-DATA-TF PDU without a value"));
+                        }
                         if length > self.limits.pdu {
                             return Err(Error::invalid(format!(
                                 "a P-DATA-TF PDU of {length} bytes, more than {}",
@@ -391,7 +397,7 @@ impl Receiver {
                 self.context = context;
                 self.message = Message::Command(Vec::new());
             }
-            (Message::Command(_), true) | (Message::Dataset(..) | Message::Other(_), false) => {
+            (Message::Command(_), true) | (Message::Dataset(..) | Message::Other { .. }, false) => {
                 if context != self.context {
                     return Err(Error::invalid(format!(
                         "presentation context {context} within a message of context {}",
@@ -402,7 +408,7 @@ impl Receiver {
             (Message::None | Message::Command(_), false) => {
                 return Err(Error::invalid("a dataset without its command"));
             }
-            (Message::Dataset(..) | Message::Other(_), true) => {
+            (Message::Dataset(..) | Message::Other { .. }, true) => {
                 return Err(Error::invalid(
                     "a command within the dataset of another one",
                 ));
@@ -432,8 +438,9 @@ impl Receiver {
                 store.size += count as u64;
                 return self.check_size();
             }
-            Message::Other(size) => {
+            Message::Other { size, is_told } => {
                 *size += count;
+                *is_told = ends;
                 if *size > MOST_OTHER {
                     return Err(Error::invalid("a message without end"));
                 }
@@ -467,7 +474,10 @@ impl Receiver {
                 if command.field != C_STORE_RQ {
                     self.passed.push_back(data_pdu(self.context, 3, &bytes));
                     if command.has_dataset {
-                        self.message = Message::Other(0);
+                        self.message = Message::Other {
+                            size: 0,
+                            is_told: false,
+                        };
                     }
                     return Ok(());
                 }
@@ -492,11 +502,12 @@ impl Receiver {
                 self.is_full = false;
                 self.ready = Some(store);
             }
-            Message::Other(0) => {
-                // Its last fragment was empty.
-                self.passed.push_back(data_pdu(self.context, 2, &[]));
+            Message::Other { is_told, .. } => {
+                if !is_told {
+                    // Its last fragment was empty.
+                    self.passed.push_back(data_pdu(self.context, 2, &[]));
+                }
             }
-            Message::Other(_) => {}
         }
         Ok(())
     }
@@ -625,4 +636,235 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 
 fn u16_le(bytes: &[u8], at: usize) -> u16 {
     u16::from_le_bytes([bytes[at], bytes[at + 1]])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Limits = Limits {
+        pdu: 1 << 20,
+        dataset: 1 << 20,
+        memory: 1 << 20,
+    };
+    const UID: &[u8] = b"1.2.3.4\0";
+
+    fn command(field: u16, has_dataset: bool) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        element(&mut bytes, 0x0002, b"1.2.840.10008.5.1.4.1.1.2\0");
+        element(&mut bytes, 0x0100, &field.to_le_bytes());
+        element(&mut bytes, 0x0110, &7_u16.to_le_bytes());
+        let kind = if has_dataset { 1 } else { NO_DATASET };
+        element(&mut bytes, 0x0800, &kind.to_le_bytes());
+        element(&mut bytes, 0x1000, UID);
+        bytes
+    }
+
+    fn value(context: u8, control: u8, bytes: &[u8]) -> Vec<u8> {
+        data_pdu(context, control, bytes).split_off(6)
+    }
+
+    fn pdu(values: &[Vec<u8>]) -> Vec<u8> {
+        let body = values.concat();
+        let mut pdu = vec![DATA, 0];
+        pdu.extend(u32::try_from(body.len()).unwrap().to_be_bytes());
+        pdu.extend(body);
+        pdu
+    }
+
+    fn dataset(length: usize) -> Vec<u8> {
+        (0..length).map(|k| (k * 7 % 251) as u8).collect()
+    }
+
+    /// All that comes of these bytes, given in pieces of a size; how much was held at most.
+    fn steps(bytes: &[u8], size: usize, limits: Limits) -> Result<(Vec<Step>, Vec<u8>, usize)> {
+        let mut receiver = Receiver::new(vec![1, 3], limits);
+        let (mut found, mut taken, mut most) = (Vec::new(), Vec::new(), 0);
+        let mut drain = |receiver: &mut Receiver| -> Result<()> {
+            loop {
+                most = most.max(receiver.arriving().map_or(0, |one| one.dataset.len()));
+                match receiver.step()? {
+                    Step::Hungry => return Ok(()),
+                    Step::Full => taken.extend_from_slice(&receiver.take()),
+                    step => found.push(step),
+                }
+            }
+        };
+        for mut piece in bytes.chunks(size) {
+            while !piece.is_empty() {
+                let room = receiver.room();
+                let count = room.len().min(piece.len());
+                room[..count].copy_from_slice(&piece[..count]);
+                receiver.filled(count)?;
+                piece = &piece[count..];
+            }
+            drain(&mut receiver)?;
+        }
+        Ok((found, taken, most))
+    }
+
+    fn stored(step: &Step) -> &Store {
+        match step {
+            Step::Store(store) => store,
+            other => panic!("expected a request, found {other:?}"),
+        }
+    }
+
+    fn refused(bytes: &[u8]) {
+        for size in [1, 7, bytes.len()] {
+            assert!(steps(bytes, size, LIMITS).is_err());
+        }
+    }
+
+    #[test]
+    fn a_request_is_the_same_however_its_bytes_come() {
+        let data = dataset(70_000);
+        let mut bytes = data_pdu(3, 3, &command(C_STORE_RQ, true));
+        for (k, part) in data.chunks(30_001).enumerate() {
+            bytes.extend(data_pdu(3, if k == 2 { 2 } else { 0 }, part));
+        }
+        for size in [1, 2, 5, 6, 100, 16_384, 65_536, bytes.len()] {
+            let (found, _, _) = steps(&bytes, size, LIMITS).unwrap();
+            let store = stored(&found[0]);
+            assert_eq!(&store.dataset[..], data);
+            assert_eq!(store.digest, None);
+            assert_eq!((store.context, store.message_id), (3, 7));
+            assert_eq!(store.sop_instance_uid, b"1.2.3.4");
+            assert_eq!((found.len(), store.size), (1, 70_000));
+        }
+    }
+
+    #[test]
+    fn command_and_dataset_in_one_pdu_and_in_fragments_of_one_byte() {
+        let (head, data) = (command(C_STORE_RQ, true), dataset(300));
+        let ends = |parts: &[u8], kind: u8| -> Vec<Vec<u8>> {
+            let last = parts.len() - 1;
+            let one =
+                |(k, byte): (usize, &u8)| value(1, kind | if k == last { 2 } else { 0 }, &[*byte]);
+            parts.iter().enumerate().map(one).collect()
+        };
+        let mut values = ends(&head, 1);
+        values.extend(ends(&data, 0));
+        let bytes = pdu(&values);
+        for size in [1, 3, 1000, bytes.len()] {
+            let (found, _, _) = steps(&bytes, size, LIMITS).unwrap();
+            assert_eq!(&stored(&found[0]).dataset[..], data);
+        }
+    }
+
+    #[test]
+    fn an_empty_last_fragment_ends_a_message() {
+        let bytes = [
+            data_pdu(1, 3, &command(C_STORE_RQ, true)),
+            data_pdu(1, 0, b"abc"),
+            data_pdu(1, 2, &[]),
+        ]
+        .concat();
+        let (found, _, _) = steps(&bytes, bytes.len(), LIMITS).unwrap();
+        assert_eq!(&stored(&found[0]).dataset[..], b"abc");
+        // Also of a message for somebody else, who has to learn of its end.
+        for parts in [&[&b"abc"[..], &[]][..], &[&[][..]]] {
+            let mut bytes = data_pdu(1, 3, &command(0x0020, true));
+            for (k, part) in parts.iter().enumerate() {
+                let last = k + 1 == parts.len();
+                bytes.extend(data_pdu(1, if last { 2 } else { 0 }, part));
+            }
+            let (found, _, _) = steps(&bytes, 1, LIMITS).unwrap();
+            assert_eq!(found.last(), Some(&Step::Pass(data_pdu(1, 2, &[]))));
+        }
+    }
+
+    #[test]
+    fn what_is_no_store_is_passed_on_in_order() {
+        let release = vec![5, 0, 0, 0, 0, 4, 0, 0, 0, 0];
+        let bytes = [
+            data_pdu(1, 3, &command(0x0030, false)),
+            data_pdu(3, 3, &command(C_STORE_RQ, true)),
+            data_pdu(3, 2, b"data"),
+            data_pdu(1, 3, &command(0x0020, true)),
+            data_pdu(1, 0, b"of "),
+            data_pdu(1, 2, b"find"),
+            release.clone(),
+        ]
+        .concat();
+        for size in [1, 10, bytes.len()] {
+            let (found, _, _) = steps(&bytes, size, LIMITS).unwrap();
+            assert_eq!(
+                found[0],
+                Step::Pass(data_pdu(1, 3, &command(0x0030, false)))
+            );
+            assert_eq!(&stored(&found[1]).dataset[..], b"data");
+            assert_eq!(found.last(), Some(&Step::Pass(release.clone())));
+        }
+    }
+
+    #[test]
+    fn a_request_without_a_dataset_is_empty() {
+        let bytes = data_pdu(1, 3, &command(C_STORE_RQ, false));
+        let (found, _, _) = steps(&bytes, bytes.len(), LIMITS).unwrap();
+        assert_eq!(stored(&found[0]).size, 0);
+    }
+
+    #[test]
+    fn no_more_is_held_than_may_be_and_nothing_of_it_is_lost() {
+        let limits = Limits {
+            memory: 10_000,
+            ..LIMITS
+        };
+        let data = dataset(200_000);
+        let mut bytes = data_pdu(1, 3, &command(C_STORE_RQ, true));
+        for part in data.chunks(50_000) {
+            bytes.extend(data_pdu(1, 0, part));
+        }
+        bytes.extend(data_pdu(1, 2, &[]));
+        for size in [1000, 4096] {
+            let (found, mut taken, most) = steps(&bytes, size, limits).unwrap();
+            let store = stored(&found[0]);
+            taken.extend_from_slice(&store.dataset);
+            assert_eq!(taken, data);
+            assert_eq!(store.digest, Some(digest(&data)));
+            assert!(most < limits.memory + 2 * size, "{most}");
+        }
+    }
+
+    #[test]
+    fn what_breaks_the_protocol_or_a_limit_is_an_error() {
+        let head = data_pdu(1, 3, &command(C_STORE_RQ, true));
+        refused(&[4, 0, 0xFF, 0xFF, 0xFF, 0xFF]);
+        refused(&[5, 0, 0xFF, 0xFF, 0xFF, 0xFF]);
+        refused(&[0, 0, 0, 0, 0, 0]);
+        refused(&[8, 0, 0, 0, 0, 4, 0, 0, 0, 0]);
+        refused(&[4, 0, 0, 0, 0, 0]);
+        refused(&[4, 0, 0, 0, 0, 3, 0, 0, 0]);
+        refused(&pdu(&[value(5, 3, b"x")]));
+        refused(&pdu(&[value(1, 0, b"x")]));
+        refused(&pdu(&[value(1, 1, &[])]));
+        refused(&pdu(&[vec![0, 0, 1, 0, 1, 3, 0]]));
+        refused(&pdu(&[value(1, 3, b"noise and noise")]));
+        refused(&[&head[..], &head[..]].concat());
+        refused(&[&head[..], &data_pdu(3, 2, b"x")].concat());
+        let command_without_end = data_pdu(1, 1, &dataset(60_000));
+        refused(&[&command_without_end[..], &command_without_end].concat());
+        let half = dataset(600_000);
+        refused(&[&head[..], &data_pdu(1, 0, &half), &data_pdu(1, 0, &half)].concat());
+    }
+
+    #[test]
+    fn a_response_is_one_even_pdu_whatever_it_answers() {
+        let store = Store {
+            context: 3,
+            message_id: 9,
+            sop_class_uid: b"1.2.3".to_vec(),
+            sop_instance_uid: vec![0xFF; 65],
+            ..Store::default()
+        };
+        for comment in ["", "x", &"y".repeat(100)] {
+            let pdu = store.response(0xA700, comment, 0x0010_0020);
+            assert_eq!(u32_at(&pdu, 2) as usize, pdu.len() - 6);
+            assert_eq!((pdu[10], pdu[11]), (3, 3));
+            let command = Command::parse(&pdu[12..]).unwrap();
+            assert_eq!((command.field, command.has_dataset), (0x8001, false));
+            assert_eq!(pdu.len() % 2, 0);
+        }
+    }
 }

@@ -30,7 +30,6 @@ use crate::errors::detached;
 /// Raises OSError where the socket cannot be duplicated.
 #[pyclass(frozen, module = "dicomnode._core")]
 pub struct Receiver {
-    socket: Option<OwnedFd>,
     state: Mutex<State>,
     spare: Spare,
     arriving: AtomicUsize,
@@ -38,6 +37,8 @@ pub struct Receiver {
 }
 
 struct State {
+    /// None also while it is read.
+    socket: Option<OwnedFd>,
     parser: core::Receiver,
     spill: Spill,
 }
@@ -111,8 +112,8 @@ impl Receiver {
             memory,
         };
         Ok(Receiver {
-            socket,
             state: Mutex::new(State {
+                socket,
                 parser: core::Receiver::new(contexts, limits),
                 spill: Spill::default(),
             }),
@@ -149,6 +150,13 @@ impl Receiver {
         }
     }
 
+    /// Close the duplicates of the socket and of a file that is being written.
+    fn close(&self) {
+        let mut state = self.lock();
+        state.socket = None;
+        state.spill = Spill::default();
+    }
+
     /// Read from the socket until something is whole.
     ///
     /// A request gives `Received`, any other PDU its bytes, a closed connection empty bytes. None
@@ -162,9 +170,9 @@ impl Receiver {
         seconds: f64,
         on_full: &Bound<'py, PyAny>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let Some(socket) = &self.socket else {
+        if self.lock().socket.is_none() {
             return Err(PyValueError::new_err("expected a receiver with a socket"));
-        };
+        }
         if !(0.0..=3600.0).contains(&seconds) || wake < 0 {
             return Err(PyValueError::new_err(
                 "expected an open descriptor and 0 to 3600 seconds",
@@ -174,7 +182,13 @@ impl Receiver {
         self.run(py, on_full, || {
             // SAFETY: the caller keeps it open meanwhile.
             let wake = unsafe { BorrowedFd::borrow_raw(wake) };
-            self.read(socket.as_fd(), wake, end)
+            let mut guard = self.lock();
+            let Some(socket) = guard.socket.take() else {
+                return Ok(Outcome::Closed);
+            };
+            let outcome = self.read(&mut guard, socket.as_fd(), wake, end);
+            guard.socket = Some(socket);
+            outcome
         })
     }
 
@@ -195,9 +209,9 @@ impl Receiver {
                 let count = room.len().min(left.len());
                 room[..count].copy_from_slice(&left[..count]);
                 state.parser.filled(count)?;
+                self.total.fetch_add(count as u64, Ordering::Relaxed);
                 left = &left[count..];
             }
-            self.total.fetch_add(data.len() as u64, Ordering::Relaxed);
             Ok(self.step(state)?.unwrap_or(Outcome::Nothing))
         })
     }
@@ -270,9 +284,13 @@ impl Receiver {
         }
     }
 
-    fn read(&self, socket: BorrowedFd<'_>, wake: BorrowedFd<'_>, end: Instant) -> Result<Outcome> {
-        let mut guard = self.lock();
-        let state = &mut *guard;
+    fn read(
+        &self,
+        state: &mut State,
+        socket: BorrowedFd<'_>,
+        wake: BorrowedFd<'_>,
+        end: Instant,
+    ) -> Result<Outcome> {
         let before = self.total.load(Ordering::Relaxed);
         self.lend(state);
         loop {

@@ -12,6 +12,7 @@ mod targets;
 mod testing;
 
 use dicomnode_core::codec::{self, Codec, Decoded, Shape, Wish};
+use dicomnode_core::receive::data_pdu;
 use testing::{BIG, DEFLATED, EXPLICIT, IMPLICIT, Noise, Writer, image};
 
 /// The system's memory, and how much of it is in use.
@@ -152,6 +153,52 @@ fn items() -> Vec<Vec<u8>> {
     made.into_iter().map(item).collect()
 }
 
+/// An echo, an image of several fragments, a query, an image of fragments of one byte, and a release.
+fn sessions() -> Vec<Vec<u8>> {
+    let element = |number: u16, value: &[u8]| -> Vec<u8> {
+        let mut bytes = vec![0, 0];
+        bytes.extend(number.to_le_bytes());
+        bytes.extend((value.len() as u32).to_le_bytes());
+        bytes.extend(value);
+        bytes
+    };
+    let command = |field: u16, has_dataset: bool| -> Vec<u8> {
+        let kind: u16 = if has_dataset { 1 } else { 0x0101 };
+        [
+            element(0x0002, b"1.2.840.10008.5.1.4.1.1.2\0"),
+            element(0x0100, &field.to_le_bytes()),
+            element(0x0110, &[1, 0]),
+            element(0x0800, &kind.to_le_bytes()),
+            element(0x1000, b"1.2.3\0"),
+        ]
+        .concat()
+    };
+    let image = image(EXPLICIT).bytes;
+    let mut session = data_pdu(1, 3, &command(0x0030, false));
+    session.extend(data_pdu(3, 3, &command(0x0001, true)));
+    for part in image.chunks(100) {
+        session.extend(data_pdu(3, 0, part));
+    }
+    session.extend(data_pdu(3, 2, &[]));
+    session.extend(data_pdu(1, 3, &command(0x0020, true)));
+    session.extend(data_pdu(1, 2, b"a query"));
+    session.extend(data_pdu(3, 3, &command(0x0001, true)));
+    for (k, byte) in image.iter().enumerate() {
+        session.extend(data_pdu(
+            3,
+            if k + 1 == image.len() { 2 } else { 0 },
+            &[*byte],
+        ));
+    }
+    session.extend([5, 0, 0, 0, 0, 4, 0, 0, 0, 0]);
+    let mut large = data_pdu(3, 3, &command(0x0001, true));
+    large.extend(data_pdu(3, 2, &[7; 20_000]));
+    [1_u16, 3, 1000, 20_000]
+        .iter()
+        .flat_map(|size| [&session, &large].map(|one| [&size.to_le_bytes()[..], one].concat()))
+        .collect()
+}
+
 // One test, since all share the meter of memory.
 #[test]
 fn hostile_bytes_end_within_a_moment_in_bounded_memory_and_change_nothing_else() {
@@ -161,6 +208,7 @@ fn hostile_bytes_end_within_a_moment_in_bounded_memory_and_change_nothing_else()
     run("rle", &[shaped(2)], 50_000);
     run("codestream", &[shaped(1), shaped(2), shaped(3)], 50_000);
     run("decode", &objects(), 50_000);
+    run("receive", &sessions(), 50_000);
 }
 
 #[test]

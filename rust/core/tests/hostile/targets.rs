@@ -10,6 +10,7 @@ use dicomnode_core::codec::{self, Codec, Decoded, Shape, Wish};
 use dicomnode_core::color::Space;
 use dicomnode_core::encapsulated::Frames;
 use dicomnode_core::image::{self, Image};
+use dicomnode_core::receive::{Limits, Receiver, Step, Store, digest};
 use dicomnode_core::scan::{self, Header};
 use dicomnode_core::source::Source;
 use dicomnode_core::stack::{Matrix, Reading, Slice, stack};
@@ -24,6 +25,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("rle", rle),
     ("codestream", codestream),
     ("decode", decode),
+    ("receive", receive),
 ];
 
 /// Longest that one input may take; instrumented, this is some hundred times what it should.
@@ -312,4 +314,57 @@ fn decode(data: &[u8]) -> usize {
         assert!(bits(&first) == bits(&second), "a value was not written");
     }
     justified + SAMPLE * count
+}
+
+/// What a stranger sends: however it is cut into pieces, the same requests come of it, or the same
+/// refusal; and no more is held than may be.
+///
+/// Two bytes of how long the pieces are, and all that is sent.
+fn receive(data: &[u8]) -> usize {
+    let Some((head, sent)) = data.split_at_checked(2) else {
+        return 0;
+    };
+    let size = usize::from(u16::from_le_bytes([head[0], head[1]])).max(1);
+    assert_eq!(received(sent, size), received(sent, sent.len().max(1)));
+    0
+}
+
+/// The digests and sizes of the requests, and whether all was understood.
+fn received(sent: &[u8], size: usize) -> (Vec<([u8; 32], u64)>, bool) {
+    let digest_of = |store: &Store| store.digest.unwrap_or_else(|| digest(&store.dataset));
+    let limits = Limits {
+        pdu: 1 << 16,
+        dataset: 1 << 15,
+        memory: 4096,
+    };
+    let mut receiver = Receiver::new(vec![1, 3], limits);
+    let (mut found, mut taken) = (Vec::new(), 0);
+    for mut piece in sent.chunks(size) {
+        while !piece.is_empty() {
+            let room = receiver.room();
+            let count = room.len().min(piece.len());
+            room[..count].copy_from_slice(&piece[..count]);
+            if receiver.filled(count).is_err() {
+                return (found, false);
+            }
+            piece = &piece[count..];
+        }
+        loop {
+            match receiver.step() {
+                Ok(Step::Hungry) => break,
+                Ok(Step::Pass(pdu)) => assert!(pdu.len() <= sent.len() + 12),
+                Ok(Step::Full) => taken += receiver.take().len() as u64,
+                Ok(Step::Store(store)) => {
+                    taken += store.dataset.len() as u64;
+                    assert_eq!(std::mem::take(&mut taken), store.size);
+                    assert!(store.size <= limits.dataset);
+                    found.push((digest_of(&store), store.size));
+                }
+                Err(_) => return (found, false),
+            }
+        }
+        let held = receiver.arriving().map_or(0, |store| store.dataset.len());
+        assert!(held <= limits.memory);
+    }
+    (found, true)
 }

@@ -1,0 +1,93 @@
+"""A request for an association, before anybody decodes it.
+
+Strangers write it. pynetdicom warns of each UID that is none, in words that Python remembers for good,
+and knows parts that a node has no use for. What it gets to see is whole, has no more contexts than
+PS3.8 allows and nothing but UIDs where there should be UIDs.
+"""
+
+import struct
+from collections.abc import Iterator
+
+from dicomnode.errors import InvalidDicom
+from dicomnode.lib.dicom import is_uid
+
+# Type, reserved, length, protocol version, two titles, reserved (PS3.8 table 9-11).
+_HEAD = 74
+_APPLICATION, _CONTEXT, _ABSTRACT, _TRANSFER, _USER = 0x10, 0x20, 0x30, 0x40, 0x50
+_LARGEST, _IMPLEMENTATION, _ROLE, _VERSION = 0x51, 0x52, 0x54, 0x55
+_MOST_CONTEXTS = 128
+# A response has to fit into few fragments.
+_LEAST_PDU = 128
+
+
+def plain_request(pdu: bytes) -> bytes:
+    """An A-ASSOCIATE-RQ (PS3.8 section 9.3.2) with what a node looks at, and nothing else.
+
+    A UID that is none is replaced by one that nobody knows, so that its context is rejected and
+    the others are not. Raises InvalidDicom where the PDU is not whole.
+    """
+    if len(pdu) < _HEAD:
+        raise InvalidDicom(f"a request for an association of {len(pdu)} bytes")
+    body, contexts = b"", 0
+    for kind, value in _items(pdu[_HEAD:]):
+        if kind == _APPLICATION:
+            body += _item(kind, _known(value))
+        elif kind == _CONTEXT:
+            contexts += 1
+            body += _item(kind, _context(value))
+        elif kind == _USER:
+            body += _item(kind, b"".join(_user(*one) for one in _items(value)))
+    if contexts > _MOST_CONTEXTS:
+        raise InvalidDicom(f"{contexts} presentation contexts, more than {_MOST_CONTEXTS}")
+    head = pdu[:2] + struct.pack(">I", _HEAD - 6 + len(body)) + pdu[6:_HEAD]
+    return head + body
+
+
+def _items(data: bytes) -> Iterator[tuple[int, bytes]]:
+    at = 0
+    while at < len(data):
+        if len(data) - at < 4:
+            raise InvalidDicom("an item of a request for an association that is cut off")
+        kind, length = data[at], int.from_bytes(data[at + 2 : at + 4], "big")
+        at += 4 + length
+        if at > len(data):
+            raise InvalidDicom(f"an item 0x{kind:02X} of {length} bytes, which are not there")
+        yield kind, data[at - length : at]
+
+
+def _item(kind: int, value: bytes) -> bytes:
+    if len(value) > 0xFFFF:
+        raise InvalidDicom(f"an item 0x{kind:02X} of {len(value)} bytes")
+    return struct.pack(">BBH", kind, 0, len(value)) + value
+
+
+def _known(uid: bytes) -> bytes:
+    """A UID without padding, or one that nobody knows."""
+    text = uid.rstrip(b"\0 ").decode("latin-1")
+    return text.encode() if is_uid(text) else b"2.25.0"
+
+
+def _context(value: bytes) -> bytes:
+    if len(value) < 4 or value[0] % 2 == 0:
+        raise InvalidDicom("a presentation context without an odd number")
+    kinds = {_ABSTRACT, _TRANSFER}
+    items = [(kind, _known(uid)) for kind, uid in _items(value[4:]) if kind in kinds]
+    if {kind for kind, _ in items} != kinds:
+        raise InvalidDicom(f"presentation context {value[0]} without abstract or transfer syntax")
+    return value[:4] + b"".join(_item(*one) for one in items)
+
+
+def _user(kind: int, value: bytes) -> bytes:
+    """A sub-item of the user information (PS3.7 annex D.3.3); empty for those without a meaning here."""
+    if kind == _LARGEST:
+        if len(value) != 4 or 0 < int.from_bytes(value, "big") < _LEAST_PDU:
+            raise InvalidDicom("a largest PDU into which no response fits")
+        return _item(kind, value)
+    if kind == _IMPLEMENTATION:
+        return _item(kind, _known(value))
+    if kind == _VERSION:
+        return _item(kind, bytes(byte for byte in value[:16] if 0x20 <= byte < 0x7F) or b"-")
+    if kind == _ROLE and len(value) >= 4:
+        uid = _known(value[2:-2])
+        return _item(kind, struct.pack(">H", len(uid)) + uid + bytes(one & 1 for one in value[-2:]))
+    return b""

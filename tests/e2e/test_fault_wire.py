@@ -1,0 +1,582 @@
+"""N1 to N20 of the fault model: what peers do to an association, and what the node does then.
+
+Each test ends with a node that serves others, and that holds no thread, descriptor or memory of the
+peer; nothing is printed about it but lines of the log.
+"""
+
+import logging
+import random
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.e2e import wire
+from tests.e2e.wire import Raw, pdu, serves, unharmed, value
+
+from dicomnode.server.input import AbstractInput
+from dicomnode.server.node import AbstractPipeline
+from dicomnode.server.transport import Limits
+from dicomnode.testing import State, running_node, wait_for_cases
+
+HASTY = {"idle_seconds": 1.5, "stall_seconds": 1.0}
+
+
+class Never(AbstractInput):
+    required_values = {"Modality": "CT"}
+
+    def validate(self) -> bool:
+        return False
+
+
+class Node(AbstractPipeline):
+    ae_title = "NODE"
+    input = {"ct": Never}
+
+
+@pytest.fixture(autouse=True)
+def quiet(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # What pytest keeps of its log would keep the connection of an exception open.
+    monkeypatch.setattr(logging.getLogger("pynetdicom"), "propagate", False)
+    yield
+    said = capfd.readouterr()
+    assert "Traceback" not in said.err and "Exception" not in said.err, said.err
+    assert "Traceback" not in said.out, said.out
+
+
+@contextmanager
+def node_of(memory: int = 48 << 20, **settings: Any) -> Iterator[Node]:
+    """A node that has to be as before at the end."""
+    with running_node(Node, **settings) as node, unharmed(node, memory):
+        yield node
+
+
+def stored(node: AbstractPipeline, identifier: str) -> int:
+    assert node._storage is not None
+    cases = [case for case in node.cases() if case.identifier == identifier]
+    return sum(node._storage.ledger.counts(case.id).get("ct", (0, 0))[0] for case in cases)
+
+
+def test_n1_peers_that_begin_a_pdu_and_say_no_more_are_dropped() -> None:
+    with node_of(limits=Limits(associations=4, **HASTY)) as node:
+        slow = [Raw(node) for _ in range(36)]
+        for one in slow:
+            one.send(b"\x01")
+        serves(node)
+        start = time.monotonic()
+        for one in slow:
+            assert one.receive()[0] in (0, wire.ABORT)
+        assert time.monotonic() - start < 15
+        for one in slow:
+            one.socket.close()
+
+
+def test_n2_a_stall_in_the_middle_of_a_pdu_ends_the_association() -> None:
+    uid, data = wire.image()
+    whole = wire.store(uid, data)
+    with node_of(limits=Limits(bytes_per_second=1000, **HASTY)) as node:
+        for length in (1, 5, 20, 150, len(whole) - 1):
+            with Raw(node).open() as peer:
+                peer.send(whole[:length])
+                serves(node)
+                start = time.monotonic()
+                assert [one[0] for one in peer.until_the_end()] in ([wire.ABORT], [])
+                assert time.monotonic() - start < 15
+        assert stored(node, "WIRE") == 0
+
+
+def test_n2_a_byte_now_and_then_does_not_keep_an_association_open() -> None:
+    uid, data = wire.image()
+    with node_of(limits=Limits(bytes_per_second=1000, **HASTY)) as node, Raw(node).open() as peer:
+        start = time.monotonic()
+        peer.socket.settimeout(0.1)
+        for byte in wire.store(uid, data):
+            peer.send(bytes([byte]))
+            try:
+                if peer.socket.recv(100) in (b"", pdu(wire.ABORT, bytes(4))):
+                    break
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+            break
+        assert time.monotonic() - start < 15
+
+
+def test_n3_connections_that_say_nothing_count_as_no_association_and_end() -> None:
+    with node_of(limits=Limits(associations=2, **HASTY)) as node:
+        idle = [Raw(node) for _ in range(60)]
+        serves(node)
+        for one in idle:
+            assert one.receive()[0] in (0, wire.ABORT)
+            one.socket.close()
+
+
+@pytest.mark.parametrize("kind", [0x01, 0x02, 0x04, 0x07])
+def test_n4_a_pdu_of_4_gib_before_an_association_takes_no_memory(kind: int) -> None:
+    with node_of(16 << 20, limits=Limits(**HASTY)) as node, Raw(node) as peer:
+        sent = 0
+        peer.send(pdu(kind, b"", 0xFFFF_FFFF))
+        while sent < 64 << 20 and peer.send(bytes(1 << 20)):
+            sent += 1 << 20
+        # What the kernel holds of a connection counts in.
+        assert sent <= 16 << 20
+
+
+def test_n4_a_pdu_of_4_gib_in_an_association_aborts_it() -> None:
+    with node_of(16 << 20) as node:
+        for kind in (wire.DATA, wire.RELEASE, wire.ABORT, 0x01):
+            with Raw(node).open() as peer:
+                peer.send(pdu(kind, bytes(100), 0xFFFF_FFFF))
+                assert [one[0] for one in peer.until_the_end()] in ([wire.ABORT], [])
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_n5_an_image_without_end_is_aborted_and_nothing_is_left_of_it(
+    in_memory: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = None if in_memory else tmp_path
+    limits = Limits(instance_bytes=16 << 20, pdu_bytes=1 << 20)
+    part = pdu(wire.DATA, value(3, 0, bytes(500_000)))
+    with (
+        node_of(64 << 20, root_data_directory=root, limits=limits) as node,
+        Raw(node).open() as peer,
+        caplog.at_level(logging.INFO, "dicomnode"),
+    ):
+        peer.send(pdu(wire.DATA, value(3, 3, wire.store_command())))
+        sent = 0
+        while sent < 128 << 20 and peer.send(part):
+            sent += len(part)
+        assert sent < 32 << 20
+        assert node.wait(lambda: "a dataset of more than 16777216 bytes" in caplog.text, 10)
+        if not in_memory:
+            assert node.wait(lambda: not _open_files(tmp_path), 10)
+            assert not list((tmp_path / ".dicomnode" / "incoming").iterdir())
+
+
+def _open_files(folder: Path) -> list[str]:
+    """Files without a name that this process has open below a folder."""
+    links = []
+    for link in Path("/proc/self/fd").iterdir():
+        try:
+            links.append(str(link.readlink()))
+        except FileNotFoundError:
+            continue
+    return [one for one in links if one.startswith(f"{folder}/") and one.endswith("(deleted)")]
+
+
+def test_n5_a_command_without_end_is_aborted() -> None:
+    part = pdu(wire.DATA, value(1, 1, bytes(16_000)))
+    with node_of(16 << 20) as node, Raw(node).open() as peer:
+        sent = 0
+        while sent < 64 << 20 and peer.send(part):
+            sent += len(part)
+        assert sent < 32 << 20
+
+
+def test_n6_requests_whose_answers_are_not_read_are_not_collected() -> None:
+    uid, data = wire.image(rows=512, columns=512)
+    with node_of(limits=Limits(**HASTY)) as node, Raw(node, seconds=5.0).open() as peer:
+        for _ in range(400):
+            if not peer.send(wire.store(uid, data)):
+                break
+        serves(node)
+        assert stored(node, "WIRE") <= 1
+
+
+def test_n6_echoes_whose_answers_are_not_read_are_not_collected() -> None:
+    many = pdu(wire.DATA, value(1, 3, wire.echo_command())) * 1000
+    with (
+        node_of(24 << 20, limits=Limits(**HASTY)) as node,
+        Raw(node, seconds=5.0).open() as peer,
+    ):
+        threading.Thread(target=lambda: [peer.send(many) for _ in range(200)], daemon=True).start()
+        most = 0
+        provider = next(iter(node._server._visits)).provider  # type: ignore[union-attr,attr-defined]
+        end = time.monotonic() + 4
+        while time.monotonic() < end:
+            most = max(most, provider._association.dimse.msg_queue.qsize())
+        assert most < 100
+        serves(node)
+
+
+def test_n9_a_title_has_to_come_from_its_own_addresses(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    allowed = {"FRIEND": [], "SCANNER": ["127.0.0.2"]}
+    with (
+        node_of(require_calling_aet=allowed) as node,
+        caplog.at_level(logging.INFO, "dicomnode"),
+    ):
+        for calling, source, answer in (
+            ("FOE", "127.0.0.1", wire.REJECT),
+            ("SCANNER", "127.0.0.1", wire.REJECT),
+            ("SCANNER", "127.0.0.2", wire.ACCEPT),
+            ("FRIEND", "127.0.0.2", wire.ACCEPT),
+        ):
+            with Raw(node, source) as peer:
+                peer.send(wire.request(calling=calling))
+                kind, body = peer.receive()
+                assert kind == answer, (calling, source)
+                if kind == wire.REJECT:
+                    # Permanent, by the service user: calling AE title not recognised.
+                    assert body == b"\0\x01\x01\x03"
+                else:
+                    peer.release()
+        assert caplog.text.count("rejected") == 2
+
+
+def test_n9_addresses_that_are_not_allowed_are_hung_up_on() -> None:
+    with running_node(Node, allowed_networks=["127.0.0.2/32"]) as node:
+        with Raw(node) as stranger:
+            stranger.send(wire.request())
+            assert stranger.receive()[0] == 0
+        with Raw(node, "127.0.0.2").open() as peer:
+            peer.release()
+
+
+def test_n10_another_called_title_is_rejected_for_good() -> None:
+    with node_of() as node, Raw(node) as peer:
+        peer.send(wire.request(called="OTHER"))
+        assert peer.receive() == (wire.REJECT, b"\0\x01\x01\x07")
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        b"../../../etc",
+        b"/",
+        b"..",
+        b"A\0B",
+        b"<script>x",
+        b"\xff" * 16,
+        b"node",
+        b"x\ny\x1b[31m",
+        b"",
+    ],
+)
+def test_n11_titles_are_never_a_path_a_line_or_markup(
+    title: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "root"
+    with node_of(root_data_directory=root, require_called_aet=False) as node:
+        for called, calling in ((b"NODE", title), (title, b"RAW")):
+            with Raw(node) as peer:
+                peer.send(wire.request(called=called, calling=calling))
+                if peer.receive()[0] == wire.ACCEPT:
+                    uid, data = wire.image("PATIENT")
+                    peer.send(wire.store(uid, data))
+                    assert peer.status() == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]
+    said = capfd.readouterr().out
+    assert "\x1b" not in said and "\xff" not in said
+    assert all(line[:2] == "20" for line in said.splitlines()), said
+
+
+def ask(node: Node) -> tuple[int, bytes, Raw]:
+    """What comes of a request, and the connection."""
+    peer = Raw(node, seconds=15)
+    peer.send(wire.request())
+    return (*peer.receive(), peer)
+
+
+def test_n12_a_flood_is_answered_and_those_that_were_accepted_finish() -> None:
+    with node_of(96 << 20, limits=Limits(associations=20)) as node:
+        uid, data = wire.image()
+        with Raw(node).open() as held:
+            with ThreadPoolExecutor(50) as pool:
+                answers = list(pool.map(lambda _: ask(node), range(200)))
+            held.send(wire.store(uid, data))
+            assert held.status() == 0
+            accepted = [k for k, (kind, _, _) in enumerate(answers) if kind == wire.ACCEPT]
+            rejected = [body for kind, body, _ in answers if kind == wire.REJECT]
+            for k in accepted:
+                peer = answers[k][2]
+                peer.send(wire.store(uid, data))
+                assert peer.status() == 0
+            assert len(accepted) == 19
+            # Transient, by the service provider: local limit exceeded.
+            assert set(rejected) == {b"\0\x02\x03\x02"}
+            assert len(accepted) + len(rejected) == 200
+            for *_, one in answers:
+                one.socket.close()
+
+
+def test_n13_associations_with_all_contexts_are_made_quickly() -> None:
+    storage = [str(one.abstract_syntax) for one in Node.supported_contexts][:127]
+    syntaxes = [wire.EXPLICIT, *(f"1.2.840.10008.1.2.4.{k}" for k in range(50, 94))]
+    contexts = [(1, wire.VERIFICATION, (wire.IMPLICIT,))]
+    contexts += [(2 * k + 3, one, syntaxes) for k, one in enumerate(storage)]
+    asked = wire.request(contexts=contexts)
+    with node_of() as node:
+        start = time.monotonic()
+        for _ in range(20):
+            with Raw(node).open(asked) as peer:
+                peer.release()
+        took = (time.monotonic() - start) / 20
+        print(f"{len(contexts)} contexts of 45 transfer syntaxes: {took * 1000:.0f} ms")
+        assert took < 1.0
+
+
+def test_n14_a_context_that_was_not_accepted_aborts_the_association(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    uid, data = wire.image()
+    with node_of() as node, caplog.at_level(logging.INFO, "dicomnode"):
+        for context in (0, 2, 5, 255):
+            with Raw(node).open() as peer:
+                peer.send(wire.store(uid, data, context=context))
+                assert [one[0] for one in peer.until_the_end()] in ([wire.ABORT], [])
+        assert caplog.text.count("which was not accepted") == 4
+        # A context of the request within the dataset of another one.
+        with Raw(node).open() as peer:
+            peer.send(pdu(wire.DATA, value(3, 3, wire.store_command(uid))))
+            peer.send(pdu(wire.DATA, value(1, 2, data)))
+            assert [one[0] for one in peer.until_the_end()] in ([wire.ABORT], [])
+
+
+def test_n15_a_sop_class_that_is_not_of_its_context_is_0122() -> None:
+    uid, data = wire.image()
+    with node_of() as node, Raw(node).open() as peer:
+        for sop_class in (wire.MR, wire.VERIFICATION, "1.2.3"):
+            peer.send(wire.store(uid, data, sop_class))
+            assert peer.status() == 0x0122
+        # Over the context of C-ECHO, where nothing can be stored.
+        peer.send(wire.store(uid, data, context=1))
+        assert peer.status() == 0x0122
+        peer.send(wire.store(uid, data))
+        assert peer.status() == 0
+
+
+GARBAGE = {
+    "an empty fragment": pdu(wire.DATA, value(1, 0, b"")),
+    "an empty command": pdu(wire.DATA, value(1, 3, b"")),
+    "no fragment": pdu(wire.DATA, b""),
+    "half a fragment": pdu(wire.DATA, b"\0\0\0"),
+    "a fragment without its header": pdu(wire.DATA, struct.pack(">IB", 1, 1)),
+    "a fragment longer than its PDU": pdu(wire.DATA, value(1, 3, b"abc", 1000)),
+    "a command of noise": pdu(wire.DATA, value(1, 3, random.Random(1).randbytes(200))),
+    "a command of zeros": pdu(wire.DATA, value(1, 3, bytes(200))),
+    "an unknown command": pdu(
+        wire.DATA, value(1, 3, wire.command({0x100: b"\x77\x77", 0x110: b"\1\0", 0x800: b"\1\1"}))
+    ),
+    "a response to nothing": pdu(
+        wire.DATA,
+        value(1, 3, wire.command({0x100: b"\x30\x80", 0x120: b"\1\0", 0x800: b"\1\1"})),
+    ),
+    "a command without its number": pdu(
+        wire.DATA, value(1, 3, wire.command({0x100: b"\x30\0", 0x800: b"\1\1"}))
+    ),
+    "a command with short values": pdu(
+        wire.DATA, value(1, 3, wire.command({0x100: b"\x30", 0x110: b"", 0x800: b"\1"}))
+    ),
+    "a find": pdu(
+        wire.DATA,
+        value(1, 3, wire.command({0x2: b"1.2\0", 0x100: b"\x20\0", 0x110: b"\1\0", 0x800: b"\0\0"}))
+        + value(1, 2, b"noise"),
+    ),
+    "an echo with a dataset": pdu(
+        wire.DATA,
+        value(1, 3, wire.command({0x100: b"\x30\0", 0x110: b"\1\0", 0x800: b"\0\0"}))
+        + value(1, 2, bytes(100)),
+    ),
+    "a command that is a UID of noise": pdu(
+        wire.DATA,
+        value(
+            1,
+            3,
+            wire.command({0x2: b"\xff" * 300, 0x100: b"\x30\0", 0x110: b"\1\0", 0x800: b"\1\1"}),
+        ),
+    ),
+    "a cancel": pdu(
+        wire.DATA, value(1, 3, wire.command({0x100: b"\xff\x0f", 0x120: b"\1\0", 0x800: b"\1\1"}))
+    ),
+    "a dataset without a command": pdu(wire.DATA, value(3, 2, bytes(100))),
+    "a command within a dataset": pdu(
+        wire.DATA, value(3, 3, wire.store_command()) + value(3, 3, wire.echo_command())
+    ),
+    "an unknown PDU": pdu(0x99, bytes(10)),
+    "a PDU of type 0": pdu(0, bytes(10)),
+    "a second request": wire.request(),
+    "an answer to a request": pdu(0x02, wire.request()[6:]),
+    "a rejection": pdu(0x03, bytes(4)),
+    "a release response": pdu(0x06, bytes(4)),
+    "a short release": pdu(0x05, b""),
+    "a short abort": pdu(0x07, b""),
+    "noise": random.Random(2).randbytes(1000),
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_n16_garbage_in_an_association_aborts_it_and_nothing_else(name: str) -> None:
+    with node_of(limits=Limits(**HASTY)) as node, Raw(node).open() as peer:
+        peer.send(GARBAGE[name])
+        found = [one[0] for one in peer.until_the_end()]
+        # A response may come before, where the request could be understood.
+        assert set(found) <= {wire.ABORT, wire.DATA, wire.RELEASED}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(600),
+        pdu(0x01, b""),
+        pdu(0x01, bytes(68)),
+        pdu(0x01, bytes(20)),
+        wire.request()[:90] + b"\xff\xff" + wire.request()[92:],
+        wire.request(contexts=[]),
+        wire.request(contexts=[(1, "x" * 200, ("y" * 200,))]),
+        wire.request(contexts=[(1, "", ())]),
+        wire.request(contexts=[(1, wire.CT, (wire.EXPLICIT,))] * 300),
+        wire.request(contexts=[(2, wire.CT, (wire.EXPLICIT,)), (0, wire.CT, ("1.2",))]),
+        wire.request(largest=1) + pdu(wire.DATA, value(1, 3, wire.echo_command())),
+        wire.request(largest=130) + pdu(wire.DATA, value(1, 3, wire.echo_command())),
+        wire.request(more=b"\x54\0\0\x04\0\xff\0\0"),
+        wire.request(more=b"\x58\0\0\x06\xff\1\xff\xff\0\0"),
+        wire.request(more=b"\x56\0\0\x02\xff\xff"),
+        wire.request(more=b"\x53\0\0\x04\0\0\0\0" * 50),
+        wire.request(more=b"\x99\0\0\x04abcd"),
+        wire.pdu(wire.DATA, value(1, 3, wire.echo_command())),
+        wire.pdu(wire.RELEASE, bytes(4)),
+        wire.pdu(wire.ABORT, bytes(4)),
+        wire.request() * 2,
+    ],
+    ids=str,
+)
+def test_n16_garbage_in_place_of_a_request_ends_the_connection(data: bytes) -> None:
+    with node_of(limits=Limits(**HASTY)) as node, Raw(node) as peer:
+        peer.send(data)
+        found = [one[0] for one in peer.until_the_end()]
+        assert set(found) <= {wire.ACCEPT, wire.REJECT, wire.ABORT, wire.DATA}
+
+
+ENDS: dict[str, Callable[[Raw], object]] = {
+    "abort": lambda peer: peer.send(pdu(wire.ABORT, bytes(4))),
+    "close": lambda peer: peer.socket.close(),
+    "release": lambda peer: peer.send(pdu(wire.RELEASE, bytes(4))),
+    "reset": lambda peer: (
+        peer.socket.setsockopt(1, 13, struct.pack("ii", 1, 0)),
+        peer.socket.close(),
+    ),
+}
+
+
+class Two(AbstractInput):
+    def validate(self) -> bool:
+        return self.images >= 2
+
+
+class Counting(AbstractPipeline):
+    ae_title = "NODE"
+    input = {"ct": Two}
+
+    def process(self, input_data: Any) -> None:
+        self.processed = [*getattr(self, "processed", []), len(input_data["ct"])]
+
+
+@pytest.mark.parametrize("size", [256, 2048])
+@pytest.mark.parametrize("end", ENDS)
+def test_n17_half_an_image_is_never_kept_and_the_whole_ones_are(
+    end: str, size: int, tmp_path: Path
+) -> None:
+    whole, half = wire.image("HALF"), wire.image("HALF", size, size)
+    with running_node(Counting, root_data_directory=tmp_path) as node, unharmed(node):
+        with Raw(node).open() as peer:
+            peer.send(wire.store(*whole))
+            assert peer.status() == 0
+            # Up to the last PDU but one: what comes then is not taken for pixels.
+            sent = wire.store(*half)
+            peer.send(sent[: -12 - (len(half[1]) % 16000 or 16000)])
+            # Large ones go to the disk while they arrive.
+            if size == 2048:
+                assert node.wait(lambda: bool(_open_files(tmp_path)), 10)
+            ENDS[end](peer)
+            if end == "release":
+                peer.until_the_end()
+        assert node.wait(lambda: not node._server._visits, 20)  # type: ignore[union-attr]
+        assert stored(node, "HALF") == 1
+        assert node.wait(lambda: not _open_files(tmp_path), 20)
+        assert not list((tmp_path / ".dicomnode" / "incoming").iterdir())
+        assert not getattr(node, "processed", [])
+        # What was whole counts, and the rest may come later.
+        with Raw(node).open() as peer:
+            peer.send(wire.store(*half))
+            assert peer.status() == 0
+            peer.release()
+        wait_for_cases(node, State.DONE)
+        assert node.processed == [2]
+
+
+def test_n18_a_peer_that_says_no_more_is_aborted_and_what_it_sent_is_processed() -> None:
+    with running_node(Counting, limits=Limits(**HASTY)) as node, unharmed(node):
+        with Raw(node).open() as peer:
+            for one in (wire.image("QUIET"), wire.image("QUIET")):
+                peer.send(wire.store(*one))
+                assert peer.status() == 0
+            wait_for_cases(node, State.DONE)
+            assert [one[0] for one in peer.until_the_end()] == [wire.ABORT]
+        assert node.processed == [2]
+
+
+def test_n19_fragments_of_one_byte_make_the_same_image(tmp_path: Path) -> None:
+    uid, data = wire.image()
+    asked = [(1, wire.VERIFICATION, (wire.IMPLICIT,))]
+    asked += [(2 * k + 1, wire.CT, (wire.EXPLICIT,)) for k in range(1, 128)]
+    with node_of(root_data_directory=tmp_path) as node:
+        with Raw(node).open(wire.request(contexts=asked)) as peer:
+            for context in (3, 5, 255):
+                fragments = [
+                    value(context, 1 + 2 * (k == len(wire.store_command(uid)) - 1), bytes([byte]))
+                    for k, byte in enumerate(wire.store_command(uid))
+                ]
+                fragments += [
+                    value(context, 2 * (k == len(data) - 1), bytes([byte]))
+                    for k, byte in enumerate(data)
+                ]
+                chance = random.Random(context)
+                while fragments:
+                    count = chance.randrange(1, 200)
+                    peer.send(pdu(wire.DATA, b"".join(fragments[:count])))
+                    del fragments[:count]
+                assert peer.status() == 0
+            peer.release()
+        (file,) = tmp_path.glob("*WIRE*/ct/*.dcm")
+        assert wire.bare(file.read_bytes()) == data
+
+
+def test_n19_a_million_fragments_take_no_minute() -> None:
+    part = pdu(wire.DATA, value(3, 0, b"x") * 2000)
+    with node_of() as node, Raw(node).open() as peer:
+        peer.send(pdu(wire.DATA, value(3, 3, wire.store_command())))
+        start = time.process_time()
+        for _ in range(500):
+            assert peer.send(part)
+        peer.send(pdu(wire.DATA, value(3, 2, b"x")))
+        assert peer.status() == 0xC000
+        assert time.process_time() - start < 20
+
+
+def test_n20_bit_flips_of_a_session_harm_nobody() -> None:
+    uid, data = wire.image(rows=8, columns=8)
+    session = wire.request() + pdu(wire.DATA, value(1, 3, wire.echo_command()))
+    session += wire.store(uid, data) + pdu(wire.RELEASE, bytes(4))
+    chance = random.Random(20)
+    with node_of(limits=Limits(**HASTY)) as node:
+        for k in range(150):
+            flipped = bytearray(session)
+            for _ in range(chance.choice([1, 1, 2, 8])):
+                # Mostly where the protocol is, not the pixels.
+                at = chance.randrange(chance.choice([120, 400, len(session)]))
+                flipped[at] ^= 1 << chance.randrange(8)
+            with Raw(node) as peer:
+                peer.send(bytes(flipped))
+                if k % 5 == 0:
+                    peer.until_the_end()
+            if k % 10 == 0:
+                serves(node)

@@ -1,0 +1,306 @@
+"""The reader of what arrives over an association, through its Python face.
+
+What it gives is compared with pynetdicom's own decoding of the same bytes.
+"""
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pynetdicom.dimse_messages import DIMSEMessage
+from pynetdicom.pdu import P_DATA_TF
+from tests.e2e import wire
+from tests.e2e.wire import pdu, value
+
+from dicomnode.errors import InvalidDicom
+from dicomnode.lib.dicom import Received, Receiver
+
+DATA = bytes(k * 7 % 251 for k in range(5000))
+
+
+def nowhere(sop_class: str, uid: str, context: int) -> int:
+    raise AssertionError("no file is needed")
+
+
+def everything(
+    chunks: Sequence[bytes],
+    receiver: Receiver | None = None,
+    on_full: Callable[[str, str, int], int] = nowhere,
+) -> list[Received | bytes]:
+    """All that comes of bytes in these chunks."""
+    if receiver is None:
+        receiver = Receiver([1, 3], 1 << 20, 1 << 20, 1 << 20)
+    found = []
+    for chunk in chunks:
+        one = receiver.offer(chunk, on_full)
+        while one is not None:
+            found.append(one)
+            one = receiver.offer(b"", on_full)
+    assert receiver.total == sum(map(len, chunks))
+    return found
+
+
+def described(found: Sequence[Received | bytes]) -> list[Any]:
+    return [
+        one
+        if isinstance(one, bytes)
+        else (
+            one.context_id,
+            one.sop_class_uid,
+            one.sop_instance_uid,
+            bytes(memoryview(one)),
+            one.size,
+            one.digest.hex(),
+        )
+        for one in found
+    ]
+
+
+def split(data: bytes, cuts: Sequence[int]) -> list[bytes]:
+    """The pieces between some places."""
+    places = [0, *sorted({cut % (len(data) + 1) for cut in cuts}), len(data)]
+    return [data[a:b] for a, b in itertools.pairwise(places)]
+
+
+def message(context: int, command: bytes, data: bytes | None, cuts: Sequence[int]) -> list[bytes]:
+    """The presentation data values of a message, cut into fragments."""
+    values = []
+    for kind, part in ((1, command), (0, data)):
+        if part is not None:
+            pieces = [piece for piece in split(part, cuts) if piece] or [b""]
+            for k, piece in enumerate(pieces):
+                values.append(value(context, kind + 2 * (k + 1 == len(pieces)), piece))
+    return values
+
+
+def grouped(values: Sequence[bytes], sizes: Sequence[int]) -> bytes:
+    """The values in PDUs of so many each."""
+    left, made, k = list(values), b"", 0
+    while left:
+        count = sizes[k % len(sizes)]
+        made += pdu(wire.DATA, b"".join(left[:count]))
+        del left[:count]
+        k += 1
+    return made
+
+
+def test_every_split_of_a_session_into_two_gives_the_same() -> None:
+    session = pdu(wire.DATA, value(1, 3, wire.echo_command()))
+    session += wire.store("1.2.3.4", DATA[:100]) + wire.store("1.2.3.5", b"")
+    session += pdu(wire.RELEASE, bytes(4))
+    whole = described(everything([session]))
+    assert len(whole) == 4
+    assert whole[1][:4] == (3, wire.CT, "1.2.3.4", DATA[:100])
+    assert whole[1][5] == hashlib.sha256(DATA[:100]).hexdigest()
+    assert described(everything([bytes([byte]) for byte in session])) == whole
+    for cut in range(len(session)):
+        assert described(everything([session[:cut], session[cut:]])) == whole
+
+
+cuts = st.lists(st.integers(0, 6000), max_size=12)
+sizes = st.lists(st.integers(1, 5), min_size=1, max_size=4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(cuts, sizes, cuts, st.integers(0, len(DATA)))
+def test_n19_fragments_and_chunks_of_any_size_give_what_pynetdicom_decodes(
+    fragments: list[int], together: list[int], chunks: list[int], length: int
+) -> None:
+    data = DATA[:length]
+    values = message(3, wire.store_command("1.2.3.4", number=77), data, fragments)
+    session = grouped(values, together)
+    (found,) = everything(split(session, chunks))
+    assert isinstance(found, Received)
+
+    theirs = DIMSEMessage()
+    at, is_whole = 0, False
+    while at < len(session):
+        end = at + 6 + int.from_bytes(session[at + 2 : at + 6], "big")
+        decoded = P_DATA_TF()
+        decoded.decode(session[at:end])
+        is_whole = theirs.decode_msg(decoded.to_primitive())
+        at = end
+    request = theirs.message_to_primitive()  # type: ignore[attr-defined]
+    assert is_whole
+    assert found.context_id == theirs.context_id == 3
+    assert found.sop_class_uid == request.AffectedSOPClassUID
+    assert found.sop_instance_uid == request.AffectedSOPInstanceUID
+    assert bytes(memoryview(found)) == request.DataSet.getvalue() == data
+    answer = DIMSEMessage()
+    reply = P_DATA_TF()
+    reply.decode(found.response(0xB007, "why"))
+    assert answer.decode_msg(reply.to_primitive())
+    response = answer.message_to_primitive()  # type: ignore[attr-defined]
+    assert (response.Status, response.MessageIDBeingRespondedTo) == (0xB007, 77)
+    assert response.ErrorComment == "why"
+    assert response.AffectedSOPInstanceUID == "1.2.3.4"
+
+
+@settings(max_examples=100, deadline=None)
+@given(cuts, sizes, cuts)
+def test_messages_for_others_are_passed_on_whole_and_in_order(
+    fragments: list[int], together: list[int], chunks: list[int]
+) -> None:
+    find = wire.command({0x2: b"1.2\0", 0x100: b"\x20\0", 0x110: b"\1\0", 0x800: b"\0\0"})
+    values = message(1, wire.echo_command(), None, fragments)
+    values += message(1, find, DATA, fragments)
+    values += message(3, wire.store_command("1.2.3.4"), DATA, fragments)
+    found = everything(split(grouped(values, together), chunks))
+    assert isinstance(found[-1], Received)
+    messages, theirs = [], DIMSEMessage()
+    for one in found[:-1]:
+        assert isinstance(one, bytes)
+        decoded = P_DATA_TF()
+        decoded.decode(one)
+        if theirs.decode_msg(decoded.to_primitive()):
+            messages.append(theirs)
+            theirs = DIMSEMessage()
+    assert [one.command_set.CommandField for one in messages] == [0x0030, 0x0020]
+    assert messages[1].data_set.getvalue() == DATA
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=300), cuts, st.integers(0, 400))
+def test_noise_is_an_error_or_waits_for_more(noise: bytes, chunks: list[int], at: int) -> None:
+    session = bytearray(grouped(message(3, wire.store_command(), DATA[:200], [9]), [1, 2]))
+    session[at : at + len(noise)] = noise
+    receiver = Receiver([1, 3], 4096, 1 << 16, 1 << 16)
+    with contextlib.suppress(InvalidDicom):
+        everything(split(bytes(session), chunks), receiver)
+
+
+@pytest.mark.parametrize("chunk", [100, 4096, 65_536, 1 << 20])
+def test_a_large_dataset_goes_to_a_file_and_little_is_in_memory(chunk: int, tmp_path: Path) -> None:
+    data = DATA * 400
+    session = grouped(message(3, wire.store_command("1.2.3.4"), data, range(0, 10**6, 9973)), [3])
+    asked = []
+
+    def begin(sop_class: str, uid: str, context: int) -> int:
+        asked.append((sop_class, uid, context))
+        return file.fileno()
+
+    receiver = Receiver([3], 1 << 20, 1 << 24, 100_000)
+    most = 0
+    with (tmp_path / "file").open("wb") as file:
+        file.write(b"prefix")
+        file.flush()
+        found = []
+        for start in range(0, len(session), chunk):
+            one = receiver.offer(session[start : start + chunk], begin)
+            most = max(most, receiver.arriving)
+            while one is not None:
+                found.append(one)
+                one = receiver.offer(b"", begin)
+    (received,) = found
+    assert isinstance(received, Received)
+    assert asked == [(wire.CT, "1.2.3.4", 3)]
+    assert received.in_file and received.errno is None
+    assert len(received) == 0 and received.size == len(data)
+    assert received.digest == hashlib.sha256(data).digest()
+    assert (tmp_path / "file").read_bytes() == b"prefix" + data
+    assert most <= 100_000 + chunk
+    assert receiver.total == len(session) and not receiver.is_within
+
+
+def test_after_a_large_dataset_the_next_one_is_in_memory_again(tmp_path: Path) -> None:
+    large = grouped(message(3, wire.store_command("1.2.3"), DATA * 50, [60_000]), [9])
+    small = grouped(message(3, wire.store_command("1.2.4"), DATA, []), [9])
+    with (tmp_path / "file").open("wb") as file:
+        receiver = Receiver([3], 1 << 20, 1 << 24, 100_000)
+        found = everything([large + small + large + small], receiver, lambda *_: file.fileno())
+    assert [one.in_file for one in found] == [True, False, True, False]  # type: ignore[union-attr]
+    assert bytes(memoryview(found[1])) == DATA  # type: ignore[arg-type]
+
+
+def test_a_full_disk_is_told_and_the_rest_is_read_to_its_end() -> None:
+    large = grouped(message(3, wire.store_command("1.2.3"), DATA * 50, []), [9])
+    small = grouped(message(3, wire.store_command("1.2.4"), DATA, []), [9])
+    receiver = Receiver([3], 1 << 20, 1 << 24, 100_000)
+    with Path("/dev/full").open("wb") as file:
+        found = everything(split(large + small, [3, 130_000]), receiver, lambda *_: file.fileno())
+    full, other = found
+    assert isinstance(full, Received) and isinstance(other, Received)
+    assert full.in_file and full.errno == errno.ENOSPC and full.size == len(DATA) * 50
+    assert other.errno is None and bytes(memoryview(other)) == DATA
+
+
+def test_without_a_file_a_large_dataset_is_read_and_dropped() -> None:
+    large = grouped(message(3, wire.store_command("1.2.3"), DATA * 50, []), [9])
+    receiver = Receiver([3], 1 << 20, 1 << 24, 100_000)
+    (one,) = everything([large], receiver, lambda *_: -1)
+    assert isinstance(one, Received)
+    assert one.in_file and one.errno is None and len(one) == 0 and one.size == len(DATA) * 50
+
+
+def test_an_error_of_the_one_that_gives_the_file_is_raised() -> None:
+    large = grouped(message(3, wire.store_command("1.2.3"), DATA * 50, []), [9])
+    receiver = Receiver([3], 1 << 20, 1 << 24, 100_000)
+    with pytest.raises(AssertionError, match="no file is needed"):
+        everything([large], receiver)
+
+
+@pytest.mark.parametrize(
+    ("session", "told"),
+    [
+        (pdu(wire.DATA, b"", 0xFFFF_FFFF), "P-DATA-TF PDU of 4294967295 bytes"),
+        (pdu(wire.DATA, b""), "without a value"),
+        (pdu(0x99, b""), "type 0x99"),
+        (pdu(wire.ABORT, b"", 1 << 20), "type 0x07 and 1048576 bytes"),
+        (pdu(wire.DATA, value(5, 3, b"x")), "context 5"),
+        (pdu(wire.DATA, value(3, 1, b"")), "empty fragment"),
+        (pdu(wire.DATA, value(3, 2, b"x")), "dataset without its command"),
+        (pdu(wire.DATA, value(3, 3, wire.store_command()) * 2), "within the dataset"),
+        (pdu(wire.DATA, value(3, 3, b"\0\0\0\1\xff\0\0\0")), "cut off"),
+        (wire.store("1.2", bytes(2 << 20)), "more than 1048576 bytes"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else "",
+)
+def test_what_breaks_the_protocol_is_an_error_that_tells_it(session: bytes, told: str) -> None:
+    with pytest.raises(InvalidDicom, match=told):
+        everything([session])
+    with pytest.raises(InvalidDicom, match=told):
+        everything([bytes([byte]) for byte in session[:2000]] + [session[2000:]])
+
+
+def test_a_socket_is_read_until_it_is_woken_or_closed() -> None:
+    ours, theirs = socket.socketpair()
+    wake = os.eventfd(0)
+    with ours, theirs:
+        receiver = Receiver([1, 3], 1 << 20, 1 << 20, 1 << 20, ours.fileno())
+        assert receiver.receive(wake, 0.01, nowhere) is None
+        os.eventfd_write(wake, 1)
+        assert receiver.receive(wake, 60.0, nowhere) is None
+        os.eventfd_read(wake)
+        session = wire.store("1.2.3", DATA)
+        theirs.sendall(session[:500])
+        assert receiver.receive(wake, 0.01, nowhere) is None
+        assert receiver.is_within and receiver.total == 500
+        theirs.sendall(session[500:] + pdu(wire.RELEASE, bytes(4)))
+        one = receiver.receive(wake, 5.0, nowhere)
+        assert isinstance(one, Received) and bytes(memoryview(one)) == DATA
+        assert receiver.receive(wake, 5.0, nowhere) == pdu(wire.RELEASE, bytes(4))
+        theirs.close()
+        assert receiver.receive(wake, 5.0, nowhere) == b""
+    os.close(wake)
+
+
+def test_memory_of_one_dataset_is_used_again_but_never_seen() -> None:
+    receiver = Receiver([3], 1 << 20, 1 << 20, 1 << 20)
+    (first,) = everything([wire.store("1.2.3", DATA)], receiver)
+    view = memoryview(first)  # type: ignore[arg-type]
+    del first
+    (second,) = [receiver.offer(wire.store("1.2.4", b"x" * 3000), nowhere)]
+    assert bytes(view) == DATA
+    del view
+    third = receiver.offer(wire.store("1.2.5", b"y"), nowhere)
+    assert bytes(memoryview(second)) == b"x" * 3000  # type: ignore[arg-type]
+    assert bytes(memoryview(third)) == b"y"  # type: ignore[arg-type]
