@@ -690,7 +690,7 @@ def palette_of(entries: int) -> Dataset:
     return one
 
 
-def test_p15_indices_beyond_a_palette_have_its_last_colour_and_never_wrap() -> None:
+def test_p15_c15_indices_beyond_a_palette_have_its_last_colour_and_never_wrap() -> None:
     found = numpy_grinder([palette_of(256)], color="palette")[0]
     table = numpy.arange(256) * 7 % 251
     expected = table[[0, 1, 255, 255, 255, 255]].reshape(2, 3, 1).repeat(3, axis=2)
