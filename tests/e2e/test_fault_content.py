@@ -98,7 +98,7 @@ def safe(root: Path) -> bool:
 
 HOSTILE = [
     "../../x", "/etc/x", "..", ".", "1.2\0.3", "1.2\n3", "9" * 65, "CON", "1.2.é", "", " ",
-    "1..2", "01.2", "1.2.", "-1.2", "1.2;rm -rf", "<b>1</b>", "%2e%2e", "1.2/../3",
+    "1..2", "1.2.", "-1.2", "1.2;rm -rf", "<b>1</b>", "%2e%2e", "1.2/../3",
 ]  # fmt: skip
 
 
@@ -114,6 +114,11 @@ def test_c1_a_uid_that_is_none_is_refused_and_never_a_path(uid: str, tmp_path: P
         assert answer(node, dataset({0x0020000E: ("UI", even(uid))}), "1.2.3") in (0x0000, 0xC000)
     assert safe(root)
     assert [path.name for path in tmp_path.iterdir()] == ["root"]
+
+
+def test_c1_a_uid_with_leading_zeros_is_taken_since_there_are_such() -> None:
+    with node_of() as node:
+        assert answer(node, dataset(uid="01.2"), "01.2") == 0x0000
 
 
 @pytest.mark.parametrize("identifier", [*HOSTILE, "A" * 64, "\xff\xfe", "P\\..\\x", "a\tb"])

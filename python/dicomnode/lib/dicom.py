@@ -323,7 +323,7 @@ def header_text(header: Header, tag: int) -> str:
 
 
 def identifier_of(header: Header, tag: int) -> str:
-    """The value that groups images into a case, as text; empty where absent or empty.
+    """The value that groups images into a case, as text; empty where absent, or all its values are.
 
     Bytes that are not of the character set that the object names stay apart, as `\\xNN`: two
     patients whose identifiers differ only in such bytes must not become one.
@@ -338,6 +338,8 @@ def identifier_of(header: Header, tag: int) -> str:
     found = header.get(tag)
     if "\N{REPLACEMENT CHARACTER}" in text and found is not None:
         text = found[1].decode("ascii", "backslashreplace")
+    if not text.strip(" \0\\"):
+        return ""
     return text.strip(" \0").encode("utf-8", "backslashreplace").decode("utf-8")
 
 

@@ -5,12 +5,14 @@ and knows parts that a node has no use for. What it gets to see is whole, has no
 PS3.8 allows and nothing but UIDs where there should be UIDs.
 """
 
+import re
 import struct
 from collections.abc import Iterator
 
 from dicomnode.errors import InvalidDicom
-from dicomnode.lib.dicom import is_uid
 
+# As PS3.5 section 9.1 has it, since pydicom warns of every other.
+_UID = re.compile(rb"(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*))*")
 # Type, reserved, length, protocol version, two titles, reserved (PS3.8 table 9-11).
 _HEAD = 74
 _APPLICATION, _CONTEXT, _ABSTRACT, _TRANSFER, _USER = 0x10, 0x20, 0x30, 0x40, 0x50
@@ -63,8 +65,8 @@ def _item(kind: int, value: bytes) -> bytes:
 
 def _known(uid: bytes) -> bytes:
     """A UID without padding, or one that nobody knows."""
-    text = uid.rstrip(b"\0 ").decode("latin-1")
-    return text.encode() if is_uid(text) else b"2.25.0"
+    text = uid.rstrip(b"\0 ")
+    return text if len(text) <= 64 and _UID.fullmatch(text) else b"2.25.0"
 
 
 def _context(value: bytes) -> bytes:
