@@ -416,48 +416,55 @@ GARBAGE = {
 }
 
 
-@pytest.mark.parametrize("name", GARBAGE)
-def test_n16_garbage_in_an_association_aborts_it_and_nothing_else(name: str) -> None:
-    with node_of(limits=Limits(**HASTY)) as node, Raw(node).open() as peer:
-        peer.send(GARBAGE[name])
-        found = [one[0] for one in peer.until_the_end()]
-        # A response may come before, where the request could be understood.
-        assert set(found) <= {wire.ABORT, wire.DATA, wire.RELEASED}
+def test_n16_garbage_in_an_association_aborts_it_and_nothing_else() -> None:
+    with node_of(limits=Limits(**HASTY)) as node:
+        peers = {name: Raw(node).open() for name in GARBAGE}
+        for name, peer in peers.items():
+            peer.send(GARBAGE[name])
+        serves(node)
+        for name, peer in peers.items():
+            # A response may come before, where the request could be understood.
+            found = [one[0] for one in peer.until_the_end()]
+            assert set(found) <= {wire.ABORT, wire.DATA, wire.RELEASED}, name
+            peer.socket.close()
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(600),
-        pdu(0x01, b""),
-        pdu(0x01, bytes(68)),
-        pdu(0x01, bytes(20)),
-        wire.request()[:90] + b"\xff\xff" + wire.request()[92:],
-        wire.request(contexts=[]),
-        wire.request(contexts=[(1, "x" * 200, ("y" * 200,))]),
-        wire.request(contexts=[(1, "", ())]),
-        wire.request(contexts=[(1, wire.CT, (wire.EXPLICIT,))] * 300),
-        wire.request(contexts=[(2, wire.CT, (wire.EXPLICIT,)), (0, wire.CT, ("1.2",))]),
-        wire.request(largest=1) + pdu(wire.DATA, value(1, 3, wire.echo_command())),
-        wire.request(largest=130) + pdu(wire.DATA, value(1, 3, wire.echo_command())),
-        wire.request(more=b"\x54\0\0\x04\0\xff\0\0"),
-        wire.request(more=b"\x58\0\0\x06\xff\1\xff\xff\0\0"),
-        wire.request(more=b"\x56\0\0\x02\xff\xff"),
-        wire.request(more=b"\x53\0\0\x04\0\0\0\0" * 50),
-        wire.request(more=b"\x99\0\0\x04abcd"),
-        wire.pdu(wire.DATA, value(1, 3, wire.echo_command())),
-        wire.pdu(wire.RELEASE, bytes(4)),
-        wire.pdu(wire.ABORT, bytes(4)),
-        wire.request() * 2,
-    ],
-    ids=lambda one: str(len(one)),
-)
-def test_n16_garbage_in_place_of_a_request_ends_the_connection(data: bytes) -> None:
-    with node_of(limits=Limits(**HASTY)) as node, Raw(node) as peer:
-        peer.send(data)
-        found = [one[0] for one in peer.until_the_end()]
-        assert set(found) <= {wire.ACCEPT, wire.REJECT, wire.ABORT, wire.DATA}
+NO_REQUESTS = [
+    b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(600),
+    pdu(0x01, b""),
+    pdu(0x01, bytes(68)),
+    pdu(0x01, bytes(20)),
+    wire.request()[:90] + b"\xff\xff" + wire.request()[92:],
+    wire.request(contexts=[]),
+    wire.request(contexts=[(1, "x" * 200, ("y" * 200,))]),
+    wire.request(contexts=[(1, "", ())]),
+    wire.request(contexts=[(1, wire.CT, (wire.EXPLICIT,))] * 300),
+    wire.request(contexts=[(2, wire.CT, (wire.EXPLICIT,)), (0, wire.CT, ("1.2",))]),
+    wire.request(largest=1) + pdu(wire.DATA, value(1, 3, wire.echo_command())),
+    wire.request(largest=130) + pdu(wire.DATA, value(1, 3, wire.echo_command())),
+    wire.request(more=b"\x54\0\0\x04\0\xff\0\0"),
+    wire.request(more=b"\x58\0\0\x06\xff\1\xff\xff\0\0"),
+    wire.request(more=b"\x56\0\0\x02\xff\xff"),
+    wire.request(more=b"\x53\0\0\x04\0\0\0\0" * 50),
+    wire.request(more=b"\x99\0\0\x04abcd"),
+    wire.pdu(wire.DATA, value(1, 3, wire.echo_command())),
+    wire.pdu(wire.RELEASE, bytes(4)),
+    wire.pdu(wire.ABORT, bytes(4)),
+    wire.request() * 2,
+]
+
+
+def test_n16_garbage_in_place_of_a_request_ends_the_connection() -> None:
+    with node_of(limits=Limits(**HASTY)) as node:
+        peers = [Raw(node) for _ in NO_REQUESTS]
+        for peer, data in zip(peers, NO_REQUESTS, strict=True):
+            peer.send(data)
+        serves(node)
+        for peer, data in zip(peers, NO_REQUESTS, strict=True):
+            found = [one[0] for one in peer.until_the_end()]
+            assert set(found) <= {wire.ACCEPT, wire.REJECT, wire.ABORT, wire.DATA}, data
+            peer.socket.close()
 
 
 ENDS: dict[str, Callable[[Raw], object]] = {
