@@ -1,19 +1,13 @@
-"""A start, and keeping one more, with many images there; no pauses for garbage; a ledger that is lost."""
+"""A start, and keeping one more, with many images there; a ledger that is lost."""
 
-import gc
 import shutil
 import sqlite3
 import time
 from pathlib import Path
-from typing import Any
 
-import pytest
 from benchmarks import start
 
-from dicomnode.lib.dimse import echo
-from dicomnode.server import transport
 from dicomnode.storage.ledger import Ledger, State
-from dicomnode.testing import StoringNode, address_of, running_node
 
 
 def test_a_start_and_one_more_image_take_as_long_as_before_with_ten_times_as_many(
@@ -67,24 +61,3 @@ def test_a_damaged_ledger_is_rebuilt_from_a_thousand_files(tmp_path: Path) -> No
                for total, _ in storage.ledger.counts(case.id).values()) == 1000  # fmt: skip
     storage.close()
     shutil.rmtree(root)
-
-
-def test_p10_nobody_waits_for_a_collection_of_all_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """pynetdicom collects all garbage in its accept loop, again and again, while everybody waits."""
-    asked: list[Any] = []
-    monkeypatch.setattr(gc, "collect", lambda *given: asked.append(given) or 0)
-    actions = []
-    real = transport.Server.service_actions
-
-    def counted(server: Any) -> None:
-        actions.append(server)
-        # As after half a minute.
-        for _ in range(100):
-            real(server)
-
-    monkeypatch.setattr(transport.Server, "service_actions", counted)
-    with running_node(StoringNode) as node:
-        for _ in range(3):
-            echo(address_of(node))
-        assert node.wait(lambda: len(actions) >= 3, 30)
-    assert not asked
