@@ -67,8 +67,8 @@ class Receiver:
     """Parses one association's bytes into C-STORE requests (PS3.7 section 9.1.1).
 
     `contexts` are the accepted presentation context IDs. `socket` is read by `receive`; it is duplicated,
-    so that the caller may close it at any time. Of a dataset at most `memory` bytes are held, where
-    `on_full` gives a file for the rest.
+    so that the caller may close it at any time. Of a dataset at most `memory` bytes are held; `on_full`
+    gives away an open file descriptor for the rest, or -1.
 
     Raises OSError where the socket cannot be duplicated.
     """

@@ -186,7 +186,7 @@ def test_a_large_dataset_goes_to_a_file_and_little_is_in_memory(chunk: int, tmp_
 
     def begin(sop_class: str, uid: str, context: int) -> int:
         asked.append((sop_class, uid, context))
-        return file.fileno()
+        return os.dup(file.fileno())
 
     receiver = Receiver([3], 1 << 20, 1 << 24, 100_000)
     most = 0
@@ -216,7 +216,9 @@ def test_after_a_large_dataset_the_next_one_is_in_memory_again(tmp_path: Path) -
     small = grouped(message(3, wire.store_command("1.2.4"), DATA, []), [9])
     with (tmp_path / "file").open("wb") as file:
         receiver = Receiver([3], 1 << 20, 1 << 24, 100_000)
-        found = everything([large + small + large + small], receiver, lambda *_: file.fileno())
+        found = everything(
+            [large + small + large + small], receiver, lambda *_: os.dup(file.fileno())
+        )
     assert [one.in_file for one in found] == [True, False, True, False]  # type: ignore[union-attr]
     assert bytes(memoryview(found[1])) == DATA  # type: ignore[arg-type]
 
@@ -226,7 +228,9 @@ def test_a_full_disk_is_told_and_the_rest_is_read_to_its_end() -> None:
     small = grouped(message(3, wire.store_command("1.2.4"), DATA, []), [9])
     receiver = Receiver([3], 1 << 20, 1 << 24, 100_000)
     with Path("/dev/full").open("wb") as file:
-        found = everything(split(large + small, [3, 130_000]), receiver, lambda *_: file.fileno())
+        found = everything(
+            split(large + small, [3, 130_000]), receiver, lambda *_: os.dup(file.fileno())
+        )
     full, other = found
     assert isinstance(full, Received) and isinstance(other, Received)
     assert full.in_file and full.errno == errno.ENOSPC and full.size == len(DATA) * 50

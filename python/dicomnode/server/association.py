@@ -478,7 +478,7 @@ class AssociationServer:
         greatest.cut_off()
 
     def begin_file(self, association: Association, sop_class: str, uid: str, context: int) -> int:
-        """Where an image goes that is too large for memory; -1 where it cannot be kept."""
+        """A descriptor of its own for an image too large for memory; -1 where it cannot be kept."""
         visit = self._visits.get(association)
         if visit is None or not is_uid(uid) or not is_uid(sop_class):
             return -1
@@ -492,7 +492,7 @@ class AssociationServer:
         with visit.lock:
             if not visit.over:
                 visit.growing = growing
-                return growing.descriptor
+                return growing.duplicate()
         growing.discard()
         return -1
 
@@ -569,6 +569,8 @@ class AssociationServer:
             raise OutOfResources(
                 "cannot write: " + errno.errorcode.get(received.errno or 0, "no file for it")
             )
+        if growing is not None:
+            growing.written(received.size)
         syntax = str(context.transfer_syntax[0])
         self._reception.meters.bytes_received.add(received.size)
         try:

@@ -40,6 +40,8 @@ class Growing:
         """Raises OSError."""
         self._flush = flush
         self._name: Path | None = None
+        #: How many bytes it has to have.
+        self.size = 0
         flags = os.O_RDWR | os.O_CLOEXEC
         try:
             self.descriptor = os.open(folder, flags | os.O_TMPFILE, 0o600)
@@ -57,19 +59,35 @@ class Growing:
 
     def write(self, parts: list[Buffer]) -> None:
         """Write all of these. Raises OutOfResources."""
+        size = sum(map(len, parts))
+        self.size += size
         try:
-            _write_parts(self.descriptor, parts, sum(map(len, parts)))
+            _write_parts(self.descriptor, parts, size)
         except OSError as error:
             raise out_of_resources(error) from error
 
+    def duplicate(self) -> int:
+        """A descriptor that is the caller's to close, for `written` to tell what came of it; -1 for none."""
+        try:
+            return os.dup(self.descriptor)
+        except OSError:
+            return -1
+
+    def written(self, size: int) -> None:
+        """So many bytes were to be written by another hand."""
+        self.size += size
+
     def staged(self) -> Staged:
-        """The file once it is whole. Raises OutOfResources."""
+        """The file once it is whole. Raises OutOfResources, also where it has not all its bytes."""
         try:
             if self._flush:
                 os.fsync(self.descriptor)
-            return Staged(os.fstat(self.descriptor).st_size, self.descriptor)
+            found = os.fstat(self.descriptor).st_size
         except OSError as error:
             raise out_of_resources(error) from error
+        if found != self.size:
+            raise OutOfResources(f"cannot write: {found} of {self.size} bytes are in the file")
+        return Staged(found, self.descriptor)
 
     def discard(self) -> None:
         """Close the file; where it was placed it stays."""

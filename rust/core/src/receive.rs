@@ -23,8 +23,8 @@ const C_STORE_RQ: u16 = 0x0001;
 const NO_DATASET: u16 = 0x0101;
 /// A command set is small, and so is every PDU but P-DATA-TF once an association is there.
 const MOST_COMMAND: usize = 64 << 10;
-/// The dataset of a message that is not a C-STORE.
-const MOST_OTHER: usize = 16 << 20;
+/// The dataset of a message that is not a C-STORE: a list of tens of thousands of instances.
+const MOST_OTHER: usize = 4 << 20;
 /// How much is read at once.
 const INPUT: usize = 256 << 10;
 /// From so many missing bytes of a fragment on they are read to their place.

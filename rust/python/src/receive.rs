@@ -1,7 +1,7 @@
 //! `Receiver` and `Received`: what arrives over an association, read without the interpreter.
 
 use std::ffi::c_int;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,8 +24,8 @@ use crate::errors::detached;
 /// Parses one association's bytes into C-STORE requests (PS3.7 section 9.1.1).
 ///
 /// `contexts` are the accepted presentation context IDs. `socket` is read by `receive`; it is duplicated,
-/// so that the caller may close it at any time. Of a dataset at most `memory` bytes are held, where
-/// `on_full` gives a file for the rest.
+/// so that the caller may close it at any time. Of a dataset at most `memory` bytes are held; `on_full`
+/// gives away an open file descriptor for the rest, or -1.
 ///
 /// Raises OSError where the socket cannot be duplicated.
 #[pyclass(frozen, module = "dicomnode._core")]
@@ -48,7 +48,7 @@ struct State {
 struct Spill {
     /// Whether the dataset is too large for memory.
     is_used: bool,
-    /// None also where nothing can be kept. A duplicate: its giver may close his at any time.
+    /// None also where nothing can be kept.
     file: Option<OwnedFd>,
     errno: Option<i32>,
 }
@@ -266,8 +266,8 @@ impl Receiver {
                     let file = if number < 0 {
                         None
                     } else {
-                        // SAFETY: the descriptor that was just given is open during this call.
-                        Some(unsafe { BorrowedFd::borrow_raw(number) }.try_clone_to_owned()?)
+                        // SAFETY: `on_full` gives away an open descriptor that nobody else closes.
+                        Some(unsafe { OwnedFd::from_raw_fd(number) })
                     };
                     let mut state = self.lock();
                     state.spill = Spill {
