@@ -111,6 +111,7 @@ class _Visit:
 
     number: int = 0
     is_accepted: bool = False
+    is_ending: bool = False
     #: The sender asked for its release, so that it has got all answers.
     is_released: bool = False
     is_cut_off: bool = False
@@ -399,27 +400,37 @@ class AssociationServer:
     def _end(self, association: Association) -> None:
         with self._working():
             with self._lock:
-                visit = self._visits.pop(association, None)
-            if visit is not None:
-                if visit.is_accepted:
-                    self._reception.meters.associations_open.add(-1)
-                    with about(association=visit.number):
-                        self._leave(association, visit)
-                visit.drop_file()
+                visit = self._visits.get(association)
+                if visit is None or visit.is_ending:
+                    return
+                visit.is_ending = True
+            with about(association=visit.number):
+                self._leave(association, visit)
+            visit.drop_file()
 
     def _leave(self, association: Association, visit: _Visit) -> None:
         with visit.lock:
             visit.over = True
             touched = list(visit.touched)
             cases = sorted(set().union(*visit.touched.values()))
+        try:
+            # Before it counts as closed: a case that is done meanwhile knows that it was open.
+            if not visit.is_released:
+                self._interrupt(cases)
+        finally:
+            with self._lock:
+                self._visits.pop(association, None)
+        if not visit.is_accepted:
+            return
+        self._reception.meters.associations_open.add(-1)
         self._logger.info(
             "association with %s closed: %d stored, %d refused",
             _peer(association),
             visit.stored,
             visit.refused,
         )
-        if not visit.is_released:
-            self._interrupt(cases)
+        if visit.is_released:
+            self._storage.released(cases)
         self._reception.on_end(touched)
 
     def _interrupt(self, cases: Iterable[int]) -> None:

@@ -503,6 +503,7 @@ class AbstractPipeline:
             )
             self.health_port = self._health.open(self.health_ip, self.health_port)
             self.logger.info("health is told on %s:%d", self.health_ip, self.health_port)
+        storage.is_open_for = server.is_open_for
         runner.watch(server)
         runner.open()
         eager.open()

@@ -242,6 +242,11 @@ class Ledger:
                 (case_id,),
             )
 
+    def release(self, case_id: int) -> None:
+        """Forget what `interrupt` remembered of a case."""
+        with self.transaction() as db:
+            db.execute("DELETE FROM interrupted WHERE case_id = ?", (case_id,))
+
     def interrupt_all(self, *states: State) -> None:
         """Remember what the cases in these states hold, as `interrupt`, in one transaction."""
         wanted = [state.value for state in states]

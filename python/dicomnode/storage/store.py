@@ -151,6 +151,10 @@ class Storage:
         self._arriving: dict[str, set[str]] = {}
         self._lock_file = -1
         self._has_reserve = False
+        #: Whether an association that brought images to a case is open; the node tells.
+        self.is_open_for: Callable[[int], bool] = lambda _: False
+        # Cases that were done while one was.
+        self._unreleased: set[int] = set()
         self._unverified: set[int] = set()
         self._unfinished: set[str] = set()
         self._instances: Instances
@@ -673,6 +677,18 @@ class Storage:
         """Remember what these cases hold: their sender has not got all answers, or may not have."""
         for case_id in case_ids:
             self.ledger.interrupt(case_id)
+            self._unreleased.discard(case_id)
+
+    def released(self, case_ids: Iterable[int]) -> None:
+        """The sender of images of these cases has got all answers.
+
+        Of one that was done before that, nothing needs to be remembered any more.
+        """
+        for case_id in self._unreleased.intersection(case_ids):
+            if not self.is_open_for(case_id):
+                self._unreleased.discard(case_id)
+                with suppress(OutOfResources):
+                    self.ledger.release(case_id)
 
     def park(self, identifier: str, contents: Contents) -> int | None:
         """Set aside a case whose images an interrupted one held before; that one's number.
@@ -795,6 +811,10 @@ class Storage:
             self.waits.remember_series(case.id, filter(None, uids))
         revised = self._contained(case)
         with self.holding(case.identifier):
+            if self.is_open_for(case.id):
+                # Should its sender break off, it sends again what is deleted here.
+                self.ledger.interrupt(case.id)
+                self._unreleased.add(case.id)
             if self.ledger.move(case.id, State.EXPORTING, State.DONE):
                 delete_files(self.ledger, self._instances, case)
         for earlier in revised:
