@@ -226,7 +226,11 @@ def answer(
                 if receiver.name in wrong or _is_slow(results.get(receiver.name, [])):
                     continue
                 place = Path(places, f"{run}-{number}")
-                seconds, cpu, peak, count = _run(receiver, senders, folder, place)
+                try:
+                    seconds, cpu, peak, count = _run(receiver, senders, folder, place)
+                except RuntimeError as error:
+                    wrong[receiver.name] = f"fails: {str(error).splitlines()[-1][:60]}"
+                    continue
                 if count != images:
                     wrong[receiver.name] = f"{count} of {images} arrived"
                 results.setdefault(receiver.name, []).append((seconds, cpu, peak))

@@ -16,13 +16,10 @@ from dicomnode.testing import running_node
 
 
 class Everything(AbstractInput):
-    """Takes every image; counts, and is never complete."""
-
-    count = 0
+    """Takes every image, and is never complete."""
 
     def validate(self) -> bool:
         """Called after each association."""
-        Everything.count = self.images
         return False
 
 
@@ -41,7 +38,14 @@ def serve_node(kind: str, root: Path | None) -> None:
     """Our node with a durability, or in memory."""
     settings = {"root_data_directory": root, "durability": kind} if kind != "memory" else {}
     with running_node(Receiver, **settings) as node:
-        answer(node.port, lambda: Everything.count)
+        answer(node.port, lambda: _kept(node))
+
+
+def _kept(node: AbstractPipeline) -> int:
+    """How many images the node has by its ledger."""
+    assert node._storage is not None
+    ledger = node._storage.ledger
+    return sum(total for case in node.cases() for total, _ in ledger.counts(case.id).values())
 
 
 def serve_bare(tuned: bool) -> None:
@@ -59,6 +63,7 @@ def serve_bare(tuned: bool) -> None:
         event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
     ae = AE(ae_title="ANY-SCP")
+    ae.maximum_associations = 100
     ae.supported_contexts = AllStoragePresentationContexts
     handlers: list[Any] = [(evt.EVT_C_STORE, on_store)]
     if tuned:

@@ -233,7 +233,8 @@ def test_p6_results_without_end_are_ended(isolation: str, tmp_path: Path) -> Non
         wait_for_cases(node, State.FAILED)
         wait_for_cases(node, State.DONE)
         assert "larger than process_output" in case_of(node, "ENDLESS").error
-        assert not list((tmp_path / "root" / ".dicomnode" / "outbox").iterdir())
+        # Results of a case that is done go in a moment.
+        wait_for(lambda: not list((tmp_path / "root" / ".dicomnode" / "outbox").iterdir()))
 
 
 def test_p7_what_a_case_changes_is_as_before_for_the_next(tmp_path: Path) -> None:
@@ -416,6 +417,10 @@ if __name__ == "__main__":
 """
 
 
+# A program of its own knows no tests.
+TOP = Path(__file__).parents[2]
+
+
 @contextmanager
 def program(tmp_path: Path, rest: str = GUARDED) -> Iterator[subprocess.Popen[str]]:
     """A file of a user, run as such."""
@@ -426,6 +431,7 @@ def program(tmp_path: Path, rest: str = GUARDED) -> Iterator[subprocess.Popen[st
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TOP), *sys.path])},
     ) as process:
         try:
             yield process
