@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,20 @@ _PACKAGES = {
     "systemd-analyze": "systemd",
     "dcm2niix": "dcm2niix",
 }
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A thread that a test left behind is a failure, and must not keep the run from ending."""
+    own = {threading.main_thread(), threading.current_thread()}
+    end = time.monotonic() + 10
+    while left := [one for one in threading.enumerate() if one not in own and not one.daemon]:
+        if time.monotonic() > end:
+            names = ", ".join(sorted(one.name for one in left))
+            print(f"\nthreads that never end: {names}", file=sys.stderr)
+            session.exitstatus = exitstatus or pytest.ExitCode.TESTS_FAILED
+            session.config.add_cleanup(lambda: os._exit(int(session.exitstatus)))
+            return
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="session")

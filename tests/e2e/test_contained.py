@@ -37,6 +37,7 @@ from dicomnode.testing import (
     running_node,
     wait_for_cases,
 )
+from tests.e2e import wire
 
 
 class Two(AbstractInput):
@@ -475,24 +476,27 @@ def test_a_full_disk_does_not_keep_a_node_from_closing(
 
 
 def test_the_connection_that_holds_the_memory_is_cut_off_and_not_the_others() -> None:
-    with running_node(Silent, memory_limit=4_000_000) as node:
-        sent: list[bytes] = []
-        peer = AE()
-        peer.add_requested_context("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.1")
-        handlers = [(evt.EVT_DATA_SENT, lambda event: sent.append(bytes(event.data)))]
-        hog = peer.associate("127.0.0.1", node.port, ae_title="NODE", evt_handlers=handlers)
-        assert hog.is_established
-        # One P-DATA-TF after the other of a message without end (PS3.8 9.3.5).
-        value = bytes([hog.accepted_contexts[0].context_id, 1]) + b"\0" * 65_000
-        item = len(value).to_bytes(4, "big") + value
-        pdu = b"\x04\0" + len(item).to_bytes(4, "big") + item
-        for _ in range(59):
-            hog.dul.socket.socket.sendall(pdu)
-        for _ in range(3):
-            send(address_of(node), make_series(1, 400, 400))
+    uid, data = wire.image(rows=400, columns=400)
+    whole = wire.store(uid, data)
+    with (
+        running_node(Silent, memory_limit=4_000_000) as node,
+        wire.Raw(node).open() as hog,
+        wire.Raw(node).open() as other,
+    ):
+        # A dataset without end, of nearly all of the memory; then it says nothing more.
+        assert hog.send(wire.pdu(wire.DATA, wire.value(3, 3, wire.store_command())))
+        part = wire.pdu(wire.DATA, wire.value(3, 0, bytes(65_000)))
+        for _ in range(60):
+            assert hog.send(part)
         server = node._server
         assert server is not None
-        assert node.wait(lambda: not server._visits, 20)
+        assert len(server._visits) == 2
+        other.send(whole[:200_000])
+        assert node.wait(lambda: len(server._visits) == 1, 20)
+        other.send(whole[200_000:])
+        assert other.status() == 0
+        other.release()
+        hog.until_the_end()
 
 
 def test_a_claim_that_cannot_be_written_does_not_keep_the_workers_busy(

@@ -6,6 +6,7 @@ peer; nothing is printed about it but lines of the log.
 
 import logging
 import random
+import socket
 import struct
 import threading
 import time
@@ -199,7 +200,8 @@ def test_n6_echoes_whose_answers_are_not_read_are_not_collected() -> None:
         node_of(24 << 20, limits=Limits(**HASTY)) as node,
         Raw(node, seconds=5.0).open() as peer,
     ):
-        threading.Thread(target=lambda: [peer.send(many) for _ in range(200)], daemon=True).start()
+        sender = threading.Thread(target=lambda: all(peer.send(many) for _ in range(200)))
+        sender.start()
         most = 0
         provider = next(iter(node._server._visits)).provider  # type: ignore[union-attr,attr-defined]
         end = time.monotonic() + 4
@@ -207,6 +209,8 @@ def test_n6_echoes_whose_answers_are_not_read_are_not_collected() -> None:
             most = max(most, provider._association.dimse.msg_queue.qsize())
         assert most < 100
         serves(node)
+        peer.socket.shutdown(socket.SHUT_RDWR)
+        sender.join()
 
 
 def test_n9_a_title_has_to_come_from_its_own_addresses(
