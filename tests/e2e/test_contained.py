@@ -13,6 +13,7 @@ import pytest
 from pydicom.dataset import Dataset
 from pynetdicom import AE, build_context, evt
 from pynetdicom.acse import ACSE
+from tests.e2e import wire
 
 from dicomnode.errors import (
     CouldNotCompleteDIMSEMessage,
@@ -37,7 +38,6 @@ from dicomnode.testing import (
     running_node,
     wait_for_cases,
 )
-from tests.e2e import wire
 
 
 class Two(AbstractInput):
