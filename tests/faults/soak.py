@@ -1,23 +1,28 @@
 """A node under load for a long time, and what it uses afterwards: `make soak`.
 
 Series are sent again and again, beside them associations that are aborted, connections that say
-nothing or nonsense, and ones that just stay. Now and then the node is stopped and started. Threads,
-memory and open files have to return to where they were.
+nothing or nonsense, and ones that just stay. At first the node is stopped and started now and then.
+Then one node has all the time that is left: its threads and open files have to return to where they
+were, and its memory has to level off.
 """
 
 import argparse
 import random
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 from benchmarks.timing import memory_mb
 from tests.e2e.programs import Command, pipeline_file
 from tests.faults.crash import Broken, free_port
@@ -28,8 +33,11 @@ from dicomnode.storage.ledger import Ledger, State
 from dicomnode.testing import make_series
 
 IMAGES = 20
-# A warm node may keep as much more than it had when it was warm: pools of the allocator.
+# How much more a node may have than after its first moments: pools of the allocator fill.
 MOST_MB = 40.0
+# Such pools are full after some minutes. After that, no more than this in ten minutes.
+WARM_MINUTES = 10
+MOST_MB_IN_TEN_MINUTES = 2.0
 NODE = """
 class Some(AbstractInput):
     image_grinder = many_meta_grinder(list_grinder, numpy_grinder)
@@ -52,6 +60,18 @@ print("PID", os.getpid(), flush=True)
 """
 
 
+@dataclass(frozen=True)
+class Use:
+    """What a node uses, the lowest of each over some time: memory in MB."""
+
+    threads: int
+    files: int
+    memory: float
+
+    def __str__(self) -> str:
+        return f"{self.memory:.1f} MB, {self.threads} threads, {self.files} open files"
+
+
 class Soak:
     """One run over one folder."""
 
@@ -64,7 +84,6 @@ class Soak:
         self._lock = threading.Lock()
         self._numbers = iter(range(1, sys.maxsize))
         self._pausing = threading.Event()
-        self.errors: list[str] = []
         # Always the same, so that what waits for the rest of them does not grow.
         self._broken_off = [make_series(3, 16, 16, patient_id=f"ABORTED-{k}") for k in range(20)]
 
@@ -75,10 +94,14 @@ class Soak:
             until_it_is_there(self.address, node)
             yield node
             node.process.terminate()
-            said = node.ended(90)
+            try:
+                said = node.ended(90)
+            except subprocess.TimeoutExpired:
+                raise Broken(f"it does not stop:\n{''.join(node.said)[-2000:]}") from None
             if node.process.returncode != 0:
                 raise Broken(f"it did not stop well:\n{said[-2000:]}")
-            self.errors += [line for line in said.splitlines() if "Traceback" in line]
+            if "Traceback" in said:
+                raise Broken(f"a traceback:\n{said[said.index('Traceback') :][:2000]}")
 
     def _count(self, name: str, number: int = 1) -> None:
         with self._lock:
@@ -101,10 +124,10 @@ class Soak:
             left = [one for one in images if str(one.SOPInstanceUID) not in acknowledged]
             try:
                 send(self.address, left, on_response=count)
-            except CouldNotCompleteDIMSEMessage:
+            except CouldNotCompleteDIMSEMessage as error:
                 self._count("associations that a restart ended")
                 if time.monotonic() > end:
-                    raise
+                    raise Broken(f"{len(left)} images cannot be sent: {error}") from error
                 self._pausing.wait(0.2)
         self._count("series")
 
@@ -142,67 +165,76 @@ class Soak:
     def load(self, seconds: float) -> None:
         """All of these at once, for so long."""
         end = time.monotonic() + seconds
-        troubles: list[BaseException] = []
 
-        def repeat(what: str, pause: float) -> None:
+        def repeat(visit: Callable[[], None], pause: float) -> None:
+            while time.monotonic() < end:
+                visit()
+                self._pausing.wait(pause)
+
+        visits = [(self.bring, 0.0)] * 3 + [(self.abort, 0.1), (self.connect, 0.02)]
+        visits += [(self.idle, 0.1)] * 2
+        with ThreadPoolExecutor(len(visits)) as pool:
+            for visitor in [pool.submit(repeat, *given) for given in visits]:
+                visitor.result(seconds + 180)
+
+    def use(self, node: Command, seconds: float = 5.0) -> Use:
+        """What a node uses at least, over so long."""
+        process = int(node.until(r"PID (\d+)"))
+        seen: list[Use] = []
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
             try:
-                while time.monotonic() < end:
-                    getattr(self, what)()
-                    self._pausing.wait(pause)
-            except BaseException as error:  # noqa: BLE001 - told by the thread that waits
-                troubles.append(error)
+                threads, files = (
+                    len(list(Path(f"/proc/{process}/{name}").iterdir())) for name in ("task", "fd")
+                )
+                seen.append(Use(threads, files, memory_mb("VmRSS", process)))
+            except (FileNotFoundError, LookupError):
+                raise Broken(f"the node is gone:\n{''.join(node.said)[-2000:]}") from None
+            self._pausing.wait(min(0.2, seconds / 5))
+        return Use(
+            *map(min, zip(*((one.threads, one.files, one.memory) for one in seen), strict=True))
+        )
 
-        threads = [
-            threading.Thread(target=repeat, args=given)
-            for given in [("bring", 0.0)] * 3
-            + [("abort", 0.1), ("connect", 0.02), ("idle", 0.1), ("idle", 0.1)]
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(seconds + 180)
-        if troubles:
-            raise troubles[0]
-        if any(thread.is_alive() for thread in threads):
-            raise Broken("somebody hangs")
-
-    def use(self, node: Command) -> tuple[int, int, float]:
-        """Threads, open files and memory (MB) of a node, once nobody is there any more."""
-        pid = int(node.until(r"PID (\d+)"))
-        lowest = (sys.maxsize, sys.maxsize, 0.0)
-        for _ in range(100):
-            threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
-            handles = len(list(Path(f"/proc/{pid}/fd").iterdir()))
-            lowest = min(lowest, (threads, handles, memory_mb("VmRSS", pid)))
-            self._pausing.wait(0.1)
-        return lowest
+    # The run
 
     def run(self, seconds: float) -> None:
-        """Restarts for a third of the time, then one node; raises Broken."""
+        """Restarts for a sixth of the time, then one node; raises Broken."""
         restarts = max(1, min(10, int(seconds / 90)))
-        for _ in range(restarts):
-            with self.node():
-                loader = threading.Thread(target=self.load, args=(seconds / 3 / restarts,))
-                loader.start()
-                self._pausing.wait(seconds / 3 / restarts / 2)
-            # Senders find nobody, and then the next one.
-            with self.node():
-                loader.join()
-            self._count("restarts", 2)
+        part = seconds / 6 / restarts
+        with ThreadPoolExecutor(1) as pool:
+            for _ in range(restarts):
+                with self.node():
+                    loading = pool.submit(self.load, part)
+                    self._pausing.wait(part / 2)
+                # Senders find nobody, and then the next one.
+                with self.node():
+                    loading.result(part + 200)
+                self._count("restarts", 2)
         with self.node() as node:
-            self.load(max(5.0, seconds / 12))
+            self.load(max(5.0, seconds / 30))
             before = self.use(node)
-            self.load(seconds * 7 / 12)
+            print(f"when warm: {before}", flush=True)
+            memory = self._minutes(node, seconds * 0.8)
             after = self.use(node)
+            print(f"at the end: {after}", flush=True)
             self._until_done()
-        for name, one, other in zip(
-            ("threads", "open files", "MB of memory"), before, after, strict=True
-        ):
-            print(f"{name}: {one:.0f} when warm, {other:.0f} at the end")
-        if after[0] > before[0] or after[1] > before[1] or after[2] > before[2] + MOST_MB:
-            raise Broken(f"threads, open files, MB: {before} when warm, {after} at the end")
-        if self.errors:
-            raise Broken(f"tracebacks: {self.errors[:3]}")
+        if after.threads > before.threads or after.files > before.files:
+            raise Broken(f"it does not come back: {before} when warm, {after} at the end")
+        check_memory(before.memory, memory)
+
+    def _minutes(self, node: Command, seconds: float) -> list[float]:
+        """Load for so long; the memory (MB) of each minute, told as it comes."""
+        memory = []
+        start = time.monotonic()
+        with ThreadPoolExecutor(1) as pool:
+            loading = pool.submit(self.load, seconds)
+            while not loading.done():
+                use = self.use(node, min(60.0, seconds / 10))
+                memory.append(use.memory)
+                minutes = (time.monotonic() - start) / 60
+                print(f"{minutes:.1f} min: {use}; {self.counts['series']} series", flush=True)
+            loading.result()
+        return memory
 
     def _until_done(self) -> None:
         """Every series that was acknowledged is processed."""
@@ -226,6 +258,22 @@ class Soak:
             ledger.close()
 
 
+def check_memory(warm: float, minutes: Sequence[float]) -> None:
+    """Raise Broken where memory (MB; one figure for each minute) does not level off.
+
+    A run that is too short to tell is only asked not to take much.
+    """
+    if max(minutes) > warm + MOST_MB:
+        raise Broken(f"{warm:.1f} MB when warm, then {max(minutes):.1f} MB")
+    late = minutes[max(WARM_MINUTES, len(minutes) // 2) :]
+    if len(late) < WARM_MINUTES:
+        return
+    slope = 10 * float(numpy.polyfit(range(len(late)), late, 1)[0])
+    print(f"the last {len(late)} minutes: {slope:+.2f} MB in ten minutes", flush=True)
+    if slope > MOST_MB_IN_TEN_MINUTES:
+        raise Broken(f"memory grows by {slope:.2f} MB in ten minutes, and does not level off")
+
+
 def until_it_is_there(address: Address, node: Command) -> None:
     """Wait until a node answers."""
     end = time.monotonic() + 60
@@ -233,7 +281,9 @@ def until_it_is_there(address: Address, node: Command) -> None:
         try:
             echo(address)
         except CouldNotCompleteDIMSEMessage:
-            if time.monotonic() > end or node.process.poll() is not None:
+            if node.process.poll() is not None:
+                raise Broken(f"it did not start:\n{node.ended()[-2000:]}") from None
+            if time.monotonic() > end:
                 raise
             time.sleep(0.1)
         else:
