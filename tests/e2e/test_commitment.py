@@ -68,7 +68,7 @@ class Archive:
         self.stored: list[str] = []
         self.requests = 0
         self.node: Address | None = None
-        self.asked: queue.Queue[Dataset] = queue.Queue()
+        self.asked: queue.Queue[Commitment] = queue.Queue()
 
     def on_store(self, event: Any) -> int:
         self.stored.append(str(event.request.AffectedSOPInstanceUID))
@@ -77,6 +77,7 @@ class Archive:
     def on_action(self, event: Any) -> tuple[int, None]:
         self.requests += 1
         asked = Commitment.of(event.action_information)
+        self.asked.put(asked)
         lost = list(asked.instances)[: self.lost(self.requests)]
         report = Commitment(asked.transaction_uid, asked.instances, dict.fromkeys(lost, NOT_THERE))
         if self.way == "refuses":
@@ -184,6 +185,96 @@ def test_a_report_that_nobody_waits_for_changes_nothing(caplog: pytest.LogCaptur
     with running_node(StoringNode) as node:
         report_commitment(address_of(node), Commitment("1.2.3", {"1.2.4": CT}), "SOMEBODY")
         assert node.wait(lambda: "nobody waits for" in caplog.text, 10)
+
+
+def test_a_report_counts_from_the_endpoint_that_was_asked_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dicomnode.server.exporter._REPORT_SECONDS", 0.1)
+    archive = Archive("silent")
+    with (
+        archive.listening() as address,
+        running_node(
+            Committing,
+            endpoints=[address],
+            root_data_directory=tmp_path,
+            export_retry_seconds=10.0,
+        ) as node,
+    ):
+        send(address_of(node), make_series(2))
+        asked = archive.asked.get(timeout=30)
+        report_commitment(address_of(node), asked, "SOMEBODY")
+        assert node.wait(lambda: "'SOMEBODY' reports on a commitment" in caplog.text, 20)
+        assert node.cases()[0].state is State.EXPORTING
+        # With the AE title of the endpoint, over another association than that of the request.
+        report_commitment(address_of(node), asked, "PEER")
+        wait_for_cases(node, State.DONE)
+
+
+def test_asking_is_no_trouble_and_is_not_told_as_such(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    archive = Archive("new")
+    with (
+        archive.listening() as address,
+        running_node(Committing, endpoints=[address], root_data_directory=tmp_path) as node,
+    ):
+        archive.node = address_of(node)
+        send(address_of(node), make_series(2))
+        wait_for_cases(node, State.DONE)
+    told = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert not [one for one in told if "case 1" in one]
+
+
+@pytest.mark.parametrize(
+    ("way", "told"), [("same", "case 1 is done"), ("silent", "has not reported before the node")]
+)
+def test_a_node_in_memory_asks_before_it_closes(
+    way: str, told: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr("dicomnode.server.exporter._REPORT_SECONDS", 20 if way == "same" else 0.1)
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Committing):
+        def process(self, input_data: dict[str, Any]) -> Iterable[Dataset]:
+            begun.set()
+            go_on.wait(60)
+            return super().process(input_data)
+
+    archive = Archive(way)
+    with archive.listening() as address, running_node(Slow, endpoints=[address]) as node:
+        send(address_of(node), make_series(2))
+        assert begun.wait(30)
+        runner = node._runner
+        assert runner is not None
+        closing = threading.Thread(target=node.close)
+        closing.start()
+        try:
+            assert node.wait(lambda: runner._loop.is_draining, 30)
+        finally:
+            go_on.set()
+            closing.join(60)
+    assert archive.requests == 1 and len(archive.stored) == 2
+    assert told in caplog.text
+    assert (way == "same") == ("FAILED" not in caplog.text)
+
+
+def test_what_is_known_of_pauses_is_forgotten_with_the_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dicomnode.server.exporter._SLOWLY", 1)
+    archive = Archive("same", lambda n: int(n % 2))
+    refusing = Archive("refuses")
+    with archive.listening() as one, refusing.listening() as other:
+        node_of = {"endpoints": [one, other], "root_data_directory": tmp_path}
+        with running_node(Committing, **node_of) as node:
+            for name in ("A", "B", "C"):
+                send(address_of(node), make_series(2, patient_id=name))
+            wait_for_cases(node, State.FAILED, 3)
+            assert node._runner is not None
+            times = node._runner._exporter._times
+            assert node.wait(lambda: not any(set(known) - {0} for known in times.values()), 20)
 
 
 def test_a_node_keeps_what_it_has_and_says_what_not(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ class Committing:
         endpoints: Sequence[Address],
         storage: Storage,
         logger: logging.Logger,
-        on_report: Callable[[Commitment], bool],
+        on_report: Callable[[Commitment, str], bool],
         on_asked: Callable[[Iterable[str]], None],
         loop: Loop,
     ) -> None:
@@ -73,8 +73,12 @@ class Committing:
     def reported(self, information: Dataset, calling: str) -> int:
         """A peer reports what it keeps (N-EVENT-REPORT): the status."""
         try:
-            if not self._on_report(Commitment.of(information)):
-                self._logger.warning("%r reports on a commitment that nobody waits for", calling)
+            if not self._on_report(Commitment.of(information), calling):
+                self._logger.warning(
+                    "%r reports on a commitment that nobody waits for, or that another AE title was "
+                    "asked for: that of an endpoint has to be the one it reports with",
+                    calling,
+                )
         except InvalidDataset as error:
             self._logger.warning("%r reports what cannot be understood: %s", calling, error)
             return _INVALID_ARGUMENT

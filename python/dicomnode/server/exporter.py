@@ -88,8 +88,11 @@ class Exporter:
         self._logger = logger
         self._loop = loop
         self._failures = failures
-        # Of what waits: its time by the ledger's clock, and by one that nobody sets.
-        self._times: dict[tuple[int, str], tuple[float, float]] = {}
+        # Of what waits for an endpoint, by case, and 0 for itself: its time by the ledger's clock, and
+        # by one that nobody sets. Only the thread of the endpoint uses it.
+        self._times: dict[str, dict[int, tuple[float, float]]] = {
+            str(endpoint): {} for endpoint in self._endpoints
+        }
         self._due = dict.fromkeys(self._endpoints, math.inf)
         self._unrecorded = dict.fromkeys(self._endpoints, 0)
         loop.add("settler", self._settle_next)
@@ -113,6 +116,9 @@ class Exporter:
         key = str(endpoint)
         soonest = math.inf
         pending = self._storage.outbox.pending(key)
+        waiting = {0, *(export.case_id for export in pending)}
+        for case_id in self._times[key].keys() - waiting:
+            del self._times[key][case_id]
         outage = self._storage.outbox.outages().get(key)
         if outage is not None and pending and (left := self._left(0, key, outage.next)) > 0:
             self._due[endpoint] = time.monotonic() + left
@@ -138,16 +144,16 @@ class Exporter:
         """
         if self._loop.is_draining:
             return 0.0
-        known = self._times.get((case_id, key))
+        known = self._times[key].get(case_id)
         if known is None or known[0] != moment:
             left = min(max(moment - time.time(), 0.0), _LONGEST_SECONDS)
-            known = self._times[case_id, key] = moment, time.monotonic() + left
+            known = self._times[key][case_id] = moment, time.monotonic() + left
         return known[1] - time.monotonic()
 
     def _next(self, case_id: int, key: str, pause: float) -> float:
         """The moment after a pause, for the ledger."""
         moment = time.time() + pause
-        self._times[case_id, key] = moment, time.monotonic() + pause
+        self._times[key][case_id] = moment, time.monotonic() + pause
         return moment
 
     def _deliver(self, endpoint: Address, export: Export, outage: Outage | None) -> None:
@@ -204,7 +210,6 @@ class Exporter:
             self._ask(endpoint, export)
             return
         if not left:
-            self._times.pop((number, key), None)
             outbox.update(replace(export, state=Delivery.SENT, attempts=0, next=0.0, problem=""))
             return
         refused = [answers[row.uid] for row in left if row.uid in answers]
@@ -227,13 +232,6 @@ class Exporter:
     def _ask(self, endpoint: Address, export: Export) -> None:
         """Ask an endpoint to keep what it stored, before anything of the case is deleted."""
         key, number, commitments = export.endpoint, export.case_id, self._storage.commitments
-        is_unanswered = commitments.is_open(number, key)
-        waiting = replace(
-            export,
-            attempts=export.attempts + is_unanswered,
-            refusals=export.refusals + is_unanswered,
-            problem=f"{key} has not reported whether it keeps the results (storage commitment)",
-        )
         asked = Commitment(
             generate_uid(),
             {row.uid: row.sop_class for row in self._storage.ledger.results(number)},
@@ -241,11 +239,28 @@ class Exporter:
         if not asked.instances:
             self._storage.outbox.update(replace(export, state=Delivery.SENT))
             return
+        if commitments.is_open(number, key):
+            export = replace(
+                export,
+                attempts=export.attempts + 1,
+                refusals=export.refusals + 1,
+                problem=f"{key} has not reported whether it keeps the results (storage commitment)",
+            )
+            is_over = export.waited >= self._retries.give_up_seconds
+            if is_over or export.refusals > _MOST_REFUSALS:
+                self._postpone(export, slowly=True, is_over=True)
+                return
+            self._logger.warning("case %d: %s; it is asked again", number, export.problem)
         # Before it is asked, since the report may be here before the answer.
         commitments.begin(asked.transaction_uid, number, key)
-        self._postpone(waiting, slowly=True, is_over=False)
-        if waiting.refusals > _MOST_REFUSALS:
-            return
+        pause = self._retries.pause(export.attempts, slowly=True)
+        waiting = replace(
+            export,
+            waited=export.waited + pause,
+            next=self._next(number, key, pause),
+            problem=f"{key} was asked whether it keeps the results (storage commitment)",
+        )
+        self._storage.outbox.update(waiting)
         try:
             report = ask_commitment(
                 endpoint,
@@ -259,19 +274,35 @@ class Exporter:
             if isinstance(error, PeerUnreachable):
                 raise
             failed = replace(
-                waiting,
-                attempts=waiting.attempts + 1,
-                refusals=waiting.refusals + error.is_permanent,
+                export,
+                attempts=export.attempts + 1,
+                refusals=export.refusals + error.is_permanent,
                 problem=str(error),
             )
             self._postpone(failed, slowly=error.is_permanent, is_over=False)
             return
         if report is not None and report.transaction_uid == asked.transaction_uid:
-            self.reported(report)
+            self.reported(report, endpoint.ae_title)
+        elif commitments.is_open(number, key) and self._loop.is_draining:
+            # Nobody listens any more for what it reports later.
+            self._postpone(
+                replace(
+                    waiting,
+                    problem=f"{key} has stored all results, and has not reported before the node "
+                    "closed whether it keeps them (storage commitment)",
+                ),
+                slowly=True,
+                is_over=True,
+            )
+        elif commitments.is_open(number, key):
+            self._logger.info("case %d: %s, and reports later", number, waiting.problem)
 
-    def reported(self, report: Commitment) -> bool:
-        """Record what an endpoint reports of a commitment; whether that was asked."""
-        settled = self._storage.commitments.settle(report, self._retries.pause(1, slowly=False))
+    def reported(self, report: Commitment, calling: str) -> bool:
+        """Record what an AE title reports of a commitment; whether it was asked for that."""
+        asked = {str(one) for one in self._endpoints if one.ae_title.strip() == calling.strip()}
+        settled = self._storage.commitments.settle(
+            report, asked, self._retries.pause(1, slowly=False)
+        )
         if settled is None:
             return False
         number, lost = settled

@@ -87,7 +87,7 @@ class Runner:
         self._loop = Loop(storage, logger, self._is_postponed)
         self._loop.add("looker", self._completeness.step, LOOKERS, self._completeness.due)
         self._loop.add("worker", self._process_next, workers)
-        exporter = Exporter(
+        self._exporter = Exporter(
             work.ae_title,
             work.endpoints,
             work.retries,
@@ -103,7 +103,7 @@ class Runner:
             work.endpoints,
             storage,
             logger,
-            exporter.reported,
+            self._exporter.reported,
             self._completeness.check_soon,
             self._loop,
         )

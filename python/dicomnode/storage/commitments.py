@@ -1,6 +1,7 @@
 """Commitments: what this node asked others to keep, and what others asked it to keep, in the ledger."""
 
 import time
+from collections.abc import Container
 
 from dicomnode.lib.commitment import NOT_THERE, Commitment
 from dicomnode.storage.ledger import Ledger
@@ -40,17 +41,20 @@ class Commitments:
             )
         )
 
-    def settle(self, report: Commitment, pause: float) -> tuple[int, int] | None:
+    def settle(
+        self, report: Commitment, reporters: Container[str], pause: float
+    ) -> tuple[int, int] | None:
         """Record a report: the case, and how many of its results are not kept.
 
-        What is not kept is sent again after a pause. None for a transaction that is not open.
+        What is not kept is sent again after a pause. None for a transaction that is not open, or of
+        which none of these endpoints was asked.
         """
         with self._ledger.transaction() as db:
             row = db.execute(
                 "SELECT case_id, endpoint FROM commitments WHERE transaction_uid = ?",
                 (report.transaction_uid,),
             ).fetchone()
-            if row is None:
+            if row is None or row[1] not in reporters:
                 return None
             case_id, endpoint = int(row[0]), str(row[1])
             results = [
@@ -102,7 +106,10 @@ class Commitments:
             )
             ((count,),) = db.execute("SELECT count(*) FROM asked")
             if count > _MOST_ASKED:
-                db.execute("DELETE FROM asked WHERE transaction_uid != ?", (asked.transaction_uid,))
+                db.execute(
+                    "DELETE FROM asked WHERE uid IN (SELECT uid FROM asked ORDER BY moment LIMIT ?)",
+                    (count - _MOST_ASKED,),
+                )
 
     def lists_all_of(self, case_id: int) -> bool:
         """Whether the newest requests for the instances of a case list all of them, and none that is
