@@ -11,8 +11,8 @@ import pytest
 from pydicom.dataset import Dataset
 from tests.e2e.programs import Command, pipeline_file
 
-from dicomnode.errors import IncorrectlyConfigured
-from dicomnode.lib.dimse import Address, send
+from dicomnode.errors import CouldNotCompleteDIMSEMessage, IncorrectlyConfigured
+from dicomnode.lib.dimse import Address, echo, send
 from dicomnode.server.logs import LogFile
 from dicomnode.server.node import AbstractPipeline
 from dicomnode.testing import StoringNode, address_of, make_series, running_node
@@ -239,7 +239,7 @@ def test_s3_a_log_that_cannot_be_written_stops_nothing(
 def test_a_log_that_is_written_again_says_so(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log = LogFile(tmp_path / "node.log", 1)
+    log = LogFile(tmp_path / "node.log", 1, 1 << 30)
     record = logging.LogRecord("", logging.INFO, "", 0, "said", None, None)
 
     def full() -> None:
@@ -256,11 +256,64 @@ def test_a_log_that_is_written_again_says_so(
     assert (tmp_path / "node.log").read_text().endswith("said\n")
 
 
+def test_s3_a_stranger_who_has_lines_written_fills_no_disk(tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    with running_node(
+        StoringNode, log_path=folder / "log", log_bytes=1 << 16, require_called_aet=True
+    ) as node:
+        wrong = Address("127.0.0.1", node.port, "NOT-" + "X" * 12)
+        for _ in range(500):
+            with suppress(CouldNotCompleteDIMSEMessage):
+                echo(wrong)
+        assert sum(one.stat().st_size for one in folder.iterdir()) <= 1 << 16
+    # The newest are there, in the order of their names.
+    assert "closed" in (folder / "log").read_text().splitlines()[-1]
+    assert len(list(folder.iterdir())) > 10
+
+
+def _written(log: LogFile, count: int) -> None:
+    for k in range(count):
+        log.emit(logging.LogRecord("", logging.INFO, "", 0, f"{k:9}" * 100, None, None))
+
+
+def test_logs_of_older_weeks_go_first_and_only_those_of_this_log(tmp_path: Path) -> None:
+    old = [f"log.2026-01-{day:02}" for day in (5, 12, 19)]
+    for name in [*old, "log.2026-01-19.1", "log.2026-01-19.2", "log.2026-01-19.gz", "other"]:
+        (tmp_path / name).write_bytes(bytes(1000))
+    log = LogFile(tmp_path / "log", 2, 1 << 16)
+    assert not (tmp_path / old[0]).exists() and (tmp_path / old[1]).exists()
+    _written(log, 40)
+    # A week with several files counts as one.
+    assert not (tmp_path / old[1]).exists() and (tmp_path / old[2]).exists()
+    _written(log, 200)
+    log.close()
+    left = {one.name for one in tmp_path.iterdir()}
+    assert left >= {"log", "log.2026-01-19.gz", "other"} and not left & {*old, "log.2026-01-19.1"}
+    assert sum(one.stat().st_size for one in tmp_path.glob("log*")) <= (1 << 16) + 1000
+
+
+def test_a_log_that_cannot_be_moved_aside_goes_on_up_to_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(source: str, dest: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.rename", refused)
+    log = LogFile(tmp_path / "log", 8, 1 << 16)
+    _written(log, 50)
+    assert (tmp_path / "log").stat().st_size > 40_000 and not capsys.readouterr().err
+    _written(log, 50)
+    log.close()
+    assert (tmp_path / "log").stat().st_size < (1 << 16) + 1000
+    assert "lines are lost" in capsys.readouterr().err
+
+
 def test_log_settings_that_cannot_work_are_refused() -> None:
     class Node(AbstractPipeline):
         ip, port = "127.0.0.1", 0
 
-    for name, value in (("log_format", "%(nope)s"), ("log_patient_data", "yes")):
+    wrong = (("log_format", "%(nope)s"), ("log_patient_data", "yes"), ("log_bytes", 10))
+    for name, value in wrong:
         node = Node(start=False)
         setattr(node, name, value)
         with pytest.raises(IncorrectlyConfigured, match=name):

@@ -7,6 +7,8 @@ patient is taken out (see `dicomnode.lib.redaction`).
 
 import json
 import logging
+import os
+import re
 import sqlite3
 import sys
 import traceback
@@ -18,6 +20,7 @@ from datetime import UTC, datetime
 from datetime import time as time_of_day
 from logging.handlers import TimedRotatingFileHandler
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from dicomnode.errors import DicomnodeError, IncorrectlyConfigured
@@ -29,6 +32,9 @@ JSON = "json"
 
 _DATE_FORMAT = "%Y/%m/%d %H:%M:%S"
 _PACKAGE = str(Path(__file__).parents[1])
+# Into so many files at least a log is cut, so that what goes first is not all of it.
+_MOST_FILES = 16
+_MOVED = re.compile(r"(\.\d{4}-\d{2}-\d{2})(?:\.(\d{1,9}))?", re.ASCII)
 
 
 @dataclass(eq=False)
@@ -152,15 +158,74 @@ def _case_of(record: logging.LogRecord, scope: Scope) -> int | None:
 
 
 class LogFile(TimedRotatingFileHandler):
-    """A log that starts anew every Monday at midnight; `weeks` older ones are kept.
+    """A log that starts anew every Monday at midnight, and before that where it has grown large.
+
+    The files of `weeks` older weeks are kept, 0 for all, but no more than `most_bytes` in all: the oldest
+    go first. So nobody fills a disk by what he has the node write. A file that is moved aside is called
+    `<name>.<Monday>`, and where one week has several, `<name>.<Monday>.1` and so on.
 
     Where it cannot be written, the node goes on: that is told once, not with every line.
     """
 
-    def __init__(self, path: Path, weeks: int) -> None:
+    def __init__(self, path: Path, weeks: int, most_bytes: int) -> None:
         """Raises OSError."""
         super().__init__(path, when="W0", atTime=time_of_day(), backupCount=weeks, encoding="utf-8")
         self._is_lost = False
+        self._most_bytes = most_bytes
+        self._file_bytes = most_bytes // _MOST_FILES
+        self._delete_old()
+
+    def shouldRollover(self, record: logging.LogRecord) -> bool:  # noqa: N802
+        """Whether a week is over or the file is large."""
+        if super().shouldRollover(record):
+            return True
+        if self.stream is None:
+            self.stream = self._open()
+        state = os.fstat(self.stream.fileno())
+        return S_ISREG(state.st_mode) and state.st_size >= self._file_bytes
+
+    def doRollover(self) -> None:  # noqa: N802
+        """Move the file aside, and delete what is too old or too much."""
+        super().doRollover()
+        self._delete_old()
+
+    def rotation_filename(self, default_name: str) -> str:
+        """A name that no file has, behind those of the same week."""
+        numbers = [number for name, number, _ in self._moved() if name == Path(default_name).name]
+        return f"{default_name}.{max(numbers) + 1}" if numbers else default_name
+
+    def getFilesToDelete(self) -> list[str]:  # noqa: N802
+        """None for the base class: `_delete_old` counts weeks and bytes, not files."""
+        return []
+
+    def _moved(self) -> list[tuple[str, int, Path]]:
+        """The files that were moved aside, the newest first: name of the week, number in it, path."""
+        base = Path(self.baseFilename)
+        found = []
+        for path in base.parent.iterdir():
+            match = _MOVED.fullmatch(path.name.removeprefix(base.name))
+            if match is not None and path.name.startswith(base.name):
+                found.append((base.name + match[1], int(match[2] or 0), path))
+        return sorted(found, reverse=True)
+
+    def rotate(self, source: str, dest: str) -> None:
+        """Move the file aside; where its folder does not allow that, it grows to the size of all."""
+        try:
+            super().rotate(source, dest)
+        except OSError:
+            if self._file_bytes == self._most_bytes:
+                raise
+            self._file_bytes = self._most_bytes
+
+    def _delete_old(self) -> None:
+        left = self._most_bytes - self._file_bytes
+        weeks: set[str] = set()
+        with suppress(OSError):
+            for week, _, path in self._moved():
+                weeks.add(week)
+                left -= path.stat().st_size
+                if left < 0 or (self.backupCount and len(weeks) > self.backupCount):
+                    path.unlink(missing_ok=True)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line, and tell on the screen where lines begin and end to be lost."""

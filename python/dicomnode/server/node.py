@@ -129,7 +129,7 @@ class AbstractPipeline:
     #: Address of these pages. They tell nothing of a patient, but do not show them to everybody.
     health_ip: str = "127.0.0.1"
 
-    #: Where the log goes, rotated every Monday at midnight; None is the screen.
+    #: Where the log goes, rotated every Monday at midnight, and where it is large; None is the screen.
     log_path: str | os.PathLike[str] | None = None
     log_level: int | str = logging.INFO
     #: As in the module logging, also with `%(association)s` and `%(case)s`; or `"json"`: one object
@@ -138,8 +138,10 @@ class AbstractPipeline:
     #: Show in the log what exceptions and log lines of your own code tell of a patient. For
     #: debugging: without it the values that are known of the patient are `***`.
     log_patient_data: bool = False
-    #: How many rotated logs are kept.
+    #: The logs of so many weeks are kept; 0 is all.
     backup_weeks: int = 8
+    #: At most so many bytes of logs, the oldest go first.
+    log_bytes: int = 1 << 30
 
     #: pynetdicom presentation contexts; C-ECHO is always answered.
     supported_contexts: Sequence[Any] = default_contexts()
@@ -259,6 +261,7 @@ class AbstractPipeline:
             ("health_port", 0 if self.health_port is None else self.health_port, 0),
             ("workers", self.workers, 0),
             ("backup_weeks", self.backup_weeks, 0),
+            ("log_bytes", self.log_bytes, 1 << 16),
             ("memory_limit", 1 if self.memory_limit is None else self.memory_limit, 1),
             ("process_memory", 1 if self.process_memory is None else self.process_memory, 1),
             ("process_output", self.process_output, 1),
@@ -669,7 +672,7 @@ class AbstractPipeline:
             path = Path(self.log_path)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                handler = LogFile(path, self.backup_weeks)
+                handler = LogFile(path, self.backup_weeks, self.log_bytes)
             except OSError as error:
                 raise IncorrectlyConfigured(
                     f"log_path {path} cannot be written: {error.strerror}"
