@@ -47,6 +47,8 @@ class Misbehaving(AbstractPipeline):
     isolation = "process"
     #: Where a test reads what it cannot see otherwise.
     notes: str = ""
+    #: A control group with little memory, if the test could make one.
+    small: str = ""
     number = 1
     _kept: list[Any] = []
 
@@ -170,6 +172,65 @@ class Misbehaving(AbstractPipeline):
     def do_forkcrash(self, array: Any) -> None:
         self.do_fork(array)
         ctypes.string_at(0)
+
+    def do_bomb(self, array: Any) -> None:
+        """Forks, as do its children: 512 processes, of which many leave their group and session."""
+        self.note(os.getpid())
+        for k in range(9):
+            if not os.fork():
+                self.note(os.getpid())
+                if k % 3 == 0:
+                    os.setsid()
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+
+    def do_threadbomb(self, array: Any) -> None:
+        """Many threads, in a process of its own."""
+        program = (
+            "import threading, time\n"
+            "for k in range(400): threading.Thread(target=time.sleep, args=(600,)).start()"
+        )
+        subprocess.run([sys.executable, "-c", program], check=True)
+
+    def do_outofmemory(self, array: Any) -> None:
+        """Takes more than its control group has: the kernel ends it."""
+        Path(self.small, "cgroup.procs").write_text(str(os.getpid()))
+        self.note(os.getpid())
+        self._kept.extend(bytearray(b"1" * (10 << 20)) for _ in range(100))
+        self.note("has all")
+
+    def do_grip(self, array: Any) -> None:
+        """Leaves a deaf process behind, which holds all that this one has open."""
+        reading, writing = os.pipe()
+        if os.fork():
+            os.read(reading, 1)
+            return
+        os.setsid()
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        self.note(os.getpid())
+        os.write(writing, b"!")
+        while True:
+            time.sleep(60)
+
+    def do_griphang(self, array: Any) -> None:
+        self.do_grip(array)
+        self.do_deaf(array)
+
+    def do_gripexit(self, array: Any) -> None:
+        self.do_grip(array)
+        os._exit(3)
+
+    def do_both(self, array: Any) -> None:
+        """A process that is forked returns from process() too."""
+        if not os.fork():
+            logging.getLogger("another").warning("said by a child")
+            self.note("a child returns")
+
+    def do_bothraise(self, array: Any) -> None:
+        if not os.fork():
+            self.note("a child raises")
+            raise ValueError("raised by a child")
 
     def do_change(self, array: Any) -> None:
         """Changes all that it can reach for the next case."""

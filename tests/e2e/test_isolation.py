@@ -201,6 +201,127 @@ def test_p4_what_takes_too_much_memory_is_ended(wish: str, tmp_path: Path) -> No
         assert "bytes of memory, process_memory is 629145600" in error[-1]
 
 
+@pytest.fixture
+def small_group() -> Iterator[Path]:
+    """A control group with 100 MB of memory, which only root can make, and not everywhere."""
+    v1 = Path("/sys/fs/cgroup/memory")
+    folder = (v1 if v1.is_dir() else Path("/sys/fs/cgroup")) / f"dicomnode-test-{os.getpid()}"
+    limit = folder / ("memory.limit_in_bytes" if v1.is_dir() else "memory.max")
+    try:
+        folder.mkdir()
+        limit.write_text(str(100 << 20))
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        pytest.skip(f"no control group can be made: {error}")
+    yield folder
+    wait_for(lambda: not (folder / "cgroup.procs").read_text())
+    folder.rmdir()
+
+
+def test_p4_the_kernel_ends_a_case_that_takes_all_memory_and_the_next_has_a_fresh_worker(
+    small_group: Path, tmp_path: Path
+) -> None:
+    with misbehaving(tmp_path, small=str(small_group)) as (node, store):
+        ask(node, "WHO 1", "OUTOFMEMORY")
+        wait_for_cases(node, State.DONE)
+        wait_for_cases(node, State.FAILED)
+        case = case_of(node, "OUTOFMEMORY")
+        assert "killed by signal 9 (SIGKILL), probably out of memory" in case.error.splitlines()[-1]
+        assert "set process_memory" in case.error.splitlines()[-1]
+        # It may have been the fault of another process, once.
+        assert case.attempts == 2
+        ask(node, "WHO 2")
+        wait_for_cases(node, State.DONE, 2)
+        assert len(store.wait_for_images(4)) == 4
+    first, *killed, last = notes(tmp_path)
+    pids = [first[1:].split(",")[0], *killed, last[1:].split(",")[0]]
+    assert "has all" not in killed and len(pids) == 4
+    assert pids[0] == pids[1] and len(set(pids)) == 3
+    assert not any(is_alive(int(pid)) for pid in pids)
+
+
+@pytest.mark.parametrize(
+    ("is_short", "said"),
+    [
+        (True, "probably out of memory"),
+        (None, "probably out of memory"),
+        (False, "not by the kernel for want of memory"),
+    ],
+)
+def test_p4_that_memory_ran_out_is_said_unless_the_kernel_knows_better(
+    is_short: bool | None, said: str
+) -> None:
+    report = str(workers._Report(signal.SIGKILL, 0, is_short))
+    assert "killed by signal 9 (SIGKILL)" in report and said in report
+
+
+def test_p4_a_fork_bomb_ends_with_its_case_and_the_node_goes_on_serving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_MOST_PROCESSES", 100)
+    with misbehaving(tmp_path, workers=2) as (node, store):
+        ask(node, "BOMB")
+        wait_for(lambda: bool(notes(tmp_path)))
+        ask(node, "GOOD 1")
+        wait_for_cases(node, State.DONE)
+        wait_for_cases(node, State.FAILED, 1, 60)
+        error = case_of(node, "BOMB").error.splitlines()[-1]
+        assert "started others without end" in error and "all were ended" in error
+        pids = [int(pid) for pid in notes(tmp_path)]
+        assert len(pids) > 50
+        assert [pid for pid in pids if is_alive(pid)] == []
+        ask(node, "GOOD 2", "GOOD 3")
+        wait_for_cases(node, State.DONE, 3)
+        assert len(store.wait_for_images(6)) == 6
+
+
+def test_p4_threads_without_end_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_MOST_THREADS", 300)
+    with misbehaving(tmp_path) as (node, _):
+        ask(node, "THREADBOMB", "GOOD")
+        wait_for_cases(node, State.FAILED)
+        wait_for_cases(node, State.DONE)
+        assert "threads are more than 1000 or 300" in case_of(node, "THREADBOMB").error
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        ("GRIP", ""),
+        ("GRIPHANG", "not processed within process_seconds 4"),
+        ("GRIPEXIT", "exit code 3"),
+    ],
+)
+def test_p4_a_deaf_process_in_another_session_that_holds_all_open_ends_too(
+    wish: str, said: str, tmp_path: Path
+) -> None:
+    with misbehaving(tmp_path, process_seconds=4.0) as (node, _):
+        ask(node, wish)
+        wait_for_cases(node, State.FAILED if said else State.DONE)
+        assert said in (case_of(node, wish).error or "")
+        pid = int(notes(tmp_path)[0])
+        wait_for(lambda: not is_alive(pid))
+        ask(node, "GOOD")
+        wait_for_cases(node, State.DONE, 1 if said else 2)
+
+
+@pytest.mark.parametrize("wish", ["BOTH", "BOTHRAISE"])
+def test_p4_a_forked_process_that_comes_out_of_process_does_not_speak_for_its_case(
+    wish: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with misbehaving(tmp_path, process_seconds=20.0) as (node, store):
+        ask(node, wish)
+        wait_for_cases(node, State.DONE)
+        wait_for(lambda: len(notes(tmp_path)) == 1)
+        if wish == "BOTH":
+            wait_for(lambda: "printed: said by a child" in caplog.text)
+        ask(node, "GOOD")
+        wait_for_cases(node, State.DONE, 2)
+        assert len(store.wait_for_images(4)) == 4
+        assert case_of(node, "GOOD").attempts == 1
+
+
 def test_p4_the_kernel_takes_the_worker_first_where_memory_runs_out(tmp_path: Path) -> None:
     with misbehaving(tmp_path) as (node, _):
         ask(node, "WHO")

@@ -29,20 +29,26 @@ GRACE_SECONDS, _GONE_SECONDS = 2.0, 5.0
 END, END_TELLING = b"e", b"t"
 
 
-def descendants(root: int) -> list[int]:
-    """The processes below another one, those that ended but were not waited for left out."""
-    children: dict[int, list[int]] = {}
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
+def descendants(root: int) -> dict[int, tuple[int, int]]:
+    """The processes below another one, with the group and the number of threads of each.
+
+    Those that ended but were not waited for are left out.
+    """
+    children: dict[int, list[tuple[int, int, int]]] = {}
+    for name in os.listdir("/proc"):  # noqa: PTH208  (many times a second)
+        if name.isdigit():
             with contextlib.suppress(OSError, ValueError, IndexError):
-                after_name = Path(entry.path, "stat").read_bytes().rpartition(b")")[2].split()
+                with open(f"/proc/{name}/stat", "rb") as file:  # noqa: PTH123
+                    after_name = file.read().rpartition(b")")[2].split()
                 if after_name[0] not in (b"Z", b"X"):
-                    children.setdefault(int(after_name[1]), []).append(int(entry.name))
-    found, left = [], [root]
+                    one = (int(name), int(after_name[2]), int(after_name[17]))
+                    children.setdefault(int(after_name[1]), []).append(one)
+    found: dict[int, tuple[int, int]] = {}
+    left = [root]
     while left:
-        below = children.get(left.pop(), [])
-        found += below
-        left += below
+        for pid, group, threads in children.get(left.pop(), []):
+            found[pid] = group, threads
+            left.append(pid)
     return found
 
 
@@ -111,31 +117,37 @@ def _keep(worker: int, node: socket.socket, parent: int) -> int:
 
 
 def _ask_to_end(worker: int, ended: int, tells: bool) -> None:
-    """End a worker, at first gently where it may tell where it is."""
+    """End a worker and its group, at first gently where it may tell where it is."""
     waiting = select.poll()
     waiting.register(ended, select.POLLIN)
     if tells:
         with contextlib.suppress(ProcessLookupError):
             os.kill(worker, signal.SIGTERM)
         waiting.poll(1000 * GRACE_SECONDS)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(worker, signal.SIGKILL)
+    # It leads a group, unless it has hardly begun.
+    for kill in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError):
+            kill(worker, signal.SIGKILL)
     waiting.poll(1000 * _GONE_SECONDS)
 
 
 def _end_all(own: int) -> int:
     """End all processes below this one; how many there were.
 
-    They are stopped before they are killed, so that those that start others cannot outrun it.
+    They are stopped before they are killed, and group by group, of which none can start another
+    process meanwhile: so those that start others cannot outrun it. A worker leads a session of its own,
+    so nothing else is in these groups.
     """
     end = time.monotonic() + _GONE_SECONDS
     met: set[int] = set()
     while (left := descendants(own)) and time.monotonic() < end:
-        fresh = set(left) - met
+        fresh = left.keys() - met
         met |= fresh
-        for pid in fresh or left:
+        number = signal.SIGSTOP if fresh else signal.SIGKILL
+        groups = {left[pid][0] for pid in fresh or left}
+        for group in groups - {os.getpgrp()}:
             with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGSTOP if fresh else signal.SIGKILL)
+                os.killpg(group, number)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass

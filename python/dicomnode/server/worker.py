@@ -18,6 +18,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def _serve(channel: Channel) -> None:
     forwarding = _Forwarding(channel)
     logging.getLogger().addHandler(forwarding)
     logging.getLogger().setLevel(description["level"])
+    os.register_at_fork(after_in_child=partial(_leave, channel, forwarding))
     # What is opened on import would be opened again here.
     setattr(AbstractPipeline, _OPEN, _refuse_to_open)
     sys.argv[:] = description["arguments"]
@@ -79,6 +81,12 @@ def _serve(channel: Channel) -> None:
             ending = _process(channel, pipeline, case, descriptors)
         channel.send(ending)
         gc.collect()
+
+
+def _leave(channel: Channel, forwarding: logging.Handler) -> None:
+    """What user code forks does not speak to the node, whatever it does: what it logs is printed."""
+    logging.getLogger().removeHandler(forwarding)
+    channel.close()
 
 
 def _process(

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,12 @@ from dicomnode.server.logs import tell
 _START_SECONDS = 600.0
 # How long a keeper may take to end all below it.
 _END_SECONDS = 20.0
-# How often memory is looked at, and for how long nothing is started after that has failed.
-_WATCH_SECONDS, _MOST_PAUSE_SECONDS = 0.1, 60.0
+# How often is looked at how much memory it takes, and at how many processes and threads it is.
+_WATCH_SECONDS, _COUNT_SECONDS = 0.1, 0.5
+# So many do not come from any sensible case, and the machine still has room for as many.
+_MOST_PROCESSES, _MOST_THREADS = 1000, 10_000
+# For how long nothing is started after that has failed.
+_MOST_PAUSE_SECONDS = 60.0
 # Of what a worker prints or logs in one case; more is dropped.
 _MOST_LINES, _MOST_LINE, _TAIL_LINES = 10_000, 4096, 200
 # Signals that others send: what they end is not the case's fault.
@@ -63,10 +67,22 @@ class _Report:
 
     status: int | None = None
     left: int = 0
+    #: Whether the kernel ended anything for want of memory meanwhile; None where nobody can tell.
+    is_short_of_memory: bool | None = None
 
     def __str__(self) -> str:
         if self.status is None:
             return "its keeper was killed"
+        if os.WIFSIGNALED(self.status) and os.WTERMSIG(self.status) == signal.SIGKILL:
+            if self.is_short_of_memory is False:
+                return (
+                    "killed by signal 9 (SIGKILL), and not by the kernel for want of memory: by somebody, "
+                    "or by a program that watches over memory, such as systemd-oomd"
+                )
+            return (
+                "killed by signal 9 (SIGKILL), probably out of memory; set process_memory below what the "
+                "machine or its container has for each worker, use fewer workers, or add memory"
+            )
         if os.WIFSIGNALED(self.status):
             number = os.WTERMSIG(self.status)
             with contextlib.suppress(ValueError):
@@ -98,6 +114,8 @@ class Worker:
         self._ending = threading.Lock()
         self._report: _Report | None = None
         self._own: set[int] = set()
+        self._watched = 0.0
+        self._kills = _kills_for_memory()
         #: How many cases it has processed, and whether it has to be replaced.
         self.cases = 0
         self.is_used_up = False
@@ -187,6 +205,7 @@ class Worker:
         self._case_id, self._lines = case_id, 0
         self._context = contextvars.copy_context()
         self._tail.clear()
+        self._kills, self._watched = _kills_for_memory(), time.monotonic()
         self.cases += 1
         end = None if self._limits.seconds is None else time.monotonic() + self._limits.seconds
         job = {
@@ -270,7 +289,9 @@ class Worker:
         self._output.join(1.0)
         try:
             found = json.loads(told)
-            return _Report(int(found["status"]), int(found["left"]))
+            kills = _kills_for_memory()
+            is_short = None if kills is None else kills != self._kills
+            return _Report(int(found["status"]), int(found["left"]), is_short)
         except (ValueError, TypeError, KeyError):
             return _Report()
 
@@ -283,14 +304,16 @@ class Worker:
         waiting = select.poll()
         waiting.register(self.channel, select.POLLIN)
         waiting.register(self._control, select.POLLIN)
-        limit = self._limits.memory if watches else None
+        pause = _COUNT_SECONDS if self._limits.memory is None else _WATCH_SECONDS
         while True:
-            if end is not None and time.monotonic() > end:
+            now = time.monotonic()
+            if end is not None and now > end:
                 self._fail_for_time(doing)
-            left = 1.0 if end is None else max(0.0, end - time.monotonic())
-            ready = dict(waiting.poll(1000 * min(left + 0.001, _WATCH_SECONDS if limit else 1.0)))
-            if limit is not None:
-                self._watch(limit)
+            if watches and now >= self._watched + pause:
+                self._watched = now
+                self._watch()
+            left = pause if end is None else max(0.0, end - now)
+            ready = dict(waiting.poll(1000 * min(left + 0.001, pause)))
             if self._report is not None:
                 raise Stopped
             if self.channel.fileno() in ready:
@@ -331,9 +354,18 @@ class Worker:
         kind = WorkerLost if report.is_from_outside else ProcessingFailed
         raise kind(f"its worker process ended before process() did: {report}", self._last_words())
 
-    def _watch(self, limit: int) -> None:
-        used = self.memory(limit)
-        if used > limit:
+    def _watch(self) -> None:
+        found = descendants(self._keeper.pid)
+        count, threads = len(found), sum(threads for _, threads in found.values())
+        if count > _MOST_PROCESSES or threads > _MOST_THREADS:
+            self.end()
+            raise ProcessingFailed(
+                f"its worker process started others without end: {count} processes with {threads} threads "
+                f"are more than {_MOST_PROCESSES} or {_MOST_THREADS}; all were ended",
+                self._last_words(),
+            )
+        limit = self._limits.memory
+        if limit is not None and (used := _memory_of(found, limit)) > limit:
             self.end()
             raise ProcessingFailed(
                 f"its worker process took {used} bytes of memory, process_memory is {limit}; it was ended"
@@ -619,7 +651,7 @@ def _received(result: Any, descriptors: list[int]) -> Result:
     return uid, sop_class, syntax, view_shared(memory)
 
 
-def _memory_of(pids: list[int], limit: int) -> int:
+def _memory_of(pids: Collection[int], limit: int) -> int:
     """Bytes of memory that processes take together, of their own and shared.
 
     Pages that several of them see count in each, unless that would be beyond the limit: then the
@@ -629,6 +661,16 @@ def _memory_of(pids: list[int], limit: int) -> int:
     if used <= limit:
         return used
     return sum(_values(pid, "smaps_rollup", ("Pss_Anon", "Pss_Shmem")) for pid in pids)
+
+
+def _kills_for_memory() -> int | None:
+    """How many processes the kernel has ended for want of memory; None where it does not tell."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name == "oom_kill":
+                return int(value)
+    return None
 
 
 def _values(pid: int, file: str, names: tuple[str, ...]) -> int:
