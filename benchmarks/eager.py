@@ -13,7 +13,6 @@ import logging
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ import pydicom
 
 from benchmarks import compressed, receive
 from benchmarks.series import in_slice_order
-from benchmarks.timing import Row, Table
+from benchmarks.timing import Row, Table, scratch
 from dicomnode.lib.grinders import numpy_grinder
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.node import AbstractPipeline
@@ -115,20 +114,20 @@ def _row(kind: str, runs: list[Run], wrong: str) -> Row:
 
 def _run(kind: str, sender: str, folder: Path) -> Run:
     paths = in_slice_order(folder)
-    with tempfile.TemporaryDirectory() as place:
-        node = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.eager", kind, str(len(paths)), f"{place}/root"],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert node.stdout is not None
-        try:
-            port = int(node.stdout.readline())
-            started, response, release = _send(sender, port, paths, Path(place))
-            told = json.loads(node.stdout.readline())
-        finally:
-            node.stdout.close()
-            node.wait(60)
+    place = scratch()
+    node = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.eager", kind, str(len(paths)), f"{place}/root"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert node.stdout is not None
+    try:
+        port = int(node.stdout.readline())
+        started, response, release = _send(sender, port, paths, place)
+        told = json.loads(node.stdout.readline())
+    finally:
+        node.stdout.close()
+        node.wait(60)
     entered, steps = told["process"], {}
     last = response
     for name, when in [*told["steps"], ("process() is called", entered)]:

@@ -13,7 +13,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from abc import ABC, abstractmethod
@@ -23,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 
 from benchmarks.series import paths_of
-from benchmarks.timing import Row, Table, cpu_seconds, memory_mb
+from benchmarks.timing import Row, Table, cpu_seconds, memory_mb, scratch
 
 _SLOW_SECONDS = 20.0
 #: What dcmtk's programs log, and how, with a clock.
@@ -219,21 +218,18 @@ def answer(
     results: dict[str, list[tuple[float, float, float]]] = {}
     wrong: dict[str, str] = {}
     everyone = receivers() if everyone is None else everyone
-    # All that is received stays to the end: ext4 searches long for room where files were just deleted.
-    with tempfile.TemporaryDirectory() as places:
-        for run in range(repeats):
-            for number, receiver in enumerate(everyone):
-                if receiver.name in wrong or _is_slow(results.get(receiver.name, [])):
-                    continue
-                place = Path(places, f"{run}-{number}")
-                try:
-                    seconds, cpu, peak, count = _run(receiver, senders, folder, place)
-                except RuntimeError as error:
-                    wrong[receiver.name] = f"fails: {str(error).splitlines()[-1][:60]}"
-                    continue
-                if count != images:
-                    wrong[receiver.name] = f"{count} of {images} arrived"
-                results.setdefault(receiver.name, []).append((seconds, cpu, peak))
+    for _ in range(repeats):
+        for receiver in everyone:
+            if receiver.name in wrong or _is_slow(results.get(receiver.name, [])):
+                continue
+            try:
+                seconds, cpu, peak, count = _run(receiver, senders, folder, scratch())
+            except RuntimeError as error:
+                wrong[receiver.name] = f"fails: {str(error).splitlines()[-1][:60]}"
+                continue
+            if count != images:
+                wrong[receiver.name] = f"{count} of {images} arrived"
+            results.setdefault(receiver.name, []).append((seconds, cpu, peak))
     rows = []
     for receiver in everyone:
         name = receiver.name

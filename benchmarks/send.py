@@ -10,14 +10,13 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.receive import LOG, Storescp, environment, program
 from benchmarks.series import paths_of
-from benchmarks.timing import Row, Table
+from benchmarks.timing import Row, Table, scratch
 
 #: Ours first.
 SENDERS = (
@@ -57,29 +56,29 @@ def answer(title: str, folder: Path, repeats: int, *options: str) -> Table | Non
 
 def _run(name: str, folder: Path, options: Sequence[str]) -> tuple[float, float, int]:
     """Seconds and CPU seconds of the sender, and how many images arrived."""
-    with tempfile.TemporaryDirectory() as place:
-        target = Path(place, "received")
-        target.mkdir()
-        receiver = Storescp("storescp", *options, no_delay=True)
-        process, port = receiver.start(target)
-        try:
-            kind = name.partition(",")[0]
-            if kind in ("dicomnode", "pynetdicom"):
-                done = subprocess.run(
-                    [sys.executable, "-m", "benchmarks.send", kind, str(port), str(folder)],
-                    check=False,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    text=True,
-                )
-                # pynetdicom may end the association before all images were answered.
-                seconds, cpu = map(float, done.stdout.split() or (0.0, 0.0))
-            else:
-                seconds, cpu = _dcmtk(kind, port, folder, Path(place))
-            count = receiver.count(process, target)
-        finally:
-            process.terminate()
-            process.wait(30)
+    place = scratch()
+    target = place / "received"
+    target.mkdir()
+    receiver = Storescp("storescp", *options, no_delay=True)
+    process, port = receiver.start(target)
+    try:
+        kind = name.partition(",")[0]
+        if kind in ("dicomnode", "pynetdicom"):
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.send", kind, str(port), str(folder)],
+                check=False,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            # pynetdicom may end the association before all images were answered.
+            seconds, cpu = map(float, done.stdout.split() or (0.0, 0.0))
+        else:
+            seconds, cpu = _dcmtk(kind, port, folder, place)
+        count = receiver.count(process, target)
+    finally:
+        process.terminate()
+        process.wait(30)
     return seconds, cpu, count
 
 

@@ -61,7 +61,7 @@ class Images:
         data = self._data.replace(self._uid, uid).replace(b"PHANTOM-1", patient.encode())
         digest = hashlib.sha256(memoryview(data)[self._start :]).digest()
         name = f"Image_CT_{number % _TOGETHER + 1}"
-        storage.add(patient, ["images"], Instance(uid.decode(), name, [data], lambda: digest))
+        storage.add(patient, ["images"], Instance(uid.decode(), name, [data], lambda _: digest))
 
 
 def open_storage(root: Path) -> Storage:

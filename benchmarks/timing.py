@@ -8,11 +8,23 @@ import gc
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+_SCRATCH = tempfile.TemporaryDirectory()
+
+
+def scratch() -> Path:
+    """A new folder that stays until this process ends.
+
+    ext4 gives the inodes of deleted files away again only minutes later, and looks at each of them
+    whenever a file is made near them: the deletions of one run would slow the next one.
+    """
+    return Path(tempfile.mkdtemp(dir=_SCRATCH.name))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ __all__ = [
     "__version__",
     "codecs",
     "debug_build",
+    "digest",
     "is_dicom",
     "jpeg_has_simd",
     "load",
@@ -68,7 +69,8 @@ class Receiver:
 
     `contexts` are the accepted presentation context IDs. `socket` is read by `receive`; it is duplicated,
     so that the caller may close it at any time. Of a dataset at most `memory` bytes are held; `on_full`
-    gives away an open file descriptor for the rest, or -1.
+    gives away an open file descriptor for the rest, or -1. `digest_size` tells the kind of the digests, as
+    in `digest`.
 
     Raises OSError where the socket cannot be duplicated.
     """
@@ -80,6 +82,7 @@ class Receiver:
         dataset: int,
         memory: int,
         socket: int | None = None,
+        digest_size: int = 32,
     ) -> Self: ...
     @property
     def arriving(self) -> int:
@@ -137,7 +140,7 @@ class Received:
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of the dataset."""
+        """The digest of the dataset."""
 
     @property
     def in_file(self) -> bool:
@@ -153,6 +156,12 @@ class Received:
     @property
     def data(self) -> memoryview:
         """The bytes of the dataset."""
+
+def digest(source: Source | memoryview, size: int = 32, start: int = 0) -> bytes:
+    """The digest of a file from `start` on, or of memory: SHA-256 (`size` 32), or BLAKE3 cut to 16 bytes.
+
+    Raises OSError, and ValueError for any other size.
+    """
 
 def scan(source: Source | Received, transfer_syntax: str | None = None) -> Header:
     """Scan one object. With `transfer_syntax`, `source` is a bare dataset (as DIMSE carries it).

@@ -424,3 +424,43 @@ def test_a_ledger_of_another_version_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(InvalidRootDataDirectory, match="version 99"), opened(tmp_path):
         pass
     assert path.exists()
+
+
+def test_a_run_with_another_durability_knows_the_images_of_an_earlier_one(tmp_path: Path) -> None:
+    series = instances(3)
+    changed = instances(1, seed=2)[0]
+    other = Instance(series[0].sop_instance_uid, "x", changed.chunks, changed.digest_of)
+    for durability, size in (("power", 32), ("process", 16), ("power", 32)):
+        storage = Storage(tmp_path, ["ct", "mr"], 0x00100020, 10**9, LOGGER, durability=durability)  # type: ignore[arg-type]
+        storage.open()
+        try:
+            case = storage.add("P", ["ct"], series[0])
+            assert storage.add("P", ["ct"], series[1]) == case
+            with pytest.raises(DuplicateInstance):
+                storage.add("P", ["ct"], other)
+            rows = storage.ledger.instances(case)
+            assert {len(row.digest) for row in rows} == {size}
+            assert len(rows) == 2
+            storage.verify(storage.ledger.case(case))
+            assert not any(row.damaged for row in storage.ledger.instances(case))
+        finally:
+            storage.close()
+    assert len(list((tmp_path / "P" / "ct").iterdir())) == 2
+
+
+def test_a_file_that_changed_is_damaged_also_for_a_run_with_another_durability(
+    tmp_path: Path,
+) -> None:
+    with opened(tmp_path) as storage:
+        number = storage.add("P", ["ct"], instances(1)[0])
+    (file,) = (tmp_path / "P" / "ct").iterdir()
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    storage = Storage(tmp_path, ["ct"], 0x00100020, 10**9, LOGGER, durability="process")
+    storage.open()
+    try:
+        storage.verify(storage.ledger.case(number))
+        assert [row.damaged for row in storage.ledger.instances(number)] == [True]
+    finally:
+        storage.close()

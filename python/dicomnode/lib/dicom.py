@@ -32,6 +32,7 @@ from dicomnode import _core
 from dicomnode._core import Header as Header
 from dicomnode._core import Received as Received
 from dicomnode._core import Receiver as Receiver
+from dicomnode._core import digest as digest
 from dicomnode._core import is_dicom as is_dicom
 from dicomnode._core import scan as scan
 from dicomnode.errors import InvalidDataset, InvalidDicom
@@ -365,8 +366,8 @@ def safe_name(text: str) -> str:
     if escaped.startswith("."):
         escaped = "%2E" + escaped[1:]
     if len(escaped) > 100:
-        digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        escaped = f"{escaped[:80]}%%{digest}"
+        short = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        escaped = f"{escaped[:80]}%%{short}"
     return escaped or "%"
 
 

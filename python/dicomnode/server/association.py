@@ -52,6 +52,7 @@ from dicomnode.server.transport import (
     is_within,
 )
 from dicomnode.storage.instances import Growing
+from dicomnode.storage.layout import digest_of, digest_of_file
 from dicomnode.storage.store import DuplicateInstance, Instance, Storage
 
 _VERIFICATION = "1.2.840.10008.1.1"
@@ -211,6 +212,7 @@ class AssociationServer:
                 reception.limits,
                 # What is kept in memory has to be there anyway.
                 reception.most_bytes if self._storage.root is None else _MOST_IN_MEMORY,
+                self._storage.digest_size,
                 reception.networks,
                 reception.tls,
                 self._logger,
@@ -604,7 +606,14 @@ class AssociationServer:
             return self._refuse(uid, _REFUSED, "refused by filter")
         chunks = (prefix, received.data) if growing is None else ()
         return self._keep(
-            header, Instance(uid, _file_stem(header, uid), chunks, lambda: received.digest, growing)
+            header,
+            Instance(
+                uid,
+                _file_stem(header, uid),
+                chunks,
+                partial(_digest_of, received, growing),
+                growing,
+            ),
         )
 
     def _prefix(self, association: Association, sop_class: str, uid: str, context: int) -> bytes:
@@ -646,6 +655,13 @@ class AssociationServer:
     def _refuse(self, uid: str, status: int, comment: str) -> tuple[int, str, str, int]:
         self._logger.warning("%r answered 0x%04X: %s", uid, status, comment)
         return status, comment, "", 0
+
+
+def _digest_of(received: Received, growing: Growing | None, size: int) -> bytes:
+    """A digest of the dataset; what was received comes with one of the kind that is kept."""
+    if len(received.digest) == size:
+        return received.digest
+    return digest_of(received.data, size) if growing is None else digest_of_file(growing.path, size)
 
 
 def _file_stem(header: Header, uid: str) -> str:

@@ -413,6 +413,7 @@ class _Provider(DULServiceProvider):
             limits.instance_bytes,
             self._association.memory_bytes,
             client.fileno() if is_plain else None,
+            self._association.digest_size,
         )
         self._last = (time.monotonic(), 0)
         return self.receiver
@@ -480,12 +481,16 @@ class _Messages(DIMSEServiceProvider):
 class NodeAssociation(Association):
     """An association that a node accepts."""
 
-    def __init__(self, ae: AE, service: Service, limits: Limits, memory_bytes: int) -> None:
+    def __init__(
+        self, ae: AE, service: Service, limits: Limits, memory_bytes: int, digest_size: int
+    ) -> None:
         super().__init__(ae, "acceptor")
         #: In the log.
         self.number: int | None = None
         #: Bytes of an image that may be in memory.
         self.memory_bytes = memory_bytes
+        #: Of what kind the digests of images are.
+        self.digest_size = digest_size
         self.dimse = _Messages(self)
         self.dul = self.provider = _Provider(self, service, limits)
         self.acse_timeout = limits.idle_seconds
@@ -555,7 +560,9 @@ class _Handler(RequestHandler):
 
     def _create_association(self) -> Association:
         server = self.server
-        association = NodeAssociation(self.ae, server.service, server.limits, server.memory_bytes)
+        association = NodeAssociation(
+            self.ae, server.service, server.limits, server.memory_bytes, server.digest_size
+        )
         association._server = server
         association.name = "AcceptorThread"
         association._complain = lambda trouble: server.complain(association, trouble)
@@ -611,6 +618,7 @@ class Server(ThreadedAssociationServer):
         service: Service,
         limits: Limits,
         memory_bytes: int,
+        digest_size: int,
         networks: Sequence[Network],
         tls: ssl.SSLContext | None,
         logger: logging.Logger,
@@ -618,6 +626,7 @@ class Server(ThreadedAssociationServer):
         self.service = service
         self.limits = limits
         self.memory_bytes = memory_bytes
+        self.digest_size = digest_size
         self._networks = networks
         self._logger = logger
         self._guard = threading.Lock()

@@ -1,14 +1,19 @@
 """Where things lie below the root of a node, and how a file is known to be what it was."""
 
-import hashlib
 import itertools
 from pathlib import Path
+from typing import Final
 
-from dicomnode.lib.dicom import safe_name
+from dicomnode.lib.dicom import digest, safe_name
 from dicomnode.storage.instances import Buffer, flush_folder, make_folder
 
 #: The node's own folder: ledger, outbox, incoming and damaged files. No identifier has this name.
 OWN = ".dicomnode"
+
+#: Bytes of a digest: SHA-256, or BLAKE3 cut to 16 bytes, which takes a fifth of the time. A digest tells
+#: by its length which one it is.
+SHA256: Final = 32
+BLAKE3: Final = 16
 
 #: In a folder of results: the folder of the case that they are of.
 OWNER = "case"
@@ -41,12 +46,12 @@ def set_aside(root: Path, relative: Path) -> None:
             return
 
 
-def digest_of(dataset: Buffer) -> bytes:
+def digest_of(dataset: Buffer, size: int = SHA256) -> bytes:
     """The digest of a dataset's bytes as they were received."""
-    return hashlib.sha256(dataset).digest()
+    return digest(dataset, size)
 
 
-def digest_of_file(path: str | Path) -> bytes:
+def digest_of_file(path: str | Path, size: int = SHA256) -> bytes:
     """The digest of the dataset in a file of ours; empty (unknown) for any other form.
 
     Raises OSError.
@@ -55,5 +60,4 @@ def digest_of_file(path: str | Path) -> bytes:
         start = file.read(144)
         if start[128:132] != b"DICM" or start[132:140] != b"\x02\x00\x00\x00UL\x04\x00":
             return b""
-        file.seek(144 + int.from_bytes(start[140:144], "little"))
-        return hashlib.file_digest(file, "sha256").digest()
+    return digest(str(path), size, 144 + int.from_bytes(start[140:144], "little"))

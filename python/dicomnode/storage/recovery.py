@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from dicomnode.storage.instances import Instances, flush_file, flush_folder
 from dicomnode.storage.layout import (
     OWN,
     OWNER,
+    SHA256,
     digest_of_file,
     input_folder,
     outbox_folder,
@@ -59,6 +61,7 @@ class Recovery:
         logger: logging.Logger,
         unfinished: Iterable[str] = (),
         flush: bool = True,
+        digest_size: int = SHA256,
     ) -> None:
         self._root = root
         # Folders of cases whose results were on their way when the ledger was lost.
@@ -69,6 +72,7 @@ class Recovery:
         self._identifier_tag = identifier_tag
         self._logger = logger
         self._flush = flush
+        self._digest_size = digest_size
         self._found: dict[str, tuple[str, OpenCase]] = {}
         self._adopted: dict[int, tuple[OpenCase, list[InstanceRow]]] = {}
         #: The cases that take images, by identifier.
@@ -131,9 +135,10 @@ class Recovery:
                 for row in by_uid.values()
                 if not row.damaged and not self._is_sound(folder, row, sizes)
             ]
-        if damaged:
-            self._ledger.add_instances(case.id, damaged)
-            for row in damaged:
+        changed = damaged + self._in_our_kind(case, rows, {(row.input, row.uid) for row in damaged})
+        if changed:
+            self._ledger.add_instances(case.id, changed)
+            for row in changed:
                 rows[row.input][row.uid] = row
         for name in set(rows) - set(self._input_names):
             if case.state is State.EXPORTING:
@@ -149,6 +154,26 @@ class Recovery:
         if damaged and case.state is State.READY:
             self._ledger.move(case.id, State.READY, State.RECEIVING)
         self.open_cases[case.identifier] = OpenCase(case.id, case.folder, rows)
+
+    def _in_our_kind(
+        self, case: Case, rows: dict[str, dict[str, InstanceRow]], damaged: set[tuple[str, str]]
+    ) -> list[InstanceRow]:
+        """Rows with digests of another kind, made by a run with another durability, with ours.
+
+        They are compared with those of images that come. A file that is not what it was keeps its
+        own, by which it is found damaged later.
+        """
+        found = []
+        for row in (one for by_uid in rows.values() for one in by_uid.values()):
+            size = len(row.digest)
+            if size in (0, self._digest_size) or row.damaged or (row.input, row.uid) in damaged:
+                continue
+            path = self._root / input_folder(case.folder, row.input) / row.file
+            with suppress(OSError):
+                if digest_of_file(path, size) == row.digest:
+                    digest = digest_of_file(path, self._digest_size)
+                    found.append(replace(row, digest=digest))
+        return found
 
     def _sizes(self, folder: str) -> dict[str, int] | None:
         """The size of each file in a folder; None where it cannot be looked into now."""
@@ -236,7 +261,9 @@ class Recovery:
         if known is not None and not known.damaged:
             self._set_aside(relative, f"it repeats an instance of case {case.id}")
             return
-        adopted = InstanceRow(input_name, uid, file, path.stat().st_size, digest_of_file(path))
+        adopted = InstanceRow(
+            input_name, uid, file, path.stat().st_size, digest_of_file(path, self._digest_size)
+        )
         if self._flush:
             # Its sender was not told that it is safe, and is told so when it sends it again.
             flush_file(path)

@@ -52,8 +52,10 @@ from dicomnode.storage.instances import (
     make_folder,
 )
 from dicomnode.storage.layout import (
+    BLAKE3,
     OWN,
     OWNER,
+    SHA256,
     digest_of,
     digest_of_file,
     input_folder,
@@ -78,21 +80,16 @@ Durability: TypeAlias = Literal["power", "process"]
 class Instance:
     """An image that arrived: who it is, what its file is called, and its bytes as a Part 10 object.
 
-    `digest_of` gives the digest of the dataset without the file meta, so that a resend in another
-    association counts as the same; it is asked for as late as possible. A large one is in a file
+    `digest_of` gives the digest, of so many bytes, of the dataset without the file meta, so that a resend
+    in another association counts as the same; it is asked for as late as possible. A large one is in a file
     already, `growing`.
     """
 
     sop_instance_uid: str
     name: str
     chunks: Sequence[Buffer]
-    digest_of: Callable[[], bytes]
+    digest_of: Callable[[int], bytes]
     growing: Growing | None = None
-
-    @property
-    def digest(self) -> bytes:
-        """SHA-256 of the dataset."""
-        return self.digest_of()
 
 
 class DuplicateInstance(Exception):
@@ -139,6 +136,8 @@ class Storage:
     ) -> None:
         self.root = root
         self._is_flushed = durability == "power"
+        #: Of what kind the digests of images are.
+        self.digest_size = SHA256 if root is not None and self._is_flushed else BLAKE3
         self._wanted_free = least_free
         self._least_free = 0
         self._input_names = tuple(input_names)
@@ -222,6 +221,7 @@ class Storage:
                     self._logger,
                     self._unfinished,
                     self._is_flushed,
+                    self.digest_size,
                 )
                 recovery.run()
             except BaseException:
@@ -359,7 +359,8 @@ class Storage:
                         input_folder(case.folder, name),
                         self._free_names(case, name, instance.name),
                     )
-                    rows.append(InstanceRow(name, uid, file, staged.size, instance.digest))
+                    digest = instance.digest_of(self.digest_size)
+                    rows.append(InstanceRow(name, uid, file, staged.size, digest))
                 self.ledger.add_instances(case.id, rows)
             except OutOfResources:
                 for row in rows:
@@ -433,7 +434,7 @@ class Storage:
                 known = self._checked(self.ledger.case(case.id), known, case)
             if known is None or known.damaged:
                 lacking.append(name)
-            elif known.digest and known.digest != instance.digest:
+            elif known.digest and known.digest != instance.digest_of(len(known.digest)):
                 raise DuplicateInstance(
                     f"{instance.sop_instance_uid} is in case {case.id} with other content"
                 )
@@ -558,7 +559,7 @@ class Storage:
         if self.root is None or row.damaged or not row.digest or not isinstance(source, str):
             return row
         try:
-            if digest_of_file(source) == row.digest:
+            if digest_of_file(source, len(row.digest)) == row.digest:
                 return row
         except OSError:
             pass
@@ -791,7 +792,7 @@ class Storage:
             if self.root is None or uid in found or not isinstance(source, str):
                 continue
             try:
-                if not digest or digest_of_file(source) == digest:
+                if not digest or digest_of_file(source, len(digest)) == digest:
                     found[uid] = header_text(scan(source), 0x00080016)
             except (InvalidDicom, OSError) as error:
                 self._logger.error("%s cannot be read: %s", uid, type(error).__name__)

@@ -16,12 +16,14 @@
 //! | [`encapsulated`] | which fragments make up which frame |
 //! | [`codec`] | one compressed frame to its samples |
 //! | [`color`] | samples of colour, one pixel after the other, in RGB |
+//! | [`digest`] | how content is known again |
 //! | [`receive`] | the bytes of an association to whole C-STORE requests |
 //! | [`source`] | a file or bytes in memory |
 //! | [`error`] | the one error type |
 
 pub mod codec;
 pub mod color;
+pub mod digest;
 pub mod encapsulated;
 pub mod error;
 pub mod folder;

@@ -9,8 +9,7 @@
 use std::collections::VecDeque;
 use std::mem;
 
-use sha2::{Digest, Sha256};
-
+use crate::digest::{Digest, Kind};
 use crate::error::{Error, Result};
 
 /// P-DATA-TF (PS3.8 section 9.3.5).
@@ -123,15 +122,8 @@ pub struct Store {
     pub dataset: Bytes,
     /// Bytes of the whole dataset.
     pub size: u64,
-    /// SHA-256 of the whole dataset, where parts of it were taken before; else it can be had of
-    /// [`digest`].
-    pub digest: Option<[u8; 32]>,
-}
-
-/// SHA-256.
-#[must_use]
-pub fn digest(bytes: &[u8]) -> [u8; 32] {
-    Sha256::digest(bytes).into()
+    /// The digest of the whole dataset, where parts of it were taken before.
+    pub digest: Option<Vec<u8>>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -153,7 +145,7 @@ enum Message {
     /// A command set that is not whole yet.
     Command(Vec<u8>),
     /// The dataset of a C-STORE request, and the digest of the parts that were taken.
-    Dataset(Box<Store>, Option<Sha256>),
+    Dataset(Box<Store>, Option<Digest>),
     /// The dataset of another message, of which so many bytes came; whether its end was passed on.
     Other {
         size: usize,
@@ -165,6 +157,7 @@ enum Message {
 pub struct Receiver {
     contexts: Vec<u8>,
     limits: Limits,
+    kind: Kind,
     input: Vec<u8>,
     /// `input[start..end]` was read and not looked at yet.
     start: usize,
@@ -179,12 +172,14 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// `contexts` are the IDs of the accepted presentation contexts.
+    /// `contexts` are the IDs of the accepted presentation contexts; `kind` is the digest of large
+    /// datasets.
     #[must_use]
-    pub fn new(contexts: Vec<u8>, limits: Limits) -> Self {
+    pub fn new(contexts: Vec<u8>, limits: Limits, kind: Kind) -> Self {
         Receiver {
             contexts,
             limits,
+            kind,
             input: Vec::new(),
             start: 0,
             end: 0,
@@ -339,7 +334,8 @@ impl Receiver {
     pub fn take(&mut self) -> Bytes {
         match &mut self.message {
             Message::Dataset(store, hash) => {
-                hash.get_or_insert_default().update(&*store.dataset);
+                hash.get_or_insert_with(|| Digest::new(self.kind))
+                    .update(&store.dataset);
                 mem::take(&mut store.dataset)
             }
             _ => Bytes::default(),
@@ -496,8 +492,8 @@ impl Receiver {
             }
             Message::Dataset(mut store, hash) => {
                 store.digest = hash.map(|mut hash| {
-                    hash.update(&*store.dataset);
-                    hash.finalize().into()
+                    hash.update(&store.dataset);
+                    hash.finish()
                 });
                 self.is_full = false;
                 self.ready = Some(store);
@@ -678,7 +674,7 @@ mod tests {
 
     /// All that comes of these bytes, given in pieces of a size; how much was held at most.
     fn steps(bytes: &[u8], size: usize, limits: Limits) -> Result<(Vec<Step>, Vec<u8>, usize)> {
-        let mut receiver = Receiver::new(vec![1, 3], limits);
+        let mut receiver = Receiver::new(vec![1, 3], limits, Kind::Sha256);
         let (mut found, mut taken, mut most) = (Vec::new(), Vec::new(), 0);
         let mut drain = |receiver: &mut Receiver| -> Result<()> {
             loop {
@@ -822,7 +818,7 @@ mod tests {
             let store = stored(&found[0]);
             taken.extend_from_slice(&store.dataset);
             assert_eq!(taken, data);
-            assert_eq!(store.digest, Some(digest(&data)));
+            assert_eq!(store.digest, Some(Kind::Sha256.of(&data)));
             assert!(most < limits.memory + 2 * size, "{most}");
         }
     }

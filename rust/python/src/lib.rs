@@ -6,6 +6,7 @@
 //! `dicomnode.errors`. Its typed face is `python/dicomnode/_core.pyi`.
 
 mod codecs;
+mod digest;
 mod errors;
 mod header;
 mod image;
@@ -19,6 +20,8 @@ mod _core {
 
     #[pymodule_export]
     use crate::codecs::{codecs, jpeg_has_simd};
+    #[pymodule_export]
+    use crate::digest::digest;
     #[pymodule_export]
     use crate::header::{Header, is_dicom, scan};
     #[pymodule_export]

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use dicomnode_core::digest::Kind;
 use dicomnode_core::receive as core;
 use dicomnode_core::{Error, Result};
 use pyo3::exceptions::PyValueError;
@@ -19,18 +20,21 @@ use rustix::io::Errno;
 use rustix::net::sockopt::set_tcp_quickack;
 use rustix::net::{RecvFlags, recv};
 
+use crate::digest::kind_of;
 use crate::errors::detached;
 
 /// Parses one association's bytes into C-STORE requests (PS3.7 section 9.1.1).
 ///
 /// `contexts` are the accepted presentation context IDs. `socket` is read by `receive`; it is duplicated,
 /// so that the caller may close it at any time. Of a dataset at most `memory` bytes are held; `on_full`
-/// gives away an open file descriptor for the rest, or -1.
+/// gives away an open file descriptor for the rest, or -1. `digest_size` tells the kind of the digests, as
+/// in `digest`.
 ///
 /// Raises OSError where the socket cannot be duplicated.
 #[pyclass(frozen, module = "dicomnode._core")]
 pub struct Receiver {
     state: Mutex<State>,
+    kind: Kind,
     spare: Spare,
     arriving: AtomicUsize,
     total: AtomicU64,
@@ -90,14 +94,16 @@ enum Outcome {
 #[pymethods]
 impl Receiver {
     #[new]
-    #[pyo3(signature = (contexts, pdu, dataset, memory, socket = None))]
+    #[pyo3(signature = (contexts, pdu, dataset, memory, socket = None, digest_size = 32))]
     fn new(
         contexts: Vec<u8>,
         pdu: u32,
         dataset: u64,
         memory: usize,
         socket: Option<c_int>,
+        digest_size: usize,
     ) -> PyResult<Self> {
+        let kind = kind_of(digest_size)?;
         let socket = match socket {
             None => None,
             Some(number) if number < 0 => {
@@ -114,9 +120,10 @@ impl Receiver {
         Ok(Receiver {
             state: Mutex::new(State {
                 socket,
-                parser: core::Receiver::new(contexts, limits),
+                parser: core::Receiver::new(contexts, limits, kind),
                 spill: Spill::default(),
             }),
+            kind,
             spare: Spare::default(),
             arriving: AtomicUsize::new(0),
             total: AtomicU64::new(0),
@@ -244,7 +251,8 @@ impl Receiver {
                 Outcome::Store(mut store, spill) => {
                     let dataset = Arc::new(std::mem::take(&mut store.dataset));
                     let received = Received {
-                        digest: Mutex::new(Hash::of(store.digest, &dataset)),
+                        digest: Mutex::new(Hash::of(self.kind, store.digest.take(), &dataset)),
+                        kind: self.kind,
                         store: *store,
                         dataset,
                         in_file: spill.is_used,
@@ -391,6 +399,7 @@ fn text(bytes: &[u8]) -> String {
 pub struct Received {
     store: core::Store,
     dataset: Arc<core::Bytes>,
+    kind: Kind,
     digest: Mutex<Hash>,
     in_file: bool,
     errno: Option<i32>,
@@ -399,26 +408,31 @@ pub struct Received {
 
 /// A digest that is there, or will be in a moment: it is made while the image is routed and written.
 enum Hash {
-    Known([u8; 32]),
-    Coming(JoinHandle<[u8; 32]>),
+    Known(Vec<u8>),
+    Coming(JoinHandle<Vec<u8>>),
 }
 
 /// A smaller dataset is hashed sooner than a thread begins.
-const LEAST_APART: usize = 64 << 10;
+fn least_apart(kind: Kind) -> usize {
+    match kind {
+        Kind::Sha256 => 64 << 10,
+        Kind::Blake3 => 256 << 10,
+    }
+}
 
 impl Hash {
-    fn of(known: Option<[u8; 32]>, dataset: &Arc<core::Bytes>) -> Self {
+    fn of(kind: Kind, known: Option<Vec<u8>>, dataset: &Arc<core::Bytes>) -> Self {
         if let Some(digest) = known {
             return Hash::Known(digest);
         }
-        if dataset.len() >= LEAST_APART {
+        if dataset.len() >= least_apart(kind) {
             let shared = Arc::clone(dataset);
             let builder = std::thread::Builder::new().name("digest".into());
-            if let Ok(coming) = builder.spawn(move || core::digest(&shared)) {
+            if let Ok(coming) = builder.spawn(move || kind.of(&shared)) {
                 return Hash::Coming(coming);
             }
         }
-        Hash::Known(core::digest(dataset))
+        Hash::Known(kind.of(dataset))
     }
 }
 
@@ -460,19 +474,19 @@ impl Received {
         self.store.size
     }
 
-    /// SHA-256 of the dataset.
+    /// The digest of the dataset.
     #[getter]
     fn digest<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         let digest = py.detach(|| {
             let mut hash = self.digest.lock().unwrap_or_else(PoisonError::into_inner);
-            let digest = match std::mem::replace(&mut *hash, Hash::Known([0; 32])) {
+            let digest = match std::mem::replace(&mut *hash, Hash::Known(Vec::new())) {
                 Hash::Known(digest) => digest,
                 // A thread that died leaves the work to this one.
                 Hash::Coming(thread) => thread
                     .join()
-                    .unwrap_or_else(|_| core::digest(&self.dataset)),
+                    .unwrap_or_else(|_| self.kind.of(&self.dataset)),
             };
-            *hash = Hash::Known(digest);
+            *hash = Hash::Known(digest.clone());
             digest
         });
         PyBytes::new(py, &digest)

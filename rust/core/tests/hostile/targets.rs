@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use dicomnode_core::codec::{self, Codec, Decoded, Shape, Wish};
 use dicomnode_core::color::Space;
+use dicomnode_core::digest::Kind;
 use dicomnode_core::encapsulated::Frames;
 use dicomnode_core::image::{self, Image};
-use dicomnode_core::receive::{Limits, Receiver, Step, Store, digest};
+use dicomnode_core::receive::{Limits, Receiver, Step, Store};
 use dicomnode_core::scan::{self, Header};
 use dicomnode_core::source::Source;
 use dicomnode_core::stack::{Matrix, Reading, Slice, stack};
@@ -330,14 +331,17 @@ fn receive(data: &[u8]) -> usize {
 }
 
 /// The digests and sizes of the requests, and whether all was understood.
-fn received(sent: &[u8], size: usize) -> (Vec<([u8; 32], u64)>, bool) {
-    let digest_of = |store: &Store| store.digest.unwrap_or_else(|| digest(&store.dataset));
+fn received(sent: &[u8], size: usize) -> (Vec<(Vec<u8>, u64)>, bool) {
+    let digest_of = |store: &Store| {
+        let whole = || Kind::Blake3.of(&store.dataset);
+        store.digest.clone().unwrap_or_else(whole)
+    };
     let limits = Limits {
         pdu: 1 << 16,
         dataset: 1 << 15,
         memory: 4096,
     };
-    let mut receiver = Receiver::new(vec![1, 3], limits);
+    let mut receiver = Receiver::new(vec![1, 3], limits, Kind::Blake3);
     let (mut found, mut taken) = (Vec::new(), 0);
     for mut piece in sent.chunks(size) {
         while !piece.is_empty() {
