@@ -4,13 +4,13 @@ Each start is a whole one: the ledger is checked, every file is looked at, every
 is complete. `python -m benchmarks.start FOLDER IMAGES` fills a root and prints its figures.
 """
 
-import hashlib
 import logging
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from benchmarks.timing import Row, Table, memory_mb
 from dicomnode.lib.dicom import encode
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.node import AbstractPipeline
+from dicomnode.storage.layout import digest_of
 from dicomnode.storage.store import Instance, Storage
 from dicomnode.testing import make_series, running_node
 
@@ -59,9 +60,9 @@ class Images:
         uid = self._uid[:-10] + f"{number:010}".encode()
         patient = f"P{number // _TOGETHER:08}"
         data = self._data.replace(self._uid, uid).replace(b"PHANTOM-1", patient.encode())
-        digest = hashlib.sha256(memoryview(data)[self._start :]).digest()
+        digest = partial(digest_of, memoryview(data)[self._start :])
         name = f"Image_CT_{number % _TOGETHER + 1}"
-        storage.add(patient, ["images"], Instance(uid.decode(), name, [data], lambda _: digest))
+        storage.add(patient, ["images"], Instance(uid.decode(), name, [data], digest))
 
 
 def open_storage(root: Path) -> Storage:

@@ -322,7 +322,7 @@ class Crash:
             path = self._root / input_folder(folder, name) / file
             if state == State.DONE.value:
                 continue
-            if damaged or not path.exists() or digest_of_file(path) != digest:
+            if damaged or not path.exists() or digest_of_file(path, len(digest)) != digest:
                 raise Broken(f"{path} of a case that is {state} is missing or damaged")
             there.add(uid)
         arrived = {source for _, source, _ in self._results()}
