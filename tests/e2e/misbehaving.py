@@ -41,6 +41,18 @@ class Grinding(Two):
         return super().get_data()
 
 
+def secondary_capture(rows: int = 2, columns: int = 2) -> Dataset:
+    """What an archive takes, black, and in a study of its own."""
+    one = Dataset()
+    one.SOPClassUID, one.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.7", generate_uid()
+    one.StudyInstanceUID, one.SeriesInstanceUID, one.Modality = generate_uid(), generate_uid(), "OT"
+    one.Rows, one.Columns, one.SamplesPerPixel = rows, columns, 1
+    one.PhotometricInterpretation, one.PixelRepresentation = "MONOCHROME2", 0
+    one.BitsAllocated, one.BitsStored, one.HighBit = 8, 8, 7
+    one.PixelData = bytes(rows * columns)
+    return one
+
+
 class Misbehaving(AbstractPipeline):
     ip, port, ae_title = "127.0.0.1", 0, "NODE"
     input = {"ct": Grinding}
@@ -121,17 +133,12 @@ class Misbehaving(AbstractPipeline):
 
     def do_endless(self, array: Any) -> Iterable[Dataset]:
         while True:
-            one = Dataset()
-            one.SOPClassUID, one.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.7", generate_uid()
+            one = secondary_capture()
             one.PatientComments = "x" * 9000
             yield one
 
     def do_huge(self, array: Any) -> Iterable[Dataset]:
-        one = Dataset()
-        one.SOPClassUID, one.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.7", generate_uid()
-        one.BitsAllocated = 8
-        one.PixelData = bytes(3 << 20)
-        return [one]
+        return [secondary_capture(1536, 2048)]
 
     def do_invalid(self, array: Any) -> Iterable[Any]:
         one = Dataset()
@@ -139,9 +146,18 @@ class Misbehaving(AbstractPipeline):
         return [one]
 
     def do_twice(self, array: Any) -> Iterable[Dataset]:
-        one = Dataset()
-        one.SOPClassUID, one.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.7", generate_uid()
-        return [one, one]
+        return 2 * [secondary_capture()]
+
+    def do_short(self, array: Any) -> Iterable[Dataset]:
+        """The second of two has fewer pixels than it says."""
+        one, other = secondary_capture(), secondary_capture()
+        other.Rows = 3
+        return [one, other]
+
+    def do_nostudy(self, array: Any) -> Iterable[Dataset]:
+        one = secondary_capture()
+        one.StudyInstanceUID = ""
+        return [one]
 
     def do_text(self, array: Any) -> Any:
         return ["a text"]

@@ -99,7 +99,9 @@ def is_alive(pid: int) -> bool:
 
 
 @BOTH
-@pytest.mark.parametrize("wish", ["RAISE", "SYSEXIT", "INVALID", "TWICE", "TEXT", "HUGE"])
+@pytest.mark.parametrize(
+    "wish", ["RAISE", "SYSEXIT", "INVALID", "NOSTUDY", "SHORT", "TWICE", "TEXT", "HUGE"]
+)
 def test_p1_p3_p6_what_process_raises_or_gives_fails_its_case_only(
     isolation: str, wish: str, tmp_path: Path
 ) -> None:
@@ -111,14 +113,18 @@ def test_p1_p3_p6_what_process_raises_or_gives_fails_its_case_only(
         said = {
             "RAISE": "ValueError: this",
             "SYSEXIT": "SystemExit: 0",
-            "INVALID": "a result has no valid SOPClassUID",
+            "INVALID": "(0008,0016) SOPClassUID is missing or empty",
+            "NOSTUDY": "(0020,000D) StudyInstanceUID is missing or empty",
+            "SHORT": "(7FE0,0010) PixelData has 4 bytes, and 1 frames of Rows 3 x Columns 2",
             "TWICE": "two results have the SOPInstanceUID",
             "TEXT": "a str among its results",
             "HUGE": "larger than process_output",
         }[wish]
         assert said in case.error
         assert len(list((tmp_path / "root" / f"ID-{wish}").rglob("*.dcm"))) == 2
-        assert len(store.wait_for_images(2)) == 2
+        # Those of the other case, and of this one none.
+        assert {one.PatientID for one in store.wait_for_images(2)} == {"ID-GOOD"}
+        assert len(store.received) == 2
 
 
 def test_p1_the_traceback_is_that_of_the_user(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any, Protocol, TypeAlias
 from pydicom.dataset import Dataset
 
 from dicomnode.errors import InvalidDataset, InvalidDicom, ProcessingFailed
-from dicomnode.lib.dicom import Source, encode, header_text, is_uid, scan
+from dicomnode.lib.dicom import Header, Source, encode, header_text, is_uid, scan
+from dicomnode.lib.results import check_result
 from dicomnode.server.input import AbstractInput
 from dicomnode.storage.instances import Buffer
 
@@ -122,6 +123,7 @@ def encoded(results: object) -> Iterator[Result]:
                 f"process() gave a {type(dataset).__name__} among its results; it has to give Datasets"
             )
         data, syntax = encode(dataset)
+        check_result(_scanned(str(dataset.SOPInstanceUID), data))
         yield str(dataset.SOPInstanceUID), str(dataset.SOPClassUID), syntax, data
 
 
@@ -154,12 +156,16 @@ def verify_result(uid: str, sop_class: str, syntax: str, source: Source) -> None
     """Whether a result that another process made is what it says. Raises InvalidDataset."""
     if not all(map(is_uid, (uid, sop_class, syntax))):
         raise InvalidDataset(f"a result of another process has no valid UIDs ({uid!r:.80})")
-    try:
-        header = scan(source)
-    except InvalidDicom as error:
-        raise InvalidDataset(f"result {uid} of another process is damaged: {error}") from error
+    header = _scanned(uid, source)
     for tag, told in ((0x00080018, uid), (0x00080016, sop_class)):
         if header_text(header, tag) != told:
             raise InvalidDataset(f"result {uid} of another process is another object")
     if header.transfer_syntax != syntax:
         raise InvalidDataset(f"result {uid} of another process has another transfer syntax")
+
+
+def _scanned(uid: str, source: Source) -> Header:
+    try:
+        return scan(source)
+    except InvalidDicom as error:
+        raise InvalidDataset(f"result {uid} is no valid object: {error}") from error
