@@ -67,6 +67,8 @@ LAYOUT_TAGS: Final = (
     0x00102210, 0x00209161, 0x00209162, 0x00209163, 0x00209228, 0x0062000B,
 )  # fmt: skip
 _IMAGE_SEQUENCES: Final = (0x00283000, 0x52009229, 0x52009230)
+# What is a name as it is.
+_PLAIN: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 # Values longer than this stay in the file until they are asked for.
 _DEFER_BYTES: Final = 16 * 1024
 
@@ -359,6 +361,8 @@ def safe_name(text: str) -> str:
     `%XX`. Names over 100 characters are cut and end in a digest of the whole. Different texts have
     different names.
     """
+    if _PLAIN.fullmatch(text) is not None:
+        return text
     escaped = "".join(
         chr(byte) if _is_plain(byte) else f"%{byte:02X}"
         for byte in text.encode("utf-8", "surrogateescape")
