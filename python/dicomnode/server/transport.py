@@ -250,7 +250,9 @@ class _Socket(AssociationSocket):
         try:
             if client is None:
                 raise OSError("closed")
-            client.settimeout(self._provider.limits.stall_seconds)
+            seconds = self._provider.limits.stall_seconds
+            if client.gettimeout() != seconds:
+                client.settimeout(seconds)
             client.sendall(bytestream)
         except OSError:
             self.event_queue.put("Evt17")
@@ -330,6 +332,11 @@ class _Provider(DULServiceProvider):
         """Whether so many messages wait to be served that no more are read."""
         return self._association.dimse.msg_queue.qsize() >= _MOST_WAITING
 
+    @property
+    def _has_other_work(self) -> bool:
+        is_asked = not (self.to_provider_queue.empty() and self.event_queue.empty())
+        return is_asked or self._kill_thread
+
     def pause(self) -> None:
         """Wait a moment for what other threads ask."""
         self.wake.wait(0.02)
@@ -376,15 +383,20 @@ class _Provider(DULServiceProvider):
         try:
             receiver = self.receiver or self._new_receiver()
             found = self._read(receiver)
+            while isinstance(found, Received):
+                self._began = None
+                response = self._service.store(self._association, found)
+                if self.socket is not None:
+                    self.socket.send(response)
+                if self._has_other_work:
+                    return
+                # The next image, without the way through pynetdicom's loop.
+                found = self._read(receiver)
             if found is None:
                 self._check_pace(receiver)
                 return
             self._began = None
-            if isinstance(found, Received):
-                response = self._service.store(self._association, found)
-                if self.socket is not None:
-                    self.socket.send(response)
-            elif found:
+            if found:
                 self._pass_on(found)
             else:
                 self.event_queue.put("Evt17")
@@ -422,7 +434,8 @@ class _Provider(DULServiceProvider):
         client = None if self.socket is None else self.socket.socket
         if not isinstance(client, ssl.SSLSocket):
             found = receiver.receive(self.wake.number, _LOOK_SECONDS, self._begin_file)
-            self.wake.clear()
+            if found is None:
+                self.wake.clear()
             return found
         found = receiver.offer(b"", self._begin_file)
         if found is not None or not (client.pending() or _wait(client, self.wake, _LOOK_SECONDS)):
