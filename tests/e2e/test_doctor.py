@@ -5,9 +5,11 @@ import os
 import resource
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from tests.e2e.programs import Command, pipeline_file
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 from dicomnode.cli import checkup
 from dicomnode.cli.checkup import file_system_of
 from dicomnode.cli.main import app
+from dicomnode.server.keeper import descendants
 from dicomnode.testing import StoringNode, running_node
 
 SOUND = """
@@ -78,6 +81,55 @@ def test_a_sound_configuration_has_no_error_and_leaves_nothing(
     ],
 )
 def test_what_cannot_work_is_an_error_with_a_remedy(code: str, told: str, tmp_path: Path) -> None:
+    exit_code, lines = doctor(pipeline_file(tmp_path, code))
+    assert exit_code == 1
+    assert found(lines, "error", told), lines
+
+
+ISOLATED = """
+    isolation = "process"
+    def post_init(self):
+        raise RuntimeError("not called")
+    def process(self, input_data):
+        return None
+"""
+
+
+def test_a_pipeline_that_worker_processes_can_import_is_told(tmp_path: Path) -> None:
+    before = set(descendants(os.getpid()))
+    exit_code, lines = doctor(pipeline_file(tmp_path, f"class Node(Base):{ISOLATED}"))
+    assert exit_code == 0, lines
+    assert found(lines, "ok", "a worker process can import and make Node")
+    assert set(descendants(os.getpid())) <= before
+
+
+def test_a_module_that_only_this_process_has_is_missing_in_a_worker_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "only_here", ModuleType("only_here"))
+    code = f"import only_here\nclass Node(Base):{ISOLATED}"
+    exit_code, lines = doctor(pipeline_file(tmp_path, code))
+    assert exit_code == 1
+    assert found(
+        lines, "error", f"cannot be imported by {sys.executable}: No module named 'only_here'"
+    )
+    assert found(lines, "error", "install it there, or put it beside that file")
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        (f"def make():\n    class Node(Base):{ISOLATED.replace(chr(10), chr(10) + '    ')}\n"
+         "    return Node\nNode = make()\n", "define it in a file, at the top level"),
+        ("if __name__ == '__main__':\n    class Node(Base): isolation = 'process'\n",
+         "has no pipeline Node"),
+        (f"import not_there\nclass Node(Base):{ISOLATED}", "install it for"),
+        (f"class Node(Base):{ISOLATED}\nNode()\n", 'below `if __name__ == "__main__":`'),
+    ],
+)  # fmt: skip
+def test_what_keeps_a_worker_process_from_importing_is_an_error_with_a_remedy(
+    code: str, told: str, tmp_path: Path
+) -> None:
     exit_code, lines = doctor(pipeline_file(tmp_path, code))
     assert exit_code == 1
     assert found(lines, "error", told), lines

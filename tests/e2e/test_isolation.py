@@ -496,6 +496,22 @@ def test_a_class_that_no_other_process_can_import_is_told_when_the_node_opens() 
     assert set(descendants(os.getpid())) <= before
 
 
+def test_a_class_that_is_not_there_when_its_file_is_imported_is_told(tmp_path: Path) -> None:
+    with program(
+        tmp_path,
+        """
+if __name__ == "__main__":
+    class Below(Node):
+        pass
+    Below()
+""",
+    ) as process:
+        assert process.stdout is not None
+        said = process.stdout.read()
+        assert process.wait(30) == 1
+    assert "defines no Below when it is imported: define it at the top level, above" in said
+
+
 def test_inputs_that_no_other_process_can_import_are_told_when_the_node_opens() -> None:
     class Local(Two):
         pass

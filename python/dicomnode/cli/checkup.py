@@ -7,6 +7,7 @@ behind, and a node that runs already is not disturbed.
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import resource
 import socket
@@ -24,10 +25,13 @@ import typer
 from dicomnode.cli.cases import node_runs
 from dicomnode.cli.edge import CommandFailed, printable
 from dicomnode.cli.pipeline import blaming, pipeline_in
-from dicomnode.errors import DicomnodeError
+from dicomnode.errors import DicomnodeError, IncorrectlyConfigured
 from dicomnode.lib.dimse import Address, echo
 from dicomnode.lib.images import codecs, jpeg_has_simd
 from dicomnode.server.node import AbstractPipeline
+from dicomnode.server.reference import describe
+from dicomnode.server.worker import refuse_to_open
+from dicomnode.server.workers import try_import
 from dicomnode.storage.store import least_free_bytes
 
 # File systems of other machines: fsync, locks or hard links are not what they are on a disk.
@@ -35,6 +39,7 @@ _REMOTE = frozenset(
     {"9p", "afs", "ceph", "cifs", "fuse.glusterfs", "fuse.sshfs", "lustre", "ncpfs", "nfs", "nfs4",
      "smb3", "smbfs", "virtiofs"}
 )  # fmt: skip
+_OPEN = "open"
 _VOLATILE = frozenset({"ramfs", "tmpfs"})
 _SLOW_FLUSH_SECONDS = 0.05
 _FEW_DAYS = 30
@@ -65,7 +70,8 @@ def check_pipeline(where: str) -> int:
 def _findings(where: str) -> Iterator[Finding]:
     with contextlib.ExitStack() as stack:
         try:
-            kind = stack.enter_context(pipeline_in(where))
+            with _nothing_opens():
+                kind = stack.enter_context(pipeline_in(where))
             with blaming(where):
                 node = kind(start=False)
         except (CommandFailed, DicomnodeError) as error:
@@ -73,7 +79,7 @@ def _findings(where: str) -> Iterator[Finding]:
             return
         yield Finding("ok", f"{where} defines {kind.__name__}, whose settings are sound")
         for check in (
-            _check_work, _check_port, _check_health_port, _check_tls, _check_folder, _check_log, _check_files,
+            _check_work, _check_isolation, _check_port, _check_health_port, _check_tls, _check_folder, _check_log, _check_files,
             _check_codecs, _check_endpoints,
         ):  # fmt: skip
             yield from check(node)
@@ -88,6 +94,31 @@ def _check_work(node: AbstractPipeline) -> Iterator[Finding]:
         yield Finding(
             "warning", "endpoints is empty: a case whose process() returns results fails; set it"
         )
+
+
+def _check_isolation(node: AbstractPipeline) -> Iterator[Finding]:
+    if node.isolation != "process" or node.executor is not None:
+        return
+    # What is wrong is in the finding, and its traceback would be between the lines.
+    quiet = logging.Logger("doctor")
+    quiet.addHandler(logging.NullHandler())
+    try:
+        try_import(describe(node), set(node.input), quiet)
+    except IncorrectlyConfigured as error:
+        yield Finding("error", str(error))
+    else:
+        yield Finding("ok", f"a worker process can import and make {type(node).__name__}")
+
+
+@contextlib.contextmanager
+def _nothing_opens() -> Iterator[None]:
+    """A file that opens its node whenever it is imported is told, and not opened."""
+    before = getattr(AbstractPipeline, _OPEN)
+    setattr(AbstractPipeline, _OPEN, refuse_to_open)
+    try:
+        yield
+    finally:
+        setattr(AbstractPipeline, _OPEN, before)
 
 
 # Ports

@@ -47,7 +47,10 @@ def blaming(where: str) -> Iterator[None]:
             if Path(frame.filename).parent == folder
         ]
         told = lines[-1] if lines else f"{path}: "
-        raise CommandFailed(f"{told}{type(error).__name__}: {error}") from error
+        remedy = ""
+        if isinstance(error, ModuleNotFoundError):
+            remedy = f"; install it for {sys.executable}, or put it beside the file"
+        raise CommandFailed(f"{told}{type(error).__name__}: {error}{remedy}") from error
 
 
 def _split(where: str) -> tuple[Path, str]:
@@ -100,7 +103,10 @@ def _pipeline_of(module: ModuleType, path: Path, name: str) -> type[AbstractPipe
             + (f"; it has {known}" if here else "; it defines no subclass of AbstractPipeline")
         )
     if not here:
-        raise CommandFailed(f"{path} defines no subclass of AbstractPipeline")
+        raise CommandFailed(
+            f"{path} defines no subclass of AbstractPipeline; it has to stand at the top level, above "
+            '`if __name__ == "__main__":`'
+        )
     if len(here) > 1:
         raise CommandFailed(
             f"{path} defines several pipelines: {known}; choose one, as in {path}:{next(iter(here))}"

@@ -94,8 +94,22 @@ def _reference(kind: type) -> dict[str, Any]:
 
 
 def _class(reference: Mapping[str, Any]) -> Any:
-    module = _module(reference["module"], reference["file"])
-    return functools.reduce(getattr, reference["name"].split("."), module)
+    name, file = reference["name"], reference["file"] or reference["module"]
+    try:
+        module = _module(reference["module"], reference["file"])
+    except ModuleNotFoundError as error:
+        raise IncorrectlyConfigured(
+            f"{file} cannot be imported by {sys.executable}: {error}; install it there, or put it beside "
+            "that file. What the file adds to sys.path it has to add whenever it is imported, not only "
+            'below `if __name__ == "__main__":`'
+        ) from error
+    try:
+        return functools.reduce(getattr, name.split("."), module)
+    except AttributeError as error:
+        raise IncorrectlyConfigured(
+            f"{file} defines no {name} when it is imported: define it at the top level, above "
+            '`if __name__ == "__main__":`'
+        ) from error
 
 
 def _module(name: str, file: str | None) -> ModuleType:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy
 
-from dicomnode.errors import IncorrectlyConfigured
+from dicomnode.errors import DicomnodeError, IncorrectlyConfigured
 from dicomnode.lib.arena import Arena
 from dicomnode.lib.images import Reading
 from dicomnode.lib.shared import shared_array, write_shared
@@ -61,18 +61,20 @@ def _serve(channel: Channel) -> None:
     logging.getLogger().setLevel(description["level"])
     os.register_at_fork(after_in_child=partial(_leave, channel, forwarding))
     # What is opened on import would be opened again here.
-    setattr(AbstractPipeline, _OPEN, _refuse_to_open)
+    setattr(AbstractPipeline, _OPEN, refuse_to_open)
     sys.argv[:] = description["arguments"]
     try:
         pipeline, lacks = pipeline_of(description)
         forwarding.own = pipeline.logger.name
-        pipeline.post_init()
+        if not description["is_trial"]:
+            pipeline.post_init()
         pipeline.input = dict(pipeline.input)
         memory = description["memory"]
         if memory is not None:
             _limit_memory(memory)
     except BaseException as error:  # noqa: BLE001  (an edge: told to the node, which refuses to open)
-        channel.send({"failed": _cut(_line(error)), "trace": _trace(error)})
+        told = str(error) if isinstance(error, DicomnodeError) else _line(error)
+        channel.send({"failed": _cut(told), "trace": _trace(error)})
         return
     channel.send({"ready": sorted(pipeline.input), "lacks": lacks})
     while (message := channel.receive()) is not None:
@@ -139,7 +141,8 @@ def _arena(decoded: Mapping[str, Any], sources: list[str], descriptor: int) -> A
     return Arena.received(reading, array, dict(zip(sources, decoded["frames"], strict=True)))
 
 
-def _refuse_to_open(self: AbstractPipeline, blocking: bool = True) -> None:
+def refuse_to_open(self: AbstractPipeline, blocking: bool = True) -> None:
+    """Stands for `AbstractPipeline.open` where the file of a pipeline is only imported."""
     del blocking
     raise IncorrectlyConfigured(
         f"the file of {type(self).__name__} opens it whenever it is imported, in a worker process "

@@ -101,9 +101,15 @@ class _Report:
 
 
 class Worker:
-    """One worker process and its keeper."""
+    """One worker process and its keeper. One on trial makes the pipeline without `post_init`."""
 
-    def __init__(self, description: Mapping[str, Any], limits: CaseLimits, logger: logging.Logger):
+    def __init__(
+        self,
+        description: Mapping[str, Any],
+        limits: CaseLimits,
+        logger: logging.Logger,
+        is_trial: bool = False,
+    ) -> None:
         self._limits = limits
         self._logger = logger
         self._case_id = 0
@@ -157,7 +163,7 @@ class Worker:
         self._output.start()
         with contextlib.suppress(BrokenChannel):
             # One that ended already tells so where its answer is awaited.
-            self.channel.send({**description, "memory": limits.memory})
+            self.channel.send({**description, "memory": limits.memory, "is_trial": is_trial})
 
     @property
     def is_alive(self) -> bool:
@@ -414,6 +420,23 @@ class Worker:
 
     def _last_words(self) -> str:
         return "\n".join(list(self._tail))
+
+
+def try_import(
+    description: Mapping[str, Any], input_names: set[str], logger: logging.Logger
+) -> None:
+    """Make a pipeline in a worker process, which then ends; post_init is left out.
+
+    Raises IncorrectlyConfigured, with what helps, where that cannot be done.
+    """
+    try:
+        worker = Worker(description, CaseLimits(), logger, is_trial=True)
+    except OSError as error:
+        raise IncorrectlyConfigured(f"worker processes cannot be started: {error}") from error
+    try:
+        worker.wait_until_ready(input_names)
+    finally:
+        worker.end()
 
 
 class Workers:
