@@ -71,8 +71,13 @@ class Counting(AbstractPipeline):
 def look(node: AbstractPipeline) -> None:
     """Look at all cases whose time it is, as the node's own threads do."""
     assert node._runner is not None
-    while node._runner._completeness.step():
-        pass
+    completeness = node._runner._completeness
+
+    def is_over() -> bool:
+        completeness.step()
+        return not completeness.is_pending()
+
+    assert node.wait(is_over, 20)
 
 
 def waits(node: AbstractPipeline, case: Case | int) -> str:

@@ -4,6 +4,10 @@ Solves that DICOM has no sign that a series is complete. A case is looked at whe
 that brought images to it, and, where the pipeline asks for it, when no image came for some time. It is
 ready where each input has enough and no more images are on their way.
 
+A look calls the user's `validate`, which may take long or never end. So each look has a thread of its
+own, one at a time for each case: one that hangs holds up its own case only, until `_MOST_LOOKS` hang.
+Those who receive and those who process never call it.
+
 There is one clock: the seconds since the last image of a case, counted by a monotonic clock while the
 node runs. So neither a change of the time of day nor the time for which a node was down makes a case
 ready, late or too old.
@@ -11,27 +15,36 @@ ready, late or too old.
 
 import logging
 import math
+import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, Protocol, TypeAlias
 
-from dicomnode.errors import OutOfResources
+from dicomnode.errors import InvalidDataset, OutOfResources
 from dicomnode.lib.dicom import LazyDataset
 from dicomnode.lib.expected import series_of
 from dicomnode.lib.uids import Uids
 from dicomnode.server.eager import EagerDecoding
 from dicomnode.server.input import AbstractInput, Datasets, waits_for
-from dicomnode.server.loop import Failures
+from dicomnode.server.loop import Failures, Loop
 from dicomnode.storage.ledger import OVER, Case, State
 from dicomnode.storage.store import Contents, Storage
 
 #: What happens to a case that is not complete at its deadline.
 AtDeadline: TypeAlias = Literal["fail", "process"]
 
-# How many cases are looked at at once because of the time, so that a `validate` that hangs does not
-# hold up the others.
-LOOKERS = 4
+# So many cases are looked at at once. Where so many hang, no other case is looked at.
+_MOST_LOOKS = 32
+# A look that takes longer is told of.
+_LONG_SECONDS = 30.0
+# How soon it is looked again where the disk, or the system, had no room for it.
+_AGAIN_SECONDS = 1.0
+# A READY case is looked at before it is its turn, unless those before it take longer than this.
+_SHORT_SECONDS = 0.5
 # How often the clocks of the cases are written down; so much of them is lost with a killed node.
 _KEEP_SECONDS = 60.0
 # How soon a case is looked at again where the half of an image is here.
@@ -90,8 +103,19 @@ class _Clock:
     generation: int = -1
 
 
+@dataclass(frozen=True)
+class Looked:
+    """A case that was found complete: what it holds, and the inputs that said so."""
+
+    contents: Contents
+    inputs: Mapping[str, AbstractInput]
+
+
 class Completeness:
-    """Makes cases READY, or FAILED or EXPIRED where they never get complete."""
+    """Makes cases READY, or FAILED or EXPIRED where they never get complete.
+
+    `ahead` is how many READY cases are kept as they were looked at, for those who process them.
+    """
 
     def __init__(
         self,
@@ -102,6 +126,8 @@ class Completeness:
         logger: logging.Logger,
         failures: Failures,
         clock: Callable[[], float],
+        loop: Loop,
+        ahead: int,
     ) -> None:
         self._inputs = inputs
         self._patience = patience
@@ -112,17 +138,27 @@ class Completeness:
         self._logger = logger
         self._failures = failures
         self._now = clock
+        self._loop = loop
+        self._ahead = ahead
         self._lock = threading.Lock()
         self._clocks: dict[str, _Clock] = {}
         self._keep_at = clock() + _KEEP_SECONDS
-        self._unchecked: set[str] = set()
+        # The identifiers whose cases are to be looked at; and those of them that have to wait for that.
+        self._unchecked: dict[str, None] = {}
+        self._postponed: set[str] = set()
+        # Until then nothing is looked at again that could not be.
+        self._again_at = 0.0
+        # READY cases that are to be claimed: to be looked at, the keys of these looks, and looked at.
+        self._wanted: list[int] = []
+        self._claiming: set[Hashable] = set()
+        self._looked: dict[int, Looked] = {}
         # SOPInstanceUID -> the identifier that it came under first.
         self._owners: dict[str, str] = {}
-
-    @property
-    def is_postponed(self) -> bool:
-        """Whether a case waits for the disk to have room before it can be looked at."""
-        return bool(self._unchecked)
+        # The key of a look is the identifier of an open case, or the number of one that takes no images.
+        self._looks = loop.crew("look", _MOST_LOOKS)
+        self._told: set[Hashable] = set()
+        self._is_stuck = False
+        loop.add("looker", self.step, due=self.due, is_pending=self.is_pending)
 
     # Time
 
@@ -170,40 +206,102 @@ class Completeness:
             self._logger.error("case %d: what its image changes is lost: %s", case_id, error)
 
     def due(self) -> float:
-        """In how many seconds there is something to look at."""
+        """In how many seconds there is something to do."""
+        looks = self._looks.seconds()
+        moments = [_LONG_SECONDS - took for key, took in looks.items() if key not in self._told]
         with self._lock:
-            moments = [clock.next for clock in self._clocks.values()]
-        return min([*moments, self._keep_at] if moments else [math.inf]) - self._now()
+            short = [looks[key] for key in self._claiming & looks.keys()]
+            moments += [_SHORT_SECONDS - took for took in short if took < _SHORT_SECONDS]
+            if self._again_at:
+                moments.append(self._again_at - time.monotonic())
+            clocks = [clock.next for key, clock in self._clocks.items() if key not in looks]
+            if clocks and not self._looks.is_full:
+                moments.append(min(clocks) - self._now())
+            if self._clocks:
+                moments.append(self._keep_at - self._now())
+        return min(moments, default=math.inf)
+
+    def is_pending(self) -> bool:
+        """Whether a case is looked at, or is to be now."""
+        with self._lock:
+            return bool(self._unchecked or self._postponed or self._looks.is_busy)
 
     def step(self) -> bool:
-        """Look at a case whose time it is; whether there was one."""
-        if self._check_again():
-            return True
+        """Begin to look at what is to be looked at now. False: that is no work of this thread."""
         if self._now() >= self._keep_at:
             self.keep()
+        self._tell_of_long_looks()
         with self._lock:
+            if self._again_at and time.monotonic() >= self._again_at:
+                self._again_at = 0.0
+                self._unchecked.update(dict.fromkeys(self._postponed))
+                self._postponed.clear()
             now = self._now()
-            found = next((one for one in self._clocks.items() if one[1].next <= now), None)
-            if found is None:
-                return False
-            identifier, clock = found
-            # While it is looked at no other thread does.
+            unchecked = list(self._unchecked)
+            late = [(key, clock) for key, clock in self._clocks.items() if clock.next <= now]
+        for identifier in unchecked:
+            self._begin(identifier, partial(self._check, identifier))
+        for identifier, clock in late:
+            self._begin(identifier, partial(self._look_by_clock, identifier, clock))
+        self._begin_to_claim()
+        return False
+
+    def _begin(self, key: Hashable, look: Callable[[], None]) -> bool:
+        """Begin a look where none at this case has been begun; whether it was."""
+        if key in self._looks or self._looks.is_full:
+            return False
+        if self._looks.begin(key, look):
+            return True
+        self._pause()
+        return False
+
+    def _pause(self) -> None:
+        """Look again in a while."""
+        with self._lock:
+            self._again_at = time.monotonic() + _AGAIN_SECONDS
+
+    def _tell_of_long_looks(self) -> None:
+        seconds = self._looks.seconds()
+        self._told &= seconds.keys()
+        for key, took in seconds.items():
+            if took < _LONG_SECONDS or key in self._told:
+                continue
+            self._told.add(key)
+            number = key if isinstance(key, int) else self._storage.open_case(str(key))
+            reason = f"validate() has not ended after {_LONG_SECONDS:.0f} s"
+            if number:
+                self._logger.warning("case %d: %s; other cases go on", number, reason)
+                with suppress(OutOfResources):
+                    self._storage.waits.tell(number, reason)
+        is_stuck = self._looks.is_full and self._told == seconds.keys()
+        if is_stuck and not self._is_stuck:
+            self._logger.error("NO CASE IS LOOKED AT ANY MORE: %s", self._stuck())
+        elif self._is_stuck and not is_stuck:
+            self._logger.warning("cases are looked at again")
+        self._is_stuck = is_stuck
+
+    def _stuck(self) -> str:
+        return f"validate() of {_MOST_LOOKS} cases does not end; find out why, and start the node again"
+
+    def trouble(self) -> list[str]:
+        """What keeps all cases from being looked at."""
+        return [f"no case is looked at: {self._stuck()}"] if self._is_stuck else []
+
+    def _look_by_clock(self, identifier: str, clock: _Clock) -> None:
+        """Look at a case whose time it is, and plan the next time."""
+        with self._lock:
             clock.next, since = math.inf, clock.since
         again = math.inf
         try:
-            idle = now - since
+            idle = self._now() - since
             # Its image may have come after this look was planned.
             if self._patience.next(-math.inf) <= idle:
                 again = self._look_at_time(identifier, clock, idle)
         finally:
-            is_open = self._storage.open_case(identifier) != 0
             with self._lock:
                 idle = self._now() - clock.since
                 planned = self._now() + min(self._patience.next(idle) - idle, again)
                 clock.next = min(clock.next, planned)
-                if not is_open and clock.since == since:
-                    self._clocks.pop(identifier, None)
-        return True
 
     def _look_at_time(self, identifier: str, clock: _Clock, idle: float) -> float:
         """Look at a case for which no image came; in how many seconds that is to be done again."""
@@ -212,7 +310,7 @@ class Completeness:
             return math.inf
         if self.senders.is_arriving_for(case_id):
             return _ARRIVING_SECONDS
-        self.check([identifier])
+        self._check(identifier)
         expiration = self._patience.expiration_seconds
         if expiration is None or idle < expiration - self._patience.notice_seconds:
             return math.inf
@@ -251,22 +349,22 @@ class Completeness:
         return left if left > 0 else math.inf
 
     def keep(self) -> None:
-        """Write down how long the open cases have waited."""
+        """Write down how long the open cases have waited, and forget the clocks of the others."""
         now = self._now()
         self._keep_at = now + _KEEP_SECONDS
-        if self._patience == Patience():
-            # Nothing depends on it.
-            return
-        with self._lock:
-            clocks = list(self._clocks.items())
         seconds: dict[int, float] = {}
-        for identifier, clock in clocks:
-            case_id = self._storage.open_case(identifier)
-            if case_id:
-                seconds[case_id] = clock.kept = now - clock.since
+        with self._lock:
+            for identifier, clock in list(self._clocks.items()):
+                case_id = self._storage.open_case(identifier)
+                if case_id:
+                    seconds[case_id] = clock.kept = now - clock.since
+                else:
+                    del self._clocks[identifier]
+        # Without patience nothing depends on it.
+        if self._patience == Patience() or not seconds:
+            return
         try:
-            if seconds:
-                self._storage.waits.keep(seconds)
+            self._storage.waits.keep(seconds)
         except OutOfResources as error:
             self._logger.error("how long cases have waited is not written down: %s", error)
 
@@ -277,38 +375,32 @@ class Completeness:
 
     # RECEIVING -> READY
 
-    def check(self, identifiers: Iterable[str]) -> None:
-        """Make READY each of these cases that is complete."""
-        for identifier in identifiers:
-            try:
-                self._check(identifier)
-            except OutOfResources as error:
-                self._logger.error("a case cannot be made ready now: %s", error)
-                with self._lock:
-                    self._unchecked.add(identifier)
-
     def check_soon(self, identifiers: Iterable[str]) -> None:
-        """Have these cases looked at when the threads are woken."""
+        """Have these cases looked at, and made READY where they are complete."""
         with self._lock:
-            self._unchecked.update(identifiers)
-
-    def _check_again(self) -> bool:
-        with self._lock:
-            if not self._unchecked:
-                return False
-            # One at a time: where its `validate` hangs, other threads look at the others.
-            identifier = self._unchecked.pop()
-        self.check([identifier])
-        with self._lock:
-            return identifier not in self._unchecked
+            self._unchecked.update(dict.fromkeys(identifiers))
+        self._loop.wake()
 
     def _check(self, identifier: str) -> None:
+        """Look whether a case is complete; later, where that cannot be recorded now."""
+        with self._lock:
+            # Images that come from now on have it looked at once more.
+            self._unchecked.pop(identifier, None)
+        try:
+            self._settle(identifier)
+        except (OutOfResources, sqlite3.Error) as error:
+            self._logger.error("a case cannot be made ready now: %s", error)
+            with self._lock:
+                self._postponed.add(identifier)
+            self._pause()
+
+    def _settle(self, identifier: str) -> None:
         """Look whether a case is complete; again, where images came in meanwhile."""
         while (contents := self._storage.current(identifier)) is not None:
             looked = self.look(identifier, contents)
             if looked is None:
                 return
-            _, waiting = looked
+            inputs, waiting = looked
             repeated = self._storage.park(identifier, contents)
             if repeated is not None:
                 self._eager.drop(contents.case_id)
@@ -324,15 +416,116 @@ class Completeness:
             if waiting and self._is_overdue(identifier):
                 is_settled = self._end(identifier, contents, waiting)
             else:
-                is_settled = self._storage.settle(
-                    identifier, contents, complete=not waiting, why=waiting.reason
-                )
-                if is_settled and waiting:
-                    self._logger.info("case %d waits: %s", contents.case_id, waiting.reason)
-                elif is_settled:
-                    self._logger.info("case %d is ready", contents.case_id)
+                is_settled = self._settle_as(identifier, contents, inputs, waiting)
             if is_settled:
                 return
+
+    def _settle_as(
+        self,
+        identifier: str,
+        contents: Contents,
+        inputs: Mapping[str, AbstractInput],
+        waiting: "Waiting",
+    ) -> bool:
+        """Record what a look found; False where that changed meanwhile."""
+        number = contents.case_id
+        was_ready = self._storage.ledger.case(number).state is State.READY
+        if waiting:
+            self._forget(number)
+        elif self._storage.is_verified(number):
+            self._remember(Looked(contents, inputs))
+        if not self._storage.settle(identifier, contents, complete=not waiting, why=waiting.reason):
+            return False
+        if waiting:
+            self._logger.info("case %d waits: %s", number, waiting.reason)
+        elif not was_ready:
+            self._logger.info("case %d is ready", number)
+        return True
+
+    # READY -> PROCESSING
+
+    def claimable(self, ready: Sequence[int]) -> list[int]:
+        """Those of the READY cases that can be taken; the others are looked at first."""
+        with self._lock:
+            self._looked = {one: self._looked[one] for one in ready if one in self._looked}
+            found = list(self._looked)
+            wanted = [one for one in ready if one not in self._looked]
+            is_new, self._wanted = wanted != self._wanted, wanted
+        if is_new and wanted:
+            self._loop.wake()
+        return found
+
+    def take(self, case_id: int) -> Looked | None:
+        """What was found of a case that is to be claimed; None where it has to be looked at again."""
+        with self._lock:
+            return self._looked.pop(case_id, None)
+
+    def _begin_to_claim(self) -> None:
+        """Look at the READY cases whose turn comes next."""
+        looks = self._looks.seconds()
+        with self._lock:
+            self._claiming &= looks.keys()
+            # Where those before it take long, another one is looked at.
+            room = self._ahead - len(self._looked)
+            room -= sum(looks[key] < _SHORT_SECONDS for key in self._claiming)
+            wanted = (
+                [] if self._again_at else [one for one in self._wanted if one not in self._looked]
+            )
+        for number in wanted:
+            if room <= 0:
+                return
+            case = self._storage.ledger.case(number)
+            if case.state is not State.READY:
+                continue
+            is_asked = not case.sealed and not self._storage.waits.of(number).forced
+            key = case.identifier if is_asked else number
+            if self._begin(key, partial(self._look_to_claim, case, is_asked)):
+                room -= 1
+                with self._lock:
+                    self._claiming.add(key)
+
+    def _look_to_claim(self, case: Case, is_asked: bool) -> None:
+        """Look at a READY case, so that it can be claimed as it was found."""
+        try:
+            self._storage.verify(case)
+            if is_asked:
+                self._settle(case.identifier)
+            else:
+                self._look_at_given(case)
+        except (OutOfResources, sqlite3.Error) as error:
+            self._logger.error("case %d cannot be processed now: %s", case.id, error)
+            self._pause()
+
+    def _look_at_given(self, case: Case) -> None:
+        """Look at a case that takes no images, or is to be processed as it is."""
+        contents = (
+            self._storage.contents(case) if case.sealed else self._storage.current(case.identifier)
+        )
+        if contents is None or contents.case_id != case.id:
+            return
+        looked = self.look(case.identifier, contents, case.sealed)
+        if looked is None:
+            return
+        inputs, waiting = looked
+        if not waiting:
+            self._remember(Looked(contents, inputs))
+        elif not case.sealed:
+            self._settle_as(case.identifier, contents, inputs, waiting)
+        else:
+            with self._failures.blaming(case.id):
+                raise InvalidDataset(
+                    f"this case is not complete, and takes no images: {waiting.reason}"
+                )
+
+    def _remember(self, looked: Looked) -> None:
+        with self._lock:
+            number = looked.contents.case_id
+            if number in self._looked or len(self._looked) < self._ahead:
+                self._looked[number] = looked
+
+    def _forget(self, number: int) -> None:
+        with self._lock:
+            self._looked.pop(number, None)
 
     def look(
         self, identifier: str, contents: Contents, is_sealed: bool = False

@@ -1,6 +1,6 @@
 """How a node is: `/healthz` for a supervisor, `/metrics` for Prometheus.
 
-A node is well while it listens, its storage takes an image, and its disk has room. What is told has
+A node is well while it listens, its storage takes an image, its disk has room, and cases are looked at. What is told has
 no identifier of a patient in it.
 """
 
@@ -33,12 +33,15 @@ class Health:
         meters: Meters,
         is_listening: Callable[[], bool],
         endpoints: Sequence[str],
+        trouble: Callable[[], Sequence[str]],
         logger: logging.Logger,
     ) -> None:
         self._storage = storage
         self._meters = meters
         self._is_listening = is_listening
         self._endpoints = endpoints
+        # Of those who process cases.
+        self._other_trouble = trouble
         self._server = WebServer(self._page, logger)
         self._tried = 0.0
         self._trouble: list[str] = []
@@ -58,7 +61,7 @@ class Health:
         if not self._tried or now - self._tried > _TRY_SECONDS:
             self._trouble = list(self._storage_trouble())
             self._tried = time.monotonic()
-        return [*listening, *self._trouble]
+        return [*listening, *self._trouble, *self._other_trouble()]
 
     def _storage_trouble(self) -> Iterator[str]:
         try:

@@ -1,7 +1,8 @@
 """What workers and exporters share: threads that repeat a step, and the failures of cases.
 
 Solves that no thread misses work, none spins while there is none, all end when the node stops, and
-a failure that cannot be written to the ledger now is written later.
+a failure that cannot be written to the ledger now is written later. What may never end, such as a user's
+`validate`, runs in threads of its own, so that it holds up nothing else.
 """
 
 import logging
@@ -10,7 +11,7 @@ import sqlite3
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -43,6 +44,8 @@ class Loop:
         self._stopping = False
         self._draining = False
         self._threads: list[threading.Thread] = []
+        self._crews: list[Crew] = []
+        self._pending: list[Callable[[], bool]] = []
 
     def add(
         self,
@@ -50,15 +53,24 @@ class Loop:
         step: Callable[[], bool],
         count: int = 1,
         due: Callable[[], float] = lambda: math.inf,
+        is_pending: Callable[[], bool] = lambda: False,
     ) -> None:
         """Have `count` threads repeat a step, which tells whether it found work.
 
-        `due` tells in how many seconds it has work of itself, without being woken.
+        `due` tells in how many seconds it has work of itself, without being woken; `is_pending` whether
+        it has some that the ledger does not tell of.
         """
+        self._pending.append(is_pending)
         self._threads += [
             threading.Thread(target=self._run, args=(step, due), name=f"{name}-{k}", daemon=True)
             for k in range(count)
         ]
+
+    def crew(self, name: str, most: int) -> "Crew":
+        """Threads for work that a step begins and does not wait for."""
+        crew = Crew(name, most, self._logger, self.wake)
+        self._crews.append(crew)
+        return crew
 
     def start(self) -> None:
         """Start the threads."""
@@ -76,9 +88,11 @@ class Loop:
             self._notify()
         end = None if seconds is None else time.monotonic() + seconds
         started = [thread for thread in self._threads if thread.ident is not None]
-        for thread in started:
-            thread.join(None if end is None else max(0.0, end - time.monotonic()))
-        return not any(thread.is_alive() for thread in started)
+        _join(started, end)
+        # Those that begin such work have ended, or go on for ever.
+        begun = [thread for crew in self._crews for thread in crew.threads()]
+        _join(begun, end)
+        return not any(thread.is_alive() for thread in (*started, *begun))
 
     @property
     def is_stopping(self) -> bool:
@@ -92,7 +106,7 @@ class Loop:
 
     def owns(self, thread: threading.Thread) -> bool:
         """Whether a thread is one of these."""
-        return thread in self._threads
+        return thread in self._threads or any(thread in crew.threads() for crew in self._crews)
 
     def wake(self) -> None:
         """Look for work now."""
@@ -150,6 +164,8 @@ class Loop:
                     self._wake.wait(_LOOK_SECONDS)
 
     def _is_drained(self) -> bool:
+        if any(is_pending() for is_pending in self._pending):
+            return False
         busy = (State.READY, State.PROCESSING, State.EXPORTING)
         return not self._storage.ledger.cases(*busy)
 
@@ -158,6 +174,80 @@ class Loop:
             return self._storage.ledger.changes()
         except sqlite3.Error:
             return -1
+
+
+class Crew:
+    """Work that may never end: each piece has a thread of its own, one at a time for each key."""
+
+    def __init__(
+        self, name: str, most: int, logger: logging.Logger, wake: Callable[[], None]
+    ) -> None:
+        self._name = name
+        self._most = most
+        self._logger = logger
+        self._wake = wake
+        self._lock = threading.Lock()
+        # Since when each runs, by a monotonic clock.
+        self._running: dict[Hashable, tuple[threading.Thread, float]] = {}
+
+    def begin(self, key: Hashable, work: Callable[[], None]) -> bool:
+        """Do this work, and wake the loop after it; False where it cannot be begun now.
+
+        That is while work for the same key runs, or as much work as there may be, or where the
+        system has no thread.
+        """
+        thread = threading.Thread(target=self._run, args=(key, work), name=self._name, daemon=True)
+        with self._lock:
+            if key in self._running or len(self._running) >= self._most:
+                return False
+            self._running[key] = thread, time.monotonic()
+        try:
+            thread.start()
+        except RuntimeError as error:
+            self._logger.error("a thread cannot be started: %s", error)
+            with self._lock:
+                del self._running[key]
+            return False
+        return True
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._running
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something runs."""
+        return bool(self._running)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing can be begun before something ends."""
+        return len(self._running) >= self._most
+
+    def seconds(self) -> dict[Hashable, float]:
+        """For how long the work for each key has run."""
+        now = time.monotonic()
+        with self._lock:
+            return {key: now - since for key, (_, since) in self._running.items()}
+
+    def threads(self) -> list[threading.Thread]:
+        """Those that run now."""
+        with self._lock:
+            return [thread for thread, _ in self._running.values()]
+
+    def _run(self, key: Hashable, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except (DicomnodeError, sqlite3.Error):
+            self._logger.exception("a step of the runner failed")
+        finally:
+            with self._lock:
+                del self._running[key]
+            self._wake()
+
+
+def _join(threads: Iterable[threading.Thread], end: float | None) -> None:
+    for thread in threads:
+        thread.join(None if end is None else max(0.0, end - time.monotonic()))
 
 
 class Failures:

@@ -502,6 +502,7 @@ class AbstractPipeline:
                 meters,
                 lambda: self._server is not None,
                 [str(endpoint) for endpoint in work.endpoints],
+                runner.trouble,
                 self.logger,
             )
             self.health_port = self._health.open(self.health_ip, self.health_port)

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-from dicomnode.errors import InvalidDataset, NoRoom
+from dicomnode.errors import NoRoom
 from dicomnode.lib.dimse import Address
 from dicomnode.server.commitment import Committing
-from dicomnode.server.completeness import LOOKERS, Completeness, Patience, Senders
+from dicomnode.server.completeness import Completeness, Patience, Senders
 from dicomnode.server.eager import EagerDecoding
 from dicomnode.server.exporter import Exporter, Retries
 from dicomnode.server.input import AbstractInput
@@ -29,6 +29,8 @@ from dicomnode.storage.store import Storage
 _ATTEMPTS = 2
 # A case whose results find no room is processed again after at most so many seconds.
 _LONGEST_PAUSE = 60.0
+# So many READY cases for each worker are looked at before it is their turn.
+_AHEAD = 2
 # How long it takes to interrupt one that outlasts the end of the node.
 _END_SECONDS = 10.0
 
@@ -75,6 +77,7 @@ class Runner:
         self._put_offs: dict[int, tuple[int, float]] = {}
         self._claimed: dict[int, str] = {}
         self._failures = Failures(storage, logger, meters)
+        self._loop = Loop(storage, logger, self._is_postponed)
         self._completeness = Completeness(
             work.inputs,
             work.patience,
@@ -83,9 +86,9 @@ class Runner:
             logger,
             self._failures,
             work.clock,
+            self._loop,
+            _AHEAD * workers,
         )
-        self._loop = Loop(storage, logger, self._is_postponed)
-        self._loop.add("looker", self._completeness.step, LOOKERS, self._completeness.due)
         self._loop.add("worker", self._process_next, workers)
         self._exporter = Exporter(
             work.ae_title,
@@ -113,10 +116,7 @@ class Runner:
         self._completeness.senders = senders
 
     def recall(self) -> None:
-        """Have all cases looked at that take images, as an earlier run left them.
-
-        That is done by threads, so that a `validate` that hangs does not keep the node from opening.
-        """
+        """Have all cases looked at that take images, as an earlier run left them."""
         self._completeness.recall()
         self._completeness.check_soon(self._storage.open_identifiers())
 
@@ -125,12 +125,7 @@ class Runner:
         self._completeness.arrived(identifier, uid)
 
     def _is_postponed(self) -> bool:
-        return bool(
-            self._failures
-            or self._put_offs
-            or self._completeness.is_postponed
-            or self._place.is_waiting()
-        )
+        return bool(self._failures or self._put_offs or self._place.is_waiting())
 
     def open(self) -> None:
         """Make ready where cases are processed. Raises IncorrectlyConfigured where it cannot work."""
@@ -159,9 +154,12 @@ class Runner:
         return self._loop.owns(thread)
 
     def check(self, identifiers: Iterable[str]) -> None:
-        """Make READY each of these cases that is complete."""
-        self._completeness.check(identifiers)
-        self.wake()
+        """Have these cases looked at, and made READY where they are complete."""
+        self._completeness.check_soon(identifiers)
+
+    def trouble(self) -> list[str]:
+        """What keeps cases from being processed, whatever comes."""
+        return self._completeness.trouble()
 
     def wake(self) -> None:
         """Look for work now."""
@@ -176,9 +174,12 @@ class Runner:
     def _process_next(self) -> bool:
         self._failures.record()
         self._put_back()
-        for case_id in self._storage.ledger.queue(State.READY):
-            if case_id in self._failures or self._is_put_off(case_id):
-                continue
+        ready = [
+            case_id
+            for case_id in self._storage.ledger.queue(State.READY)
+            if case_id not in self._failures and not self._is_put_off(case_id)
+        ]
+        for case_id in self._completeness.claimable(ready):
             case = self._storage.ledger.case(case_id)
             if case.state is not State.READY:
                 continue
@@ -255,31 +256,17 @@ class Runner:
     def _claim(self, case: Case) -> Claimed | None:
         """What a case holds that is now ours; None where it is not to be processed now.
 
-        The inputs validate again: what is claimed is what was validated, whatever came in between.
+        What is claimed is what was validated, whatever came in between.
         """
-        self._storage.verify(case)
-        contents = (
-            self._storage.contents(case) if case.sealed else self._storage.current(case.identifier)
-        )
-        if contents is None or contents.case_id != case.id:
-            return None
-        looked = self._completeness.look(case.identifier, contents, case.sealed)
+        looked = self._completeness.take(case.id)
         if looked is None:
             return None
-        inputs, waiting = looked
-        if not waiting:
-            claimed = Claimed(contents.sources, inputs, seed=self._storage.ledger.seed(case.id))
-            if not case.sealed and not self._can_be_ground(case, claimed):
-                return None
-            return claimed if self._storage.seal(case, contents) else None
-        if not case.sealed:
-            self._storage.settle(case.identifier, contents, complete=False, why=waiting.reason)
+        claimed = Claimed(
+            looked.contents.sources, looked.inputs, seed=self._storage.ledger.seed(case.id)
+        )
+        if not case.sealed and not self._can_be_ground(case, claimed):
             return None
-        with self._failures.blaming(case.id):
-            raise InvalidDataset(
-                f"this case is not complete, and takes no images: {waiting.reason}"
-            )
-        return None
+        return claimed if self._storage.seal(case, looked.contents) else None
 
     def _can_be_ground(self, case: Case, claimed: Claimed) -> bool:
         """Whether an incomplete case that is to be processed as it is can be.

@@ -541,6 +541,10 @@ class Storage:
                 sources[row.input][row.uid] = self._instances.source(place, row.file)
         return Contents(case_id, sources, obstacle, generation)
 
+    def is_verified(self, case_id: int) -> bool:
+        """Whether this run received all images of a case, or has compared them with their digests."""
+        return self.root is None or case_id not in self._unverified
+
     def verify(self, case: Case) -> None:
         """Compare with their digests the images of a case that this run did not receive itself."""
         if self.root is None or not (case.sealed or case.id in self._unverified):
