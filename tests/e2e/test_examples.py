@@ -1,12 +1,14 @@
 """Every example runs against real associations, as its file stands."""
 
 import runpy
+import sys
 from pathlib import Path
 
 import numpy
 import pytest
 from pydicom import dcmread
 
+from dicomnode.cli.pipeline import pipeline_in
 from dicomnode.lib.dicom import load
 from dicomnode.lib.dimse import Address, send
 from dicomnode.lib.grinders import numpy_grinder
@@ -29,7 +31,10 @@ def pipeline_of(name: str) -> type[AbstractPipeline]:
 
 
 def test_every_example_has_a_test() -> None:
-    assert [path.name for path in sorted(EXAMPLES.glob("*.py"))] == ["plus_one.py"]
+    assert [path.name for path in sorted(EXAMPLES.glob("*.py"))] == [
+        "isolated.py",
+        "plus_one.py",
+    ]
 
 
 @pytest.mark.parametrize("real", [False, True])
@@ -49,3 +54,32 @@ def test_plus_one(
     arrived = [dcmread(path) for path in folder.iterdir()]
     assert len(arrived) == 140
     assert numpy.array_equal(numpy_grinder(arrived), numpy_grinder(source) + 1)
+
+
+def test_isolated(storescp: tuple[Address, Path], tmp_path: Path) -> None:
+    endpoint, folder = storescp
+    hangs = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with (
+        pipeline_in(str(EXAMPLES / "isolated.py")) as kind,
+        running_node(
+            kind, root_data_directory=tmp_path / "root", endpoints=[endpoint], process_seconds=15
+        ) as node,
+    ):
+        source = make_series(140, 16, 16)
+        assert {one.status for one in send(address_of(node), source)} == {0}
+        wait_for_cases(node, State.DONE)
+    with (
+        pipeline_in(str(EXAMPLES / "isolated.py")) as kind,
+        running_node(
+            kind, root_data_directory=tmp_path / "root", program=hangs, process_seconds=2
+        ) as node,
+    ):
+        send(address_of(node), make_series(140, 16, 16, patient_id="HANGS"))
+        wait_for_cases(node, State.FAILED)
+        (case,) = (one for one in node.cases() if one.state is State.FAILED)
+        assert "not processed within process_seconds 2" in case.error
+    arrived = [dcmread(path) for path in folder.iterdir()]
+    assert len(arrived) == 140
+    smoothed, voxels = numpy_grinder(arrived), numpy_grinder(source)
+    voxels[1:-1] = (voxels[:-2] + voxels[1:-1] + voxels[2:]) / 3
+    assert abs(smoothed - voxels).max() < 0.1
