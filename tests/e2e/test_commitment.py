@@ -16,18 +16,29 @@ from typing import Any
 
 import pytest
 from pydicom.dataset import Dataset
+from pydicom.uid import generate_uid
 from pynetdicom import AE, evt
 from pynetdicom.presentation import build_context
 from pynetdicom.sop_class import CTImageStorage
 
 from dicomnode.errors import InvalidDataset, PeerRefuses, PeerUnreachable
 from dicomnode.lib.commitment import NOT_THERE, PUSH_MODEL, PUSH_MODEL_INSTANCE, Commitment
-from dicomnode.lib.dimse import Address, ask_commitment, associate, echo, report_commitment, send
+from dicomnode.lib.dimse import (
+    Address,
+    _plain,
+    ask_commitment,
+    associate,
+    echo,
+    report_commitment,
+    send,
+)
 from dicomnode.lib.grinders import identity_grinder, many_meta_grinder, numpy_grinder
+from dicomnode.lib.requestor import Requestor
 from dicomnode.lib.series import derive_series
 from dicomnode.lib.transcode import IMPLICIT
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.node import AbstractPipeline
+from dicomnode.server.transport import Limits
 from dicomnode.storage.ledger import State
 from dicomnode.storage.outbox import Delivery
 from dicomnode.testing import StoringNode, address_of, make_series, running_node, wait_for_cases
@@ -359,6 +370,58 @@ def test_what_is_no_commitment_is_told(uid: str) -> None:
         Commitment.of(dataset)
     with pytest.raises(InvalidDataset):
         Commitment.of(Dataset())
+
+
+def _asks(node: AbstractPipeline, title: str) -> Requestor:
+    """An association that asks, and will not look at what it is told."""
+    return associate(address_of(node), title, [(PUSH_MODEL, IMPLICIT)])
+
+
+def _status(association: Requestor, instances: int = 1) -> int:
+    asked = Commitment(generate_uid(), {generate_uid(): CT for _ in range(instances)})
+    data = _plain(asked.to_dataset(), IMPLICIT)
+    return association.action(1, PUSH_MODEL, PUSH_MODEL_INSTANCE, 1, data).number(0x0900)
+
+
+def test_senders_that_take_no_report_keep_nobody_from_theirs() -> None:
+    with running_node(StoringNode) as node:
+        silent = [_asks(node, f"SILENT{k}") for k in range(8)]
+        for one in silent:
+            assert _status(one) == 0
+            # The report is here, and is not answered.
+            assert one.has_message(20)
+        start = time.monotonic()
+        asked = Commitment("1.2.3", {"1.2.4": CT})
+        assert ask_commitment(address_of(node), asked, "OTHER", seconds=20) is not None
+        assert time.monotonic() - start < Limits().stall_seconds / 2
+        for one in silent:
+            one.abort()
+
+
+def test_requests_that_wait_are_bounded_for_one_and_for_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dicomnode.server.commitment._MOST_OF_ONE", 100)
+    monkeypatch.setattr("dicomnode.server.commitment._MOST_OF_ALL", 150)
+    silent: list[Requestor] = []
+
+    def asks(title: str, instances: int = 1) -> int:
+        silent.append(_asks(node, title))
+        return _status(silent[-1], instances)
+
+    with running_node(StoringNode) as node:
+        assert asks("ONE", 81) == 0x0213
+        # The first report is not answered, so that the others wait.
+        assert [asks("ONE") for _ in range(6)] == [0, 0, 0, 0, 0x0213, 0x0213]
+        assert [asks("OTHER") for _ in range(4)] == [0, 0, 0, 0x0213]
+        # Who has gone waits for nothing any more.
+        for one in silent:
+            one.abort()
+        assert node._runner is not None
+        committing = node._runner.committing
+        assert node.wait(lambda: not committing._requests, 20)
+        assert asks("THIRD", 80) == 0
+        silent[-1].abort()
 
 
 @contextmanager

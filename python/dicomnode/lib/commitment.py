@@ -78,9 +78,11 @@ class Commitment:
 
 
 def _references(items: Iterable[Dataset]) -> dict[str, str]:
-    return {
-        str(item.get("ReferencedSOPInstanceUID") or ""): str(
-            item.get("ReferencedSOPClassUID") or ""
-        )
-        for item in items
-    }
+    found: dict[str, str] = {}
+    # There are few, and all instances of one share it.
+    kinds: dict[str, str] = {}
+    for item in items:
+        kind = str(item.get("ReferencedSOPClassUID") or "")
+        uid = str(item.get("ReferencedSOPInstanceUID") or "")
+        found[uid] = kinds.setdefault(kind, kind)
+    return found

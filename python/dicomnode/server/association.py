@@ -39,7 +39,7 @@ from dicomnode.lib.dicom import (
 )
 from dicomnode.lib.dimse import IMPLEMENTATION_UID
 from dicomnode.lib.redaction import patient_words
-from dicomnode.server.commitment import Committing
+from dicomnode.server.commitment import Asking, Committing
 from dicomnode.server.logs import Scope, about, hide_patient
 from dicomnode.server.meters import Meters
 from dicomnode.server.routing import Rule, route
@@ -317,15 +317,21 @@ class AssociationServer:
 
     def _on_action(self, event: Any) -> tuple[int, None]:
         """A sender asks for storage commitment."""
-        calling = str(event.assoc.requestor.ae_title or "").strip()
-        with self._working(), self._about(event.assoc):
+        # What is kept of it must not keep the event, and all that was sent with it.
+        association = event.assoc
+        calling = str(association.requestor.ae_title or "").strip()
+        with self._working(), self._about(association):
             try:
                 if event.action_type != REQUEST:
                     return _NO_SUCH_ACTION, None
-                reply = partial(self._reply, event.assoc)
-                _check_dataset(event.request.ActionInformation, event.context)
                 return self._reception.committing.asked(
-                    event.action_information, calling, reply
+                    partial(_action_information, event),
+                    Asking(
+                        calling,
+                        str(association.requestor.address),
+                        partial(self._reply, association),
+                        lambda: bool(association.is_established),
+                    ),
                 ), None
             except Exception:
                 # What a peer sends may fail anywhere in pydicom.
@@ -674,6 +680,11 @@ def _file_stem(header: Header, uid: str) -> str:
     if re.fullmatch(r"[+-]?[0-9]{1,12}", number) is None:
         return f"Image_{modality}_{uid}"
     return f"Image_{modality}_{int(number)}"
+
+
+def _action_information(event: Any) -> Dataset:
+    _check_dataset(event.request.ActionInformation, event.context)
+    return event.action_information  # type: ignore[no-any-return]
 
 
 def _check_dataset(encoded: Any, context: Any) -> None:
