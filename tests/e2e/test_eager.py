@@ -214,3 +214,24 @@ def test_no_memory_is_kept_for_cases_that_are_over(tmp_path: Path) -> None:
         (arena,) = node._eager._arenas.values()
         assert isinstance(arena, Arena) and arena.size == 3 * 32 * 40 * 4
     assert arena.size == 0
+
+
+@pytest.mark.parametrize("method", ["add", "decode"])
+def test_what_an_error_of_early_decoding_costs_is_the_time_and_nothing_else(
+    method: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError("a mistake of ours")
+
+    series = make_series(COUNT, 16, 16)
+    if method == "add":
+        monkeypatch.setattr(Arena, "add", fails)
+    else:
+        monkeypatch.setattr("dicomnode.lib.arena.fill", fails)
+    with running_node(Recorder) as node:
+        assert {one.status for one in send(address_of(node), series)} == {0}
+        wait_for_cases(node, State.DONE)
+        (volume,) = node.calls
+    assert not was_decoded(volume.array)
+    numpy.testing.assert_array_equal(volume.array, numpy_grinder(series))
+    assert "not decoded on arrival" in caplog.text and "a mistake of ours" in caplog.text

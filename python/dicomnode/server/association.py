@@ -163,6 +163,8 @@ class Reception:
     committing: Committing
     #: Called after an image was stored, before the answer, with its identifier and SOPInstanceUID.
     on_stored: Callable[[str, str], None]
+    #: Called after that: begins to decode it. Whatever becomes of it, the image is stored.
+    decode: Callable[[str, str], None]
     #: Called after an association, with the identifiers that it touched.
     on_end: Callable[[Iterable[str]], None]
 
@@ -549,6 +551,8 @@ class AssociationServer:
             self._logger.exception("%s not stored", uid)
             status, comment, identifier = _NOT_UNDERSTOOD, "the node failed, see its log", ""
             case_id = 0
+        if identifier:
+            self._decode(identifier, uid)
         self._reception.meters.instances.add(label=f"0x{status:04X}")
         with visit.lock:
             if identifier:
@@ -562,6 +566,13 @@ class AssociationServer:
             self._interrupt([case_id])
             self._reception.on_end([identifier])
         return status, comment
+
+    def _decode(self, identifier: str, uid: str) -> None:
+        try:
+            self._reception.decode(identifier, uid)
+        except Exception:
+            # The same edge: it is stored, and answered so; it is decoded when it is ground.
+            self._logger.exception("%s is stored, but not decoded on arrival", uid)
 
     def _store(
         self,

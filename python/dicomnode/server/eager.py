@@ -10,8 +10,8 @@ import logging
 import os
 import threading
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from queue import SimpleQueue
 
 from dicomnode.lib.arena import Arena, Frame
 from dicomnode.lib.images import Reading
@@ -43,20 +43,12 @@ class EagerDecoding:
         self._lock = threading.Lock()
         # The one that got an image last is the last.
         self._arenas: dict[tuple[int, str], Arena] = {}
-        self._jobs: SimpleQueue[tuple[Arena, Frame] | None] = SimpleQueue()
         self._left = 0
         self._fewer = threading.Condition()
         self._is_closed = False
-        count = len(os.sched_getaffinity(0)) if self._readings else 0
-        self._threads = [
-            threading.Thread(target=self._run, name=f"decoder-{k}", daemon=True)
-            for k in range(count)
-        ]
-
-    def open(self) -> None:
-        """Start the threads."""
-        for thread in self._threads:
-            thread.start()
+        self._count = len(os.sched_getaffinity(0))
+        # Its threads start with the first image.
+        self._pool = ThreadPoolExecutor(self._count, "decoder")
 
     def close(self) -> None:
         """Stop the threads after the images that they decode now, and let all memory go."""
@@ -65,25 +57,15 @@ class EagerDecoding:
             arenas, self._arenas = list(self._arenas.values()), {}
         for arena in arenas:
             arena.close()
-        for _ in self._threads:
-            self._jobs.put(None)
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
+        self._pool.shutdown(cancel_futures=True)
 
     def add(self, identifier: str, uid: str) -> None:
-        """Begin to decode an image that was stored, and wait until hardly any decoding is left.
-
-        Whatever happens here, the image is stored and nothing is raised.
-        """
+        """Begin to decode an image that was stored, and wait until hardly any decoding is left."""
         if not self._readings or self._is_closed:
             return
-        try:
-            self._begin(identifier, uid)
-        except Exception:
-            self._logger.exception("%s is stored, but not decoded on arrival", uid)
+        self._begin(identifier, uid)
         with self._fewer:
-            self._fewer.wait_for(lambda: self._left < len(self._threads), _PATIENCE_SECONDS)
+            self._fewer.wait_for(lambda: self._left < self._count, _PATIENCE_SECONDS)
 
     def _begin(self, identifier: str, uid: str) -> None:
         # While this is held the case stays open: what belongs to it is let go when it is claimed.
@@ -93,9 +75,7 @@ class EagerDecoding:
                 if name in self._readings:
                     arena = self._arena(case_id, name)
                     for frame in arena.add(source):
-                        with self._fewer:
-                            self._left += 1
-                        self._jobs.put((arena, frame))
+                        self._decode(arena, frame)
         self._make_room()
 
     def decoded(self, case_id: int, input_name: str) -> Arena | None:
@@ -141,15 +121,21 @@ class EagerDecoding:
             if arena.size:
                 arena.give_up(f"decoded images would take more than {self._most_bytes} bytes")
 
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            arena, frame = job
-            try:
-                arena.decode(frame)
-            except Exception:
-                # The case is not touched: it is decoded when it is ground, and fails there if at all.
-                self._logger.exception("an image was not decoded on arrival")
-            finally:
-                with self._fewer:
-                    self._left -= 1
-                    self._fewer.notify_all()
+    def _decode(self, arena: Arena, frame: Frame) -> None:
+        try:
+            future = self._pool.submit(arena.decode, frame)
+        except RuntimeError:
+            arena.give_up("the node ends")
+            return
+        with self._fewer:
+            self._left += 1
+        future.add_done_callback(self._settle)
+
+    def _settle(self, future: "Future[None]") -> None:
+        # The case is not touched: it is decoded when it is ground, and fails there if at all.
+        error = None if future.cancelled() else future.exception()
+        if error is not None:
+            self._logger.error("an image was not decoded on arrival", exc_info=error)
+        with self._fewer:
+            self._left -= 1
+            self._fewer.notify_all()

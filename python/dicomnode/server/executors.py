@@ -6,7 +6,6 @@ folder, else its bytes. What comes back are Part 10 objects. How that is transpo
 business: most of them pickle, between programs that their owner has started.
 """
 
-import concurrent.futures
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future
+from concurrent.futures import CancelledError, Executor, Future
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -75,14 +74,18 @@ class Executing:
                     f"{file} cannot be written: {error.strerror}"
                 ) from error
             self._proof = (str(file), content)
+        failure: BaseException | None
         try:
-            lacks = self._executor.submit(_prepare, self._description).result(_START_SECONDS)
-        except Exception as error:
+            future = self._executor.submit(_prepare, self._description)
             # Whatever the executor, the import there or the user's __init__ raises.
+            failure = future.exception(_START_SECONDS)
+        except (RuntimeError, TimeoutError, CancelledError) as error:
+            failure = error
+        if failure is not None:
             raise IncorrectlyConfigured(
-                f"the pipeline cannot be made by the executor: {type(error).__name__}: {error}"
-            ) from error
-        if lacks:
+                f"the pipeline cannot be made by the executor: {type(failure).__name__}: {failure}"
+            ) from failure
+        if lacks := future.result():
             self._logger.warning(
                 "the executor's processes have no %s: only plain settings (numbers, texts, paths, and "
                 "lists and dicts of them) go along; make anything else in post_init()",
@@ -139,32 +142,33 @@ class Executing:
         images: Mapping[str, Sequence[tuple[str, bytes]]],
         end: float | None,
     ) -> dict[str, Any]:
+        failure: BaseException | None
         try:
-            text = json.dumps(job)
-            future = self._executor.submit(_process, self._description, text, images)
-            return self._wait(future, end)
-        except (BrokenExecutor, RuntimeError) as error:
-            # RuntimeError is what one that was shut down raises.
-            self._is_broken = True
-            self._logger.critical(
-                "the executor takes no work any more, cases wait: %s: %s; start the node again",
-                type(error).__name__,
-                error,
-            )
-            raise WorkerLost(f"the executor is broken: {type(error).__name__}: {error}") from error
-        except (ProcessingFailed, Stopped):
-            raise
-        except Exception as error:
+            future = self._executor.submit(_process, self._description, json.dumps(job), images)
+            failure = self._failure_of(future, end)
+        except (RuntimeError, CancelledError) as error:
+            failure = error
+        if failure is None:
+            return future.result()
+        told = f"{type(failure).__name__}: {failure}"
+        if not isinstance(failure, RuntimeError):
             # What an executor raises where its own process was lost is its own kind of error.
-            raise ProcessingFailed(
-                f"the executor failed: {type(error).__name__}: {error}"
-            ) from error
+            raise ProcessingFailed(f"the executor failed: {told}") from failure
+        # BrokenExecutor is one; another is what an executor raises that was shut down.
+        self._is_broken = True
+        self._logger.critical(
+            "the executor takes no work any more, cases wait: %s; start the node again", told
+        )
+        raise WorkerLost(f"the executor is broken: {told}") from failure
 
-    def _wait(self, future: "Future[dict[str, Any]]", end: float | None) -> dict[str, Any]:
+    def _failure_of(
+        self, future: "Future[dict[str, Any]]", end: float | None
+    ) -> BaseException | None:
+        """Wait until something came of it; what was raised instead of an answer."""
         while True:
             try:
-                return future.result(_LOOK_SECONDS)
-            except (TimeoutError, concurrent.futures.TimeoutError):
+                return future.exception(_LOOK_SECONDS)
+            except TimeoutError:
                 if future.done():
                     continue
             if self._is_stopping:

@@ -471,10 +471,6 @@ class AbstractPipeline:
         )
         self._runner = runner = Runner(work, storage, eager, self.logger, self.workers, meters)
 
-        def on_stored(identifier: str, uid: str) -> None:
-            runner.arrived(identifier, uid)
-            eager.add(identifier, uid)
-
         server = AssociationServer(
             Reception(
                 ae_title=self.ae_title,
@@ -490,7 +486,8 @@ class AbstractPipeline:
                 committing=runner.committing,
                 accept=None if type(self).filter is AbstractPipeline.filter else self.filter,
                 most_bytes=limit,
-                on_stored=on_stored,
+                on_stored=runner.arrived,
+                decode=eager.add,
                 on_end=runner.check,
             ),
             storage,
@@ -510,7 +507,6 @@ class AbstractPipeline:
         storage.is_open_for = server.is_open_for
         runner.watch(server)
         runner.open()
-        eager.open()
         self.port = server.open(self.ip, self.port)
         self._server = server
         self._is_opening = False
