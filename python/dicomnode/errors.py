@@ -77,6 +77,9 @@ class OutOfResources(DicomnodeError):
 class NoRoom(OutOfResources):
     """The disk of root_data_directory is full, or cannot be written now; it is tried again."""
 
+    #: So many bytes are to be written; 0 where that is not known.
+    needed: int = 0
+
 
 class UnknownCase(DicomnodeError, KeyError):
     """No case with that number, or it is not in a state that allows the request."""

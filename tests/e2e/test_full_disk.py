@@ -4,6 +4,7 @@ import os
 import resource
 import socket
 import subprocess
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -184,6 +185,80 @@ def test_s3_results_wait_for_room_and_are_kept_without_help(
         wait_for_cases(node, State.DONE)
         assert len(store.wait_for_images(4)) == 4
         assert node.cases()[0].attempts <= 1
+
+
+def test_s3_a_case_that_waits_for_room_is_not_processed_again_before_there_is_some(
+    small_disk: Callable[..., Disk],
+) -> None:
+    processed: list[int] = []
+
+    class Counting(Echoing):
+        input = {"ct": type("Some", (Many,), {"wanted": 2})}
+        health_port = 0
+        export_give_up_seconds = 0
+        endpoints = [Address("127.0.0.1", 9, "NOBODY")]
+
+        def process(self, input_data: dict[str, Any]) -> Iterable[Dataset]:
+            processed.append(1)
+            return super().process(input_data)
+
+    disk = small_disk(10)
+    with running_node(
+        Counting, root_data_directory=disk.path / "root", limits=Limits(free_bytes=0)
+    ) as node:
+        series = make_series(2, 512, 512)
+        send(address_of(node), series[:1])
+        disk.fill(leave=700_000)
+        assert statuses(send(address_of(node), series[1:])) == [0x0000]
+        assert node.wait(lambda: _gauge(node, "dicomnode_cases_without_room") == 1, 30)
+        # Time for several more attempts, which are not made.
+        assert not node.wait(lambda: len(processed) > 1, 4)
+        (case,) = node.cases()
+        assert case.state is State.READY and "when there is room" in case.error
+        assert case.attempts == 0
+        disk.empty()
+        # Nobody takes the results, so that they are given up.
+        wait_for_cases(node, State.FAILED)
+        assert "NOBODY" in node.cases()[0].error and len(processed) == 2
+        assert _gauge(node, "dicomnode_cases_without_room") == 0
+        assert _gauge(node, 'dicomnode_dead_letters{endpoint="NOBODY@127.0.0.1:9"}') == 1
+        node.retry(1)
+        wait_for_cases(node, State.FAILED)
+
+
+def _gauge(node: AbstractPipeline, name: str) -> float:
+    with urllib.request.urlopen(f"http://127.0.0.1:{node.health_port}/metrics") as page:
+        lines = page.read().decode().splitlines()
+    return next(float(one.rpartition(" ")[2]) for one in lines if one.rpartition(" ")[0] == name)
+
+
+def test_s3_results_that_no_disk_can_hold_fail_their_case(small_disk: Callable[..., Disk]) -> None:
+    class Huge(Echoing):
+        input = {"ct": type("Some", (Many,), {"wanted": 2})}
+
+        def process(self, input_data: dict[str, Any]) -> Iterable[Dataset]:
+            images, array = input_data["ct"]
+            for _ in range(20 if images[0].PatientID == "HUGE" else 1):
+                yield from derive_series(array, images)
+
+    disk = small_disk(8)
+    with (
+        running_node(StoringNode) as store,
+        running_node(
+            Huge,
+            root_data_directory=disk.path / "root",
+            limits=Limits(free_bytes=0),
+            endpoints=[address_of(store)],
+        ) as node,
+    ):
+        send(address_of(node), make_series(2, 512, 512, patient_id="HUGE"))
+        wait_for_cases(node, State.FAILED)
+        assert "the whole disk of root_data_directory has 8388608" in node.cases()[0].error
+        send(address_of(node), make_series(2, 512, 512, patient_id="OTHER"))
+        wait_for_cases(node, State.DONE)
+        # The images are kept, and no half of the results.
+        assert len(list((disk.path / "root" / "HUGE").glob("*/*.dcm"))) == 2
+        assert not list((disk.path / "root" / ".dicomnode" / "outbox").glob("*/*.dcm"))
 
 
 _all_said: list[str] = []

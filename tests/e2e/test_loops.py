@@ -58,6 +58,26 @@ def test_d6_a_result_that_comes_back_is_not_processed_again(tmp_path: Path) -> N
         assert [one.status for one in send(address_of(node), returned)] == [0xB006, 0xB006]
 
 
+def test_d6_the_newest_results_are_known_and_no_more_than_that(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for module in ("ledger", "outbox"):
+        monkeypatch.setattr(f"dicomnode.storage.{module}.MOST_MADE", 4)
+    with (
+        running_node(StoringNode) as archive,
+        running_node(
+            Echoing, endpoints=[address_of(archive)], root_data_directory=tmp_path
+        ) as node,
+    ):
+        for k in range(8):
+            send(address_of(node), make_series(2, 8, 8, patient_id=f"P{k}"))
+            wait_for_cases(node, State.DONE, k + 1)
+        assert node._storage is not None
+        assert 4 <= len(node._storage.outbox._made) <= 8
+        returned = [read(one.source) for one in archive.received[-2:]]  # type: ignore[attr-defined]
+        assert [one.status for one in send(address_of(node), returned)] == [0xB006, 0xB006]
+
+
 def test_d6_a_node_that_is_its_own_endpoint_does_not_go_round(tmp_path: Path) -> None:
     with running_node(Echoing, root_data_directory=tmp_path, workers=0) as node:
         port = node.port

@@ -114,6 +114,9 @@ class Health:
         }
         name, told = "dicomnode_outbox_results", "Results that an endpoint has yet to acknowledge"
         yield from sample_lines(name, told, "gauge", "endpoint", waiting)
+        dead = {**dict.fromkeys(self._endpoints, 0), **self._storage.outbox.dead_letters()}
+        name, told = "dicomnode_dead_letters", "Cases whose results were given up for an endpoint"
+        yield from sample_lines(name, told, "gauge", "endpoint", dead)
         outages = self._storage.outbox.outages()
         down = {endpoint: float(endpoint in outages) for endpoint in self._endpoints}
         name, told = "dicomnode_endpoint_down", "Whether an endpoint takes no associations"

@@ -116,6 +116,9 @@ class Meters:
             "dicomnode_results_failed_total", "Results that could not be delivered", "endpoint"
         )
         self.failures = Counter("dicomnode_failures_total", "How often a case became FAILED")
+        self.without_room = Gauge(
+            "dicomnode_cases_without_room", "Cases that wait for room for their results"
+        )
         self.workers_busy = Gauge("dicomnode_workers_busy", "Cases that are being processed now")
 
     def lines(self) -> Iterator[str]:

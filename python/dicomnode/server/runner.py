@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-from dicomnode.errors import NoRoom
+from dicomnode.errors import NoRoom, OutOfResources
 from dicomnode.lib.dimse import Address
 from dicomnode.server.commitment import Committing
 from dicomnode.server.completeness import Completeness, Patience, Senders
@@ -27,8 +27,9 @@ from dicomnode.storage.store import Storage
 
 # A case whose worker was ended by somebody else is processed once more.
 _ATTEMPTS = 2
-# A case whose results find no room is processed again after at most so many seconds.
-_LONGEST_PAUSE = 60.0
+# A case whose results found no room is processed again when there is some, and where that was not enough
+# after at most so many seconds.
+_LONGEST_PAUSE = 15 * 60.0
 # So many READY cases for each worker are looked at before it is their turn.
 _AHEAD = 2
 # How long it takes to interrupt one that outlasts the end of the node.
@@ -47,6 +48,17 @@ class Work:
     clock: Callable[[], float]
     place: Place
     limits: CaseLimits
+
+
+@dataclass(frozen=True)
+class _PutOff:
+    """A case whose results found no room."""
+
+    #: How often.
+    tries: int
+    #: When it is tried again, by a monotonic clock, if there is room for so many bytes.
+    until: float
+    needed: int
 
 
 class Runner:
@@ -72,9 +84,8 @@ class Runner:
         self._processing = 0
         self._alone = False
         self._is_awaited = False
-        # Cases whose results found no room: how often, and until when they wait; and those of them
-        # that the ledger still has as PROCESSING.
-        self._put_offs: dict[int, tuple[int, float]] = {}
+        # Cases whose results found no room; and those of them that the ledger still has as PROCESSING.
+        self._put_offs: dict[int, _PutOff] = {}
         self._claimed: dict[int, str] = {}
         self._failures = Failures(storage, logger, meters)
         self._loop = Loop(storage, logger, self._is_postponed)
@@ -174,9 +185,15 @@ class Runner:
     def _process_next(self) -> bool:
         self._failures.record()
         self._put_back()
+        with self._lock:
+            put_back = self._put_offs.keys() - self._claimed.keys()
+        queue = self._storage.ledger.queue(State.READY)
+        for case_id in put_back.difference(queue):
+            # It was dealt with in another way.
+            self._forget_put_off(case_id)
         ready = [
             case_id
-            for case_id in self._storage.ledger.queue(State.READY)
+            for case_id in queue
             if case_id not in self._failures and not self._is_put_off(case_id)
         ]
         for case_id in self._completeness.claimable(ready):
@@ -205,13 +222,31 @@ class Runner:
 
     def _put_off(self, case_id: int, tries: int, error: NoRoom) -> None:
         """Process a case once more, when there may be room for its results."""
+        disk = self._storage.disk_bytes()
+        if 0 < disk < error.needed:
+            raise OutOfResources(
+                f"the results take {error.needed} bytes, and the whole disk of root_data_directory has "
+                f"{disk}"
+            ) from error
         pause = min(_LONGEST_PAUSE, 2.0**tries)
-        told = f"its results are not kept: {error}; it is processed again, until they can be"
-        self._logger.error("case %d: %s, the next time in %.0f s", case_id, told, pause)
+        told = f"its results are not kept: {error}; it is processed again when there is room"
+        if error.needed:
+            told += f" for {error.needed} bytes"
+        self._logger.error("case %d: %s", case_id, told)
         with self._lock:
-            self._put_offs[case_id] = tries + 1, time.monotonic() + pause
+            self._put_offs[case_id] = _PutOff(tries + 1, time.monotonic() + pause, error.needed)
+            self._meters.without_room.add(1)
             self._claimed[case_id] = told
         self._put_back()
+
+    def _forget_put_off(self, case_id: int) -> int:
+        """How often the results of a case found no room, which is no longer so."""
+        with self._lock:
+            put_off = self._put_offs.pop(case_id, None)
+            if put_off is None:
+                return 0
+            self._meters.without_room.add(-1)
+            return put_off.tries
 
     def _put_back(self) -> None:
         """PROCESSING -> READY for what was put off; later, where the ledger has no room either."""
@@ -226,7 +261,10 @@ class Runner:
                 self._claimed.pop(case_id, None)
 
     def _is_put_off(self, case_id: int) -> bool:
-        return self._put_offs.get(case_id, (0, 0.0))[1] > time.monotonic()
+        put_off = self._put_offs.get(case_id)
+        return put_off is not None and (
+            time.monotonic() < put_off.until or self._storage.free_bytes() < put_off.needed
+        )
 
     def _begin(self, case: Case) -> bool:
         """Whether a case may be processed now.
@@ -290,7 +328,7 @@ class Runner:
 
     def _process(self, case: Case, claimed: Claimed) -> None:
         with self._failures.blaming(case.id):
-            tries, _ = self._put_offs.pop(case.id, (0, 0.0))
+            tries = self._forget_put_off(case.id)
             start = time.perf_counter()
 
             def on_ground(seconds: float) -> None:

@@ -6,13 +6,14 @@ up.
 """
 
 import math
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
 from dicomnode.errors import UnknownCase
-from dicomnode.storage.ledger import Ledger, State
+from dicomnode.storage.ledger import MOST_MADE, Ledger, State
 
 
 class Delivery(Enum):
@@ -71,7 +72,8 @@ class Outbox:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         # Nearly every image is no result of ours, which this tells without asking the ledger.
-        self._made = {hash(str(row[0])) for row in ledger.rows("SELECT uid FROM made", ())}
+        self._made = self._known()
+        self._remembering = threading.Lock()
 
     # What there is
 
@@ -128,6 +130,14 @@ class Outbox:
             for row in rows
         }
 
+    def dead_letters(self) -> dict[str, int]:
+        """For each endpoint for how many cases it was given up; none where for no case."""
+        rows = self._ledger.rows(
+            "SELECT endpoint, count(*) FROM exports WHERE state = ? GROUP BY endpoint",
+            (Delivery.DEAD.value,),
+        )
+        return {str(row[0]): int(str(row[1])) for row in rows}
+
     def answers(self, case_id: int, endpoint: str) -> dict[str, Answer]:
         """What an endpoint said of each result that it was asked to keep."""
         rows = self._ledger.rows(
@@ -153,7 +163,14 @@ class Outbox:
 
     def remember(self, uids: Iterable[str]) -> None:
         """Know results that were kept."""
-        self._made.update(map(hash, uids))
+        with self._remembering:
+            self._made.update(map(hash, uids))
+            if len(self._made) > 2 * MOST_MADE:
+                # The ledger knows the newest only.
+                self._made = self._known()
+
+    def _known(self) -> set[int]:
+        return {hash(str(row[0])) for row in self._ledger.rows("SELECT uid FROM made", ())}
 
     def answer(self, case_id: int, endpoint: str, answers: Iterable[Answer]) -> None:
         """Record what an endpoint said. A result that was dropped meanwhile is left out."""

@@ -421,6 +421,14 @@ class Storage:
             return 0
         return found.f_bavail * found.f_frsize
 
+    def disk_bytes(self) -> int:
+        """How many bytes the disk of the root has in all; 0 where it is gone."""
+        try:
+            found = os.statvfs(self.root or "/")
+        except OSError:
+            return 0
+        return found.f_blocks * found.f_frsize
+
     def _lacking(self, case: OpenCase, names: tuple[str, ...], instance: Instance) -> list[str]:
         """The inputs that do not hold this instance yet, or hold it damaged.
 
@@ -743,16 +751,30 @@ class Storage:
         """PROCESSING -> EXPORTING with all results durable; how many there are.
 
         `results` are (SOPInstanceUID, SOPClassUID, transfer syntax UID, Part 10 bytes); they are
-        consumed one by one. Raises OutOfResources; then none is kept.
+        consumed one by one. Raises OutOfResources; then none is kept. NoRoom tells how much they need.
         """
         folder = outbox_folder(case.id)
         rows: list[ResultRow] = []
+        size, trouble = 0, None
         try:
             # Where the ledger is lost, this tells whose results these are.
             self._put(folder, OWNER, case.folder.encode())
             for number, (uid, sop_class, syntax, data) in enumerate(results, 1):
-                file = self._put(folder, f"{number:06}.dcm", data)
+                size += len(data)
+                if trouble is not None:
+                    continue
+                try:
+                    file = self._put(folder, f"{number:06}.dcm", data)
+                except NoRoom as error:
+                    # The others only tell how much room all need; it is not taken meanwhile.
+                    trouble = error
+                    self._instances.remove(folder, [row.file for row in rows])
+                    rows.clear()
+                    continue
                 rows.append(ResultRow(number, uid, sop_class, syntax, file, digest_of(data)))
+            if trouble is not None:
+                trouble.needed = size
+                raise trouble
             self.ledger.export(case.id, rows)
             self.outbox.remember(row.uid for row in rows)
         except BaseException:
