@@ -300,6 +300,17 @@ def test_memory_is_limited_and_let_go() -> None:
     assert memory.size("a", "1") is None
 
 
+def test_the_same_bytes_twice_are_counted_and_let_go_twice() -> None:
+    memory, data = MemoryInstances(100), b"x" * 40
+    with memory.staging([data]) as one, memory.staging([data]) as other:
+        memory.place(one, "a", ["1"])
+        memory.place(other, "b", ["1"])
+    for folder in ("a", "b"):
+        memory.remove(folder, ["1"])
+    with memory.staging([b"x" * 100]):
+        pass
+
+
 def test_files_are_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "own" / "incoming").mkdir(parents=True)
     files = FileInstances(tmp_path, tmp_path / "own" / "incoming")

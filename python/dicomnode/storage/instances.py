@@ -21,7 +21,7 @@ from dicomnode.lib.dicom import Source
 Buffer = bytes | memoryview
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Staged:
     """Bytes that are safe but not yet in any folder."""
 
@@ -253,8 +253,9 @@ class MemoryInstances:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._used = 0
-        self._kept: dict[tuple[str, str], bytes] = {}
-        self._places: dict[int, int] = {}
+        self._kept: dict[tuple[str, str], Staged] = {}
+        # In how many folders each is, and one more while it is used.
+        self._places: dict[Staged, int] = {}
         self._lock = threading.Lock()
 
     @contextmanager
@@ -264,68 +265,97 @@ class MemoryInstances:
             yield staged
         finally:
             with self._lock:
-                self._release(staged.data)
+                self._release(staged)
 
     def _stage(self, parts: list[Buffer]) -> Staged:
         size = sum(len(part) for part in parts)
+        taken = self._taken(size)
         with self._lock:
-            if self._used + size > self._limit:
+            if self._used + taken > self._limit:
                 raise OutOfResources(
-                    f"{self._used + size} bytes in memory would be more than memory_limit "
+                    f"{self._used + taken} bytes in memory would be more than memory_limit "
                     f"{self._limit}; set root_data_directory to keep images on disk"
                 )
-            self._used += size
+            self._used += taken
         try:
-            data = b"".join(parts)
-        except MemoryError as error:
+            staged = self._made(parts, size)
+        except OutOfResources:
             with self._lock:
-                self._used -= size
-            raise OutOfResources(f"no memory for {size} bytes") from error
+                self._used -= taken
+            raise
         with self._lock:
-            self._places[id(data)] = self._places.get(id(data), 0) + 1
-        return Staged(size, data=data)
+            self._places[staged] = 1
+        return staged
 
     def place(self, staged: Staged, folder: str, names: Iterable[str]) -> str:
         with self._lock:
             for name in names:
                 if (folder, name) not in self._kept:
-                    self._kept[folder, name] = staged.data
-                    self._places[id(staged.data)] += 1
+                    self._kept[folder, name] = staged
+                    self._places[staged] += 1
                     return name
         raise ValueError("no name is free")
 
     @contextmanager
     def placed(self, folder: str, name: str) -> Iterator[Staged]:
         with self._lock:
-            data = self._kept.get((folder, name))
-            if data is None:
+            staged = self._kept.get((folder, name))
+            if staged is None:
                 raise FileNotFoundError(name)
-            self._places[id(data)] += 1
+            self._places[staged] += 1
         try:
-            yield Staged(len(data), data=data)
+            yield staged
         finally:
             with self._lock:
-                self._release(data)
-
-    def _release(self, data: bytes) -> None:
-        self._places[id(data)] -= 1
-        if not self._places[id(data)]:
-            del self._places[id(data)]
-            self._used -= len(data)
+                self._release(staged)
 
     def source(self, folder: str, name: str) -> Source:
-        return self._kept[folder, name]
+        return self._kept[folder, name].data
 
     def size(self, folder: str, name: str) -> int | None:
-        data = self._kept.get((folder, name))
-        return None if data is None else len(data)
+        staged = self._kept.get((folder, name))
+        return None if staged is None else staged.size
 
     def remove(self, folder: str, names: Iterable[str]) -> None:
         with self._lock:
             for name in names:
-                data = self._kept.pop((folder, name), None)
-                if data is not None:
-                    self._release(data)
+                staged = self._kept.pop((folder, name), None)
+                if staged is not None:
+                    self._release(staged)
+
+    def close(self) -> None:
+        """Let all memory go."""
+        with self._lock:
+            self._kept.clear()
+            for staged in self._places:
+                self._let_go(staged)
+            self._places.clear()
+
+    def _release(self, staged: Staged) -> None:
+        if staged not in self._places:
+            # All was let go meanwhile.
+            return
+        self._places[staged] -= 1
+        if not self._places[staged]:
+            del self._places[staged]
+            self._used -= self._taken(staged.size)
+            self._let_go(staged)
+
+    # What kind of memory it is
+
+    def _made(self, parts: list[Buffer], size: int) -> Staged:
+        """Raises OutOfResources."""
+        try:
+            return Staged(size, data=b"".join(parts))
+        except MemoryError as error:
+            raise OutOfResources(f"no memory for {size} bytes") from error
+
+    def _let_go(self, staged: Staged) -> None:
+        """The last that used it does not any more."""
+
+    def _taken(self, size: int) -> int:
+        """Bytes of memory that so many bytes take."""
+        return size
 
 
 def make_folder(directory: Path, flush: bool = True) -> None:

@@ -245,7 +245,7 @@ class Storage:
         """Let the root go."""
         self.ledger.close()
         self._open_cases.clear()
-        if isinstance(self._instances, SharedInstances):
+        if isinstance(self._instances, MemoryInstances):
             self._instances.close()
         if self._lock_file >= 0:
             os.close(self._lock_file)
