@@ -225,9 +225,11 @@ def wait_until(node: AbstractPipeline, condition: Callable[[], bool]) -> None:
 
 
 def test_of_cases_that_take_no_more_images_no_time_is_kept() -> None:
-    with running_node(pipeline(Hanging()), _clock=lambda: 0.0) as node:
+    with running_node(pipeline(Hanging()), study_expiration_days=300.0, _clock=lambda: 0.0) as node:
         send(address_of(node), [*images("A"), *images("B"), *images("C", 1)])
         wait_for_cases(node, State.DONE, 2)
         assert node._runner is not None
-        node._runner._completeness.keep()
-        assert list(node._runner._completeness._clocks) == ["C"]
+        completeness = node._runner._completeness
+        completeness.keep()
+        assert list(completeness._clocks) == ["C"]
+        assert [name for _, name in completeness._plan] == ["C"]

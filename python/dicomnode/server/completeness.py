@@ -22,6 +22,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from heapq import heapify, heappop, heappush
 from typing import Literal, Protocol, TypeAlias
 
 from dicomnode.errors import InvalidDataset, OutOfResources
@@ -142,6 +143,10 @@ class Completeness:
         self._ahead = ahead
         self._lock = threading.Lock()
         self._clocks: dict[str, _Clock] = {}
+        # The times at which clocks are due, the next first; those that a clock does not have any more
+        # are passed by. And those whose time has come while no look at them can be begun.
+        self._plan: list[tuple[float, str]] = []
+        self._held_up: set[str] = set()
         self._keep_at = clock() + _KEEP_SECONDS
         # The identifiers whose cases are to be looked at; and those of them that have to wait for that.
         self._unchecked: dict[str, None] = {}
@@ -168,10 +173,11 @@ class Completeness:
         expiration = self._patience.expiration_seconds
         for identifier in self._storage.open_identifiers():
             kept = max(0.0, self._storage.waits.of(self._storage.open_case(identifier)).seconds)
-            clock = _Clock(now - kept, now - kept + self._patience.next(kept), kept)
+            clock = self._clocks[identifier] = _Clock(now - kept, kept=kept)
             if expiration is not None and kept >= expiration - self._patience.notice_seconds:
-                clock.next = now
-            self._clocks[identifier] = clock
+                self._plan_look(identifier, clock, now)
+            else:
+                self._plan_look(identifier, clock, now - kept + self._patience.next(kept))
         for uid, identifier in self._storage.waits.identifiers_of_images()[-_MOST_OWNERS:]:
             self._owners.setdefault(uid, identifier)
 
@@ -181,13 +187,23 @@ class Completeness:
             now = self._now()
             clock = self._clocks.setdefault(identifier, _Clock(now))
             clock.since, clock.warned = now, math.inf
-            clock.next = min(clock.next, now + self._patience.next(0.0))
+            self._plan_look(identifier, clock, now + self._patience.next(0.0))
             was_kept, clock.kept = clock.kept, 0.0
             owner = self._owners.setdefault(uid, identifier)
             if len(self._owners) > _MOST_OWNERS:
                 del self._owners[next(iter(self._owners))]
         if was_kept or owner != identifier:
             self._note(identifier, uid, owner != identifier)
+
+    def _plan_look(self, identifier: str, clock: _Clock, moment: float) -> None:
+        """Look at a case at a moment, or before it."""
+        if moment < clock.next:
+            clock.next = moment
+            heappush(self._plan, (moment, identifier))
+
+    def _is_planned(self, moment: float, identifier: str) -> bool:
+        clock = self._clocks.get(identifier)
+        return clock is not None and clock.next == moment
 
     def _note(self, identifier: str, uid: str, is_conflict: bool) -> None:
         """Write down what an image changes, which is seldom."""
@@ -214,9 +230,10 @@ class Completeness:
             moments += [_SHORT_SECONDS - took for took in short if took < _SHORT_SECONDS]
             if self._again_at:
                 moments.append(self._again_at - time.monotonic())
-            clocks = [clock.next for key, clock in self._clocks.items() if key not in looks]
-            if clocks and not self._looks.is_full:
-                moments.append(min(clocks) - self._now())
+            while self._plan and not self._is_planned(*self._plan[0]):
+                heappop(self._plan)
+            if self._plan and not self._looks.is_full:
+                moments.append(self._plan[0][0] - self._now())
             if self._clocks:
                 moments.append(self._keep_at - self._now())
         return min(moments, default=math.inf)
@@ -236,15 +253,31 @@ class Completeness:
                 self._again_at = 0.0
                 self._unchecked.update(dict.fromkeys(self._postponed))
                 self._postponed.clear()
-            now = self._now()
             unchecked = list(self._unchecked)
-            late = [(key, clock) for key, clock in self._clocks.items() if clock.next <= now]
         for identifier in unchecked:
             self._begin(identifier, partial(self._check, identifier))
-        for identifier, clock in late:
-            self._begin(identifier, partial(self._look_by_clock, identifier, clock))
+        for identifier, clock in self._late():
+            if not self._begin(identifier, partial(self._look_by_clock, identifier, clock)):
+                with self._lock:
+                    self._held_up.add(identifier)
         self._begin_to_claim()
         return False
+
+    def _late(self) -> list[tuple[str, _Clock]]:
+        """The cases whose time has come."""
+        found: dict[str, _Clock] = {}
+        with self._lock:
+            for identifier in [one for one in self._held_up if one not in self._looks]:
+                self._held_up.discard(identifier)
+                clock = self._clocks.get(identifier)
+                if clock is not None:
+                    found[identifier] = clock
+            now = self._now()
+            while self._plan and self._plan[0][0] <= now:
+                moment, identifier = heappop(self._plan)
+                if self._is_planned(moment, identifier):
+                    found[identifier] = self._clocks[identifier]
+        return list(found.items())
 
     def _begin(self, key: Hashable, look: Callable[[], None]) -> bool:
         """Begin a look where none at this case has been begun; whether it was."""
@@ -301,7 +334,7 @@ class Completeness:
             with self._lock:
                 idle = self._now() - clock.since
                 planned = self._now() + min(self._patience.next(idle) - idle, again)
-                clock.next = min(clock.next, planned)
+                self._plan_look(identifier, clock, planned)
 
     def _look_at_time(self, identifier: str, clock: _Clock, idle: float) -> float:
         """Look at a case for which no image came; in how many seconds that is to be done again."""
@@ -360,6 +393,10 @@ class Completeness:
                     seconds[case_id] = clock.kept = now - clock.since
                 else:
                     del self._clocks[identifier]
+            self._plan = [
+                (one.next, name) for name, one in self._clocks.items() if one.next < math.inf
+            ]
+            heapify(self._plan)
         # Without patience nothing depends on it.
         if self._patience == Patience() or not seconds:
             return

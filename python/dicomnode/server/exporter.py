@@ -115,14 +115,15 @@ class Exporter:
             return False
         key = str(endpoint)
         soonest = math.inf
+        outage = self._storage.outbox.outages().get(key)
+        if outage is not None and (left := self._left(0, key, outage.next)) > 0:
+            # Of what waits there may be much, which is not looked at until then.
+            self._due[endpoint] = time.monotonic() + left
+            return False
         pending = self._storage.outbox.pending(key)
         waiting = {0, *(export.case_id for export in pending)}
         for case_id in self._times[key].keys() - waiting:
             del self._times[key][case_id]
-        outage = self._storage.outbox.outages().get(key)
-        if outage is not None and pending and (left := self._left(0, key, outage.next)) > 0:
-            self._due[endpoint] = time.monotonic() + left
-            return False
         for export in pending:
             if export.case_id in self._failures:
                 continue
@@ -413,17 +414,15 @@ class Exporter:
     def _settle_next(self) -> bool:
         """Look for cases that are over with every endpoint, and tell whether there were some."""
         self._failures.record()
-        keys = {str(endpoint) for endpoint in self._endpoints}
-        worked, empty = False, self._storage.outbox.without_results()
-        for case_id, exports in self._storage.outbox.open_exports().items():
+        keys = [str(endpoint) for endpoint in self._endpoints]
+        worked = False
+        for case_id in self._storage.outbox.settled(keys):
             if case_id in self._failures:
                 continue
-            known = [export for export in exports if export.endpoint in keys]
-            is_over = {one.endpoint for one in known if one.state is not Delivery.PENDING} == keys
-            if is_over or case_id in empty:
-                worked = True
-                with self._failures.blaming(case_id):
-                    self._settle(case_id, known)
+            known = [one for one in self._storage.outbox.exports(case_id) if one.endpoint in keys]
+            worked = True
+            with self._failures.blaming(case_id):
+                self._settle(case_id, known)
         return worked
 
     def _settle(self, case_id: int, exports: Sequence[Export]) -> None:

@@ -8,7 +8,7 @@ up.
 import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -98,29 +98,18 @@ class Outbox:
         )
         return [_export(row) for row in rows]
 
-    def open_exports(self) -> dict[int, list[Export]]:
-        """For every case that is EXPORTING what is known of its deliveries."""
+    def settled(self, endpoints: Sequence[str]) -> list[int]:
+        """The cases that are EXPORTING and wait for none of these endpoints, or have nothing to send."""
+        over = "EXISTS (SELECT 1 FROM exports WHERE case_id = c.id AND endpoint = ? AND state != ?)"
         rows = self._ledger.rows(
-            "SELECT c.id, e.endpoint, e.state, e.attempts, e.refusals, e.waited, e.next, e.problem "
-            "FROM cases AS c LEFT JOIN exports AS e ON e.case_id = c.id WHERE c.state = ? "
-            "ORDER BY c.id, e.endpoint",
-            (State.EXPORTING.value,),
+            f"SELECT id FROM cases AS c WHERE state = ? AND (({' AND '.join([over] * len(endpoints)) or 1})"
+            " OR NOT EXISTS (SELECT 1 FROM results WHERE case_id = c.id)) ORDER BY id",
+            (
+                State.EXPORTING.value,
+                *(one for key in endpoints for one in (key, Delivery.PENDING.value)),
+            ),
         )
-        found: dict[int, list[Export]] = {}
-        for row in rows:
-            known = found.setdefault(int(str(row[0])), [])
-            if row[1] is not None:
-                known.append(_export(row))
-        return found
-
-    def without_results(self) -> set[int]:
-        """The cases that are EXPORTING and have nothing to send."""
-        rows = self._ledger.rows(
-            "SELECT id FROM cases WHERE state = ? AND NOT EXISTS "
-            "(SELECT 1 FROM results WHERE case_id = cases.id)",
-            (State.EXPORTING.value,),
-        )
-        return {int(str(row[0])) for row in rows}
+        return [int(str(row[0])) for row in rows]
 
     def outages(self) -> dict[str, Outage]:
         """The endpoints that take no associations."""
