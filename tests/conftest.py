@@ -16,6 +16,7 @@ from dicomnode.errors import CouldNotCompleteDIMSEMessage
 from dicomnode.lib.dimse import Address, echo
 
 _PACKAGES = {
+    "strace": "strace",
     "dciodvfy": "dicom3tools",
     "openssl": "openssl",
     "systemd-analyze": "systemd",

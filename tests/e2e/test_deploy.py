@@ -88,3 +88,6 @@ def test_the_container_does_not_run_as_root_and_is_built_from_the_wheel() -> Non
     assert containerfile()["USER"] == "dicomnode"
     assert text.count("\nFROM ") == 2
     assert "pip wheel" in text and "--no-index" in text
+    # Without it podman drops the HEALTHCHECK.
+    command = "podman build --format docker -f deploy/Containerfile -t dicomnode ."
+    assert command in text and command in (DEPLOY.parent / "docs" / "operations.md").read_text()

@@ -223,7 +223,9 @@ class AssociationServer:
             raise CannotListen(_why_not(ip, port, error)) from error
         self._server = server
         self._ae._servers.append(server)
-        threading.Thread(target=server.serve_forever, name="listener", daemon=True).start()
+        # It looks so often whether it has to end.
+        listen = partial(server.serve_forever, poll_interval=0.05)
+        threading.Thread(target=listen, name="listener", daemon=True).start()
         return int(server.server_address[1])
 
     def _contexts(self) -> list[PresentationContext]:

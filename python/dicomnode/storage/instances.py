@@ -130,6 +130,12 @@ class Instances(Protocol):
     def remove(self, folder: str, names: Iterable[str]) -> None:
         """Delete instances, and the folder where that leaves it empty."""
 
+    def flush_removed(self, folders: Iterable[str]) -> None:
+        """What was removed from these folders does not come back, also after a power cut.
+
+        Raises OSError.
+        """
+
 
 class FileInstances:
     """Instances as files below a root; `incoming` is a folder on the same file system.
@@ -246,6 +252,17 @@ class FileInstances:
                 return
             directory = directory.parent
 
+    def flush_removed(self, folders: Iterable[str]) -> None:
+        flushed: set[Path] = set()
+        for folder in folders if self._flush else ():
+            directory = self._root / folder
+            while directory not in flushed:
+                try:
+                    flush_folder(directory)
+                    flushed.add(directory)
+                except FileNotFoundError:
+                    directory = directory.parent
+
 
 class MemoryInstances:
     """Instances in memory, up to a limit in bytes; an instance in several folders counts once."""
@@ -356,6 +373,9 @@ class MemoryInstances:
     def _taken(self, size: int) -> int:
         """Bytes of memory that so many bytes take."""
         return size
+
+    def flush_removed(self, folders: Iterable[str]) -> None:
+        pass
 
 
 def make_folder(directory: Path, flush: bool = True) -> None:

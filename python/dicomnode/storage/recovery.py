@@ -370,8 +370,10 @@ def delete_files(ledger: Ledger, instances: Instances, case: Case) -> None:
     by_input: dict[str, list[str]] = {}
     for row in ledger.instances(case.id):
         by_input.setdefault(row.input, []).append(row.file)
-    for name, names in by_input.items():
-        instances.remove(input_folder(case.folder, name), names)
-    results = [row.file for row in ledger.results(case.id)]
-    instances.remove(outbox_folder(case.id), [OWNER, *results])
+    removed = {input_folder(case.folder, name): names for name, names in by_input.items()}
+    removed[outbox_folder(case.id)] = [OWNER, *(row.file for row in ledger.results(case.id))]
+    for folder, names in removed.items():
+        instances.remove(folder, names)
+    # A file that comes back, and that the ledger has forgotten, would be adopted.
+    instances.flush_removed(removed)
     ledger.clear(case.id)
