@@ -553,6 +553,7 @@ def test_two_cases_of_one_identifier_survive_the_loss_of_the_ledger(tmp_path: Pa
     assert {path.parts[-3] for path in before} == {"PHANTOM-1", "PHANTOM-1~2"}
     shutil.rmtree(tmp_path / ".dicomnode")
     with running_node(Echoing, root_data_directory=tmp_path, workers=0) as node:
+        wait_for_cases(node, State.READY)
         assert sorted(case.state.value for case in node.cases()) == ["FAILED", "READY"]
     assert {path: path.read_bytes() for path in images_below(tmp_path)} == before
 

@@ -611,7 +611,8 @@ class AbstractPipeline:
             self._server = None
         runner, eager, storage = self._runner, self._eager, self._storage
         health, self._health = self._health, None
-        self._runner = self._eager = self._storage = None
+        # Its workers are known as such until they end: their code may call `close`, too.
+        self._eager = self._storage = None
         if storage is not None:
             drain = self.root_data_directory is None and self.workers > 0
             # If it is killed before its step has ended, that is not the case's fault.
@@ -620,6 +621,7 @@ class AbstractPipeline:
             except (OutOfResources, sqlite3.Error) as error:
                 self.logger.error("the attempts under way cannot be taken back: %s", error)
             has_stopped = runner is None or runner.stop(drain, max(0.0, end - time.monotonic()))
+            self._runner = None
             if eager is not None:
                 eager.close()
             if has_stopped:
