@@ -13,7 +13,7 @@ import sqlite3
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -112,26 +112,35 @@ def source_of(result: Dataset) -> str:
     return str(result.SourceImageSequence[0].ReferencedSOPInstanceUID)
 
 
-def run_traced(folder: Path, strace: str, durability: str) -> Run:
-    """Two patients at once, to the end."""
-    sent = [make_series(IMAGES, 16, 16, patient_id=f"P{k}", seed=k) for k in range(PATIENTS)]
-    trace = folder / "trace"
+@contextmanager
+def traced(folder: Path, strace: str, durability: str, port: int) -> Iterator[Command]:
+    """A node whose system calls are written to `trace`, stopped in the end."""
+    file = pipeline_file(folder, NODE.format(images=IMAGES, durability=durability, port=port))
+    trace = str(folder / f"trace-{durability}")
+    with Command("run", file, prefix=[strace, *power.OPTIONS, "-o", trace]) as node:
+        yield node
+        os.kill(int(node.until(r"PID (\d+)")), signal.SIGTERM)
+        node.ended()
+
+
+def run_traced(
+    folder: Path, strace: str, durability: str = "power", per_patient: int = IMAGES
+) -> Run:
+    """Two patients at once; where they are complete, to the end."""
+    series = [make_series(IMAGES, 16, 16, patient_id=f"P{k}", seed=k) for k in range(PATIENTS)]
     with running_node(StoringNode, log_level="ERROR") as store:
-        file = pipeline_file(
-            folder, NODE.format(images=IMAGES, durability=durability, port=store.port)
-        )
-        with Command("run", file, prefix=[strace, *power.OPTIONS, "-o", str(trace)]) as node:
+        with traced(folder, strace, durability, store.port) as node:
             address = node.address("NODE")
             with ThreadPoolExecutor(PATIENTS) as pool:
-                for answers in pool.map(lambda one: send(address, one), sent):
+                for answers in pool.map(lambda one: send(address, one[:per_patient]), series):
                     assert {one.status for one in answers} == {0x0000}
-            for k in range(PATIENTS):
-                node.until(f"case {k + 1} is done")
-            os.kill(int(node.until(r"PID (\d+)")), signal.SIGTERM)
-            node.ended()
+            if per_patient == IMAGES:
+                for k in range(PATIENTS):
+                    node.until(f"case {k + 1} is done")
         results = {str(one.SOPInstanceUID): one for one in store.received}
-        kind = runpy.run_path(file.removesuffix(":Node"))["Node"]
-        return Run(kind, folder / "root", store.port, sent, power.calls_of(trace), results)
+        kind = runpy.run_path(str(folder / "pipeline.py"))["Node"]
+        calls = power.calls_of(folder / f"trace-{durability}")
+        return Run(kind, folder / "root", store.port, series, calls, results)
 
 
 def check(run: Run, line: int, left: Path) -> None:
@@ -198,7 +207,7 @@ def content(place: Path) -> dict[str, bytes | None]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, peer: Callable[[str], str]) -> Run:
-    return run_traced(tmp_path_factory.mktemp("run"), peer("strace"), "power")
+    return run_traced(tmp_path_factory.mktemp("run"), peer("strace"))
 
 
 def test_s2_the_model_of_the_disk_is_right(run: Run, tmp_path: Path) -> None:
@@ -242,15 +251,22 @@ def test_s2_nothing_is_lost_where_a_disk_keeps_some_of_what_was_not_flushed(
         check(run, moments[wanted] + 1, left)
 
 
-def test_s2_without_flushes_the_test_would_find_a_loss(
-    tmp_path: Path, peer: Callable[[str], str]
+@pytest.mark.parametrize("is_started_again", [False, True])
+def test_s2_what_was_kept_without_flushing_is_flushed_when_a_node_starts_with_it(
+    is_started_again: bool, tmp_path: Path, peer: Callable[[str], str]
 ) -> None:
-    run = run_traced(tmp_path, peer("strace"), "process")
+    run = run_traced(tmp_path, peer("strace"), "process", per_patient=1)
+    assert len(run.answered) == PATIENTS
+    if is_started_again:
+        with traced(tmp_path, peer("strace"), "power", run.port) as node:
+            node.address("NODE")
+        run.calls += power.calls_of(tmp_path / "trace-power", run.calls[-1].end + 1)
     disk = power.Disk(run.root)
-    last = max(run.answered.values())
-    for line in disk.moments(run.calls):
-        if line > last:
-            break
+    *_, last = disk.moments(run.calls)
     disk.write(tmp_path / "left", power.keeps_nothing)
+    if is_started_again:
+        check(run, last + 1, tmp_path / "left")
+        return
+    # Else this could not fail.
     with pytest.raises(AssertionError):
-        check(run, line, tmp_path / "left")
+        check(run, last + 1, tmp_path / "left")

@@ -51,11 +51,11 @@ class Call:
         return int(self.text.rsplit(" = ", 1)[1].split("<", 1)[0].split()[0])
 
 
-def calls_of(trace: Path) -> list[Call]:
-    """The calls that ended well, in the order in which they ended."""
+def calls_of(trace: Path, first: int = 0) -> list[Call]:
+    """The calls that ended well, in the order in which they ended; lines are counted from `first`."""
     found: list[Call] = []
     begun: dict[str, tuple[int, str]] = {}
-    for number, line in enumerate(trace.read_text("latin-1").splitlines()):
+    for number, line in enumerate(trace.read_text("latin-1").splitlines(), first):
         thread, _, text = line.partition(" ")
         text, begin = text.lstrip(), number
         if text.endswith("<unfinished ...>"):

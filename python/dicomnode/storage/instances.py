@@ -406,6 +406,18 @@ def flush_file(path: Path) -> None:
         os.close(descriptor)
 
 
+def flush_below(directory: Path) -> None:
+    """Make durable a folder with all files and folders in it, but for those that are somebody else's."""
+    with suppress(PermissionError), os.scandir(directory) as entries:
+        for one in entries:
+            if one.is_dir(follow_symlinks=False):
+                flush_below(Path(one.path))
+            elif one.is_file(follow_symlinks=False):
+                with suppress(PermissionError):
+                    flush_file(Path(one.path))
+        flush_folder(directory)
+
+
 def _write_parts(descriptor: int, parts: list[Buffer], size: int) -> None:
     """Write all; at once where the system takes it."""
     written = os.writev(descriptor, parts)

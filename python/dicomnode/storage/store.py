@@ -13,6 +13,7 @@ On disk, below the root:
     .dicomnode/work/                                               working directories of cases
     .dicomnode/reserve                                             room for a start on a full disk
     .dicomnode/damaged/                                            set aside at a start
+    .dicomnode/unflushed                                           files may have to be flushed
 """
 
 import contextlib
@@ -48,8 +49,10 @@ from dicomnode.storage.instances import (
     Growing,
     Instances,
     MemoryInstances,
+    flush_below,
     flush_folder,
     make_folder,
+    out_of_resources,
 )
 from dicomnode.storage.layout import (
     BLAKE3,
@@ -207,6 +210,7 @@ class Storage:
                     "the disk of root_data_directory is full: no image is taken until it has room"
                 )
                 (own / "reserve").unlink(missing_ok=True)
+            self._flush_earlier(own / "unflushed")
             self.ledger = self._open_ledger(own / "ledger.sqlite")
             self.outbox = Outbox(self.ledger)
             self.commitments = Commitments(self.ledger)
@@ -250,6 +254,20 @@ class Storage:
         if self._lock_file >= 0:
             os.close(self._lock_file)
             self._lock_file = -1
+
+    def _flush_earlier(self, mark: Path) -> None:
+        """Flush what runs with `durability = "process"` have left to the system; they leave a mark.
+
+        After a power cut the mark may be gone, but then so is what was not flushed.
+        """
+        try:
+            if not self._is_flushed:
+                mark.touch()
+            elif mark.exists():
+                flush_below(mark.parent.parent)
+                mark.unlink()
+        except OSError as error:
+            raise out_of_resources(error) from error
 
     def _open_ledger(self, path: Path) -> Ledger:
         is_lost = not path.exists() or not path.stat().st_size
