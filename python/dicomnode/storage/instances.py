@@ -92,9 +92,7 @@ class Growing:
     def discard(self) -> None:
         """Close the file; where it was placed it stays."""
         if self.descriptor >= 0:
-            # Whether what was written is safe was asked before.
-            with suppress(OSError):
-                os.close(self.descriptor)
+            _close(self.descriptor)
             if self._name is not None:
                 self._name.unlink(missing_ok=True)
         self.descriptor = -1
@@ -173,7 +171,7 @@ class FileInstances:
             try:
                 return self._link(staged.descriptor, place, names)
             finally:
-                os.close(place)
+                _close(place)
         except OSError as error:
             raise out_of_resources(error) from error
 
@@ -225,7 +223,7 @@ class FileInstances:
         try:
             yield Staged(os.fstat(descriptor).st_size, descriptor)
         finally:
-            os.close(descriptor)
+            _close(descriptor)
 
     def source(self, folder: str, name: str) -> Source:
         # Joined by hand, because it is asked for each image of a case whenever that is looked at.
@@ -394,7 +392,7 @@ def flush_folder(directory: Path) -> None:
     try:
         os.fsync(descriptor)
     finally:
-        os.close(descriptor)
+        _close(descriptor)
 
 
 def flush_file(path: Path) -> None:
@@ -403,6 +401,12 @@ def flush_file(path: Path) -> None:
     try:
         os.fsync(descriptor)
     finally:
+        _close(descriptor)
+
+
+def _close(descriptor: int) -> None:
+    """Close what was open for reading, or what a flush has told all about: an error tells nothing."""
+    with suppress(OSError):
         os.close(descriptor)
 
 
