@@ -4,11 +4,13 @@ C3, C5, C7, C9 and C11 are also in test_statuses.py, C15 and C16 in tests/unit/t
 tests/unit/test_codecs.py, C6 and C8 in the tests of completeness.
 """
 
+import os
 import random
 import re
 import struct
 import subprocess
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -300,6 +302,23 @@ def test_c12_a_deflated_bomb_is_not_taken() -> None:
         peer.send(wire.store("1.2.3", bytes(1 << 20)))
         # Nothing was accepted that it could be sent over.
         assert [kind for kind, _ in peer.until_the_end()] in ([wire.ABORT], [])
+
+
+@pytest.mark.parametrize("size", [16, 5 << 20])
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2", wire.EXPLICIT])
+def test_c12_a_dataset_that_brings_a_transfer_syntax_of_its_own_is_c000(
+    syntax: str, size: int, tmp_path: Path
+) -> None:
+    """In the file it would count in place of the one that the dataset came in."""
+    meta = element(0x00020010, "UI", syntax.encode() + b"\0" * (len(syntax) % 2))
+    data = dataset({0x00290010: ("LO", b"PRIVATE "), 0x00291010: ("OB", os.urandom(size))})
+    if syntax.endswith(".99"):
+        deflate = zlib.compressobj(1, zlib.DEFLATED, -15)
+        data = deflate.compress(data) + deflate.flush()
+    with node_of(root_data_directory=tmp_path) as node:
+        assert answer(node, meta + data) == 0xC000
+        assert "WIRE" not in [case.identifier for case in node.cases()]
+    assert not list((tmp_path / ".dicomnode" / "incoming").iterdir())
 
 
 RLE, JPEG2000, JPEG = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.70"

@@ -19,6 +19,7 @@ from dicomnode.storage.outbox import Answer
 from dicomnode.storage.store import (
     DamagedResult,
     DuplicateInstance,
+    Durability,
     Instance,
     Storage,
 )
@@ -28,8 +29,10 @@ LOGGER = logging.getLogger("dicomnode.test")
 
 
 @contextmanager
-def opened(root: Path | None, limit: int = 10**9) -> Iterator[Storage]:
-    storage = Storage(root, ["ct", "mr"], 0x00100020, limit, LOGGER)
+def opened(
+    root: Path | None, limit: int = 10**9, durability: Durability = "power"
+) -> Iterator[Storage]:
+    storage = Storage(root, ["ct", "mr"], 0x00100020, limit, LOGGER, durability=durability)
     storage.open()
     try:
         yield storage
@@ -475,3 +478,35 @@ def test_a_file_that_changed_is_damaged_also_for_a_run_with_another_durability(
         assert [row.damaged for row in storage.ledger.instances(number)] == [True]
     finally:
         storage.close()
+
+
+@pytest.mark.parametrize("state", [State.DONE, State.FAILED])
+@pytest.mark.parametrize("runs", [("power", "process"), ("process", "power")])
+def test_what_is_sent_again_is_a_repeat_also_for_a_run_with_another_durability(
+    runs: tuple[Durability, Durability], state: State, tmp_path: Path
+) -> None:
+    series = instances(2)
+    changed = instances(1, seed=2)[0]
+    other = Instance(series[0].sop_instance_uid, "x", changed.chunks, changed.digest_of)
+    with opened(tmp_path, durability=runs[0]) as storage:
+        for one in series:
+            number = storage.add("P", ["ct"], one)
+        storage.interrupt([number])
+        make_ready(storage, number)
+        assert claim(storage, number)
+        if state is State.DONE:
+            storage.keep_results(storage.ledger.case(number), [])
+            storage.finish(storage.ledger.case(number))
+        else:
+            storage.fail(number, "process() failed")
+        assert storage.ledger.case(number).state is state
+    with opened(tmp_path, durability=runs[1]) as storage:
+        for sent, earlier in (([series[1], other], None), (series, number), (series[:1], number)):
+            for one in sent:
+                again = storage.add("P", ["ct"], one)
+            contents = storage.current("P")
+            assert contents is not None
+            assert storage.park("P", contents) == earlier
+            if earlier is None:
+                assert again != number
+                assert storage.expire("P", contents)

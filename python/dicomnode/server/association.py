@@ -7,6 +7,7 @@ nothing of a case is processed here. 0x0000 is answered after storage has kept i
 import contextlib
 import errno
 import logging
+import os
 import re
 import ssl
 import threading
@@ -605,6 +606,9 @@ class AssociationServer:
             growing.written(received.size)
         syntax = str(context.transfer_syntax[0])
         self._reception.meters.bytes_received.add(received.size)
+        prefix = self._prefix(association, sop_class, uid, received.context_id)
+        if _begins_with_meta(received, growing, len(prefix)):
+            return self._refuse(uid, _NOT_UNDERSTOOD, "dataset begins with file meta information")
         try:
             header = scan(received, syntax) if growing is None else scan(growing.path)
         except InvalidDicom as error:
@@ -617,7 +621,6 @@ class AssociationServer:
         ):
             if header_text(header, tag) != wanted:
                 return self._refuse(uid, _DOES_NOT_MATCH, f"{name} differs from the request")
-        prefix = self._prefix(association, sop_class, uid, received.context_id)
         accept = self._reception.accept
         if accept is not None and not accept(
             LazyDataset(prefix + received.data if growing is None else growing.path)
@@ -672,8 +675,19 @@ class AssociationServer:
         return _SUCCESS, "", target.identifier, case_id
 
     def _refuse(self, uid: str, status: int, comment: str) -> tuple[int, str, str, int]:
-        self._logger.warning("%r answered 0x%04X: %s", uid, status, comment)
+        # What is no UID may be long.
+        self._logger.warning("%.70r answered 0x%04X: %s", uid, status, comment)
         return status, comment, "", 0
+
+
+def _begins_with_meta(received: Received, growing: Growing | None, start: int) -> bool:
+    """Whether a dataset, in a file from `start` on, begins with group 0002.
+
+    Readers take that for more of the file meta information: in the file another transfer syntax would
+    count than the one that it came in, also the deflated one, which is not taken.
+    """
+    head = received.data[:2] if growing is None else os.pread(growing.descriptor, 2, start)
+    return bytes(head) == b"\x02\x00"
 
 
 def _digest_of(received: Received, growing: Growing | None, size: int) -> bytes:

@@ -261,13 +261,15 @@ class Ledger:
                 wanted,
             )
 
-    def repeated(self, case_id: int) -> int | None:
-        """The earlier case of the same identifier that held all that this one holds.
+    def repeated(self, case_id: int) -> list[tuple[int, list[tuple[InstanceRow, bytes]]]]:
+        """The earlier cases of the same identifier that held all that this one holds, newest first.
 
-        Only one that was interrupted, and changed within the last `_REPEAT_SECONDS`.
+        Only those that were interrupted, and changed within the last `_REPEAT_SECONDS`. With each the
+        instances whose digest of then, which comes with them, is of another kind than their own, so
+        that their content has yet to be compared.
         """
         with self._lock:
-            row = self._db.execute(
+            found = self._db.execute(
                 "SELECT old.id FROM cases AS new JOIN cases AS old "
                 "ON old.identifier = new.identifier AND old.id < new.id AND old.sealed "
                 "AND new.created < old.changed + ? "
@@ -275,10 +277,20 @@ class Ledger:
                 "AND NOT EXISTS ("
                 "SELECT 1 FROM instances AS i WHERE i.case_id = new.id AND NOT EXISTS ("
                 "SELECT 1 FROM interrupted AS o WHERE o.case_id = old.id AND o.input = i.input "
-                "AND o.uid = i.uid AND o.digest = i.digest)) ORDER BY old.id DESC LIMIT 1",
+                "AND o.uid = i.uid AND (o.digest = i.digest OR length(o.digest) != length(i.digest))"
+                ")) ORDER BY old.id DESC",
                 (_REPEAT_SECONDS, case_id),
-            ).fetchone()
-        return None if row is None else int(row[0])
+            ).fetchall()
+            return [(int(row[0]), self._unlike(case_id, int(row[0]))) for row in found]
+
+    def _unlike(self, case_id: int, earlier: int) -> list[tuple[InstanceRow, bytes]]:
+        rows = self._db.execute(
+            "SELECT i.input, i.uid, i.file, i.size, i.digest, i.damaged, o.digest "
+            "FROM instances AS i JOIN interrupted AS o ON o.input = i.input AND o.uid = i.uid "
+            "WHERE i.case_id = ? AND o.case_id = ? AND length(o.digest) != length(i.digest)",
+            (case_id, earlier),
+        ).fetchall()
+        return [(InstanceRow(*row[:6]), row[6]) for row in rows]
 
     def put_back(self, case_id: int, error: str) -> None:
         """PROCESSING -> READY, with the reason; the attempt does not count."""

@@ -731,7 +731,14 @@ class Storage:
         with self._as_it_was(identifier, contents) as known:
             if identifier in self._arriving or known is None:
                 return None
-            repeated = self.ledger.repeated(known.id)
+            repeated = next(
+                (
+                    number
+                    for number, unlike in self.ledger.repeated(known.id)
+                    if all(self._has_digest(known, row, digest) for row, digest in unlike)
+                ),
+                None,
+            )
             if repeated is None or not self.ledger.park(
                 known.id,
                 f"it holds what case {repeated} held before, whose sender had not got all answers, "
@@ -740,6 +747,14 @@ class Storage:
                 return None
             del self._open_cases[identifier]
             return repeated
+
+    def _has_digest(self, case: OpenCase, row: InstanceRow, digest: bytes) -> bool:
+        """Whether the file of an instance has a digest, of whatever kind."""
+        source = self._instances.source(input_folder(case.folder, row.input), row.file)
+        try:
+            return isinstance(source, str) and digest_of_file(source, len(digest)) == digest
+        except OSError:
+            return False
 
     def seal(self, case: Case, contents: Contents) -> bool:
         """READY -> PROCESSING: the case is claimed, and takes no further images.
