@@ -16,6 +16,7 @@ ready, late or too old.
 import logging
 import math
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -53,7 +54,7 @@ _ARRIVING_SECONDS = 1.0
 # Before a case is deleted the log tells so, at least this part of its time before, or a day.
 _NOTICE_PART, _NOTICE_SECONDS = 0.1, 24 * 3600.0
 # Of so many images at most the node knows which identifier they came under.
-_MOST_OWNERS = 100_000
+_MOST_OWNERS = 50_000
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class Completeness:
             else:
                 self._plan_look(identifier, clock, now - kept + self._patience.next(kept))
         for uid, identifier in self._storage.waits.identifiers_of_images()[-_MOST_OWNERS:]:
-            self._owners.setdefault(uid, identifier)
+            self._owners.setdefault(uid, sys.intern(identifier))
 
     def arrived(self, identifier: str, uid: str) -> None:
         """An image was stored: the clock of its case starts anew. Raises nothing."""
@@ -189,7 +190,8 @@ class Completeness:
             clock.since, clock.warned = now, math.inf
             self._plan_look(identifier, clock, now + self._patience.next(0.0))
             was_kept, clock.kept = clock.kept, 0.0
-            owner = self._owners.setdefault(uid, identifier)
+            # One text for all images of a case, instead of one for each.
+            owner = self._owners.setdefault(uid, sys.intern(identifier))
             if len(self._owners) > _MOST_OWNERS:
                 del self._owners[next(iter(self._owners))]
         if was_kept or owner != identifier:
