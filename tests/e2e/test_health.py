@@ -376,6 +376,32 @@ def test_d5_a_slow_client_is_dropped_at_its_deadline(
 # Meters
 
 
+def test_a_page_that_hangs_keeps_neither_the_node_open_nor_for_ever_its_port(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dicomnode.server.web._DEADLINE_SECONDS", 0.2)
+    asked, go_on = threading.Event(), threading.Event()
+
+    def page(path: str) -> Page | None:
+        asked.set()
+        go_on.wait(60)
+        return None
+
+    server = WebServer(page, logging.getLogger("test"))
+    port = server.open("127.0.0.1", 0)
+    thread = server._thread
+    assert thread is not None
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert asked.wait(30)
+        server.close()
+        go_on.set()
+        thread.join(30)
+        assert not thread.is_alive()
+        with pytest.raises(ConnectionError):
+            socket.create_connection(("127.0.0.1", port))
+
+
 def test_counters_and_histograms_add_up_over_threads() -> None:
     counter, histogram = Counter("c", "told", "kind"), Histogram("h", "told")
 

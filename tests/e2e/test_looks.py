@@ -1,6 +1,7 @@
 """A `validate` that hangs holds up its own case, and nothing else, however many hang."""
 
 import json
+import pydoc
 import threading
 import time
 import urllib.error
@@ -233,3 +234,26 @@ def test_of_cases_that_take_no_more_images_no_time_is_kept() -> None:
         completeness.keep()
         assert list(completeness._clocks) == ["C"]
         assert [name for _, name in completeness._plan] == ["C"]
+
+
+@pytest.mark.parametrize(
+    "broken", ["storage.ledger.Ledger.queue", "server.completeness.Completeness.claimable",
+               "server.completeness.Completeness._late", "storage.outbox.Outbox.settled"],
+)  # fmt: skip
+def test_a_step_that_fails_as_nobody_foresaw_ends_no_thread(
+    broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = pydoc.locate(f"dicomnode.{broken}")
+    assert callable(real)
+    fails = iter([True])
+
+    def failing(*args: Any) -> Any:
+        if next(fails, False):
+            raise KeyError("unforeseen")
+        return real(*args)
+
+    monkeypatch.setattr(f"dicomnode.{broken}", failing)
+    with running_node(pipeline(Hanging())) as node:
+        send(address_of(node), images("A"))
+        wait_for_cases(node, State.DONE)
+    assert "a step of the runner failed, it is tried again" in caplog.text

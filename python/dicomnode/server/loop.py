@@ -1,8 +1,7 @@
 """What workers and exporters share: threads that repeat a step, and the failures of cases.
 
 Solves that no thread misses work, none spins while there is none, all end when the node stops, and
-a failure that cannot be written to the ledger now is written later. What may never end, such as a user's
-`validate`, runs in threads of its own, so that it holds up nothing else.
+a failure that cannot be written to the ledger now is written later.
 """
 
 import logging
@@ -11,13 +10,14 @@ import sqlite3
 import threading
 import time
 import traceback
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
 from dicomnode.errors import DicomnodeError, NoRoom, ProcessingFailed
 from dicomnode.lib.dicom import printable
 from dicomnode.lib.redaction import patient_words_of
+from dicomnode.server.crew import Crew
 from dicomnode.server.logs import about, current, tell
 from dicomnode.server.meters import Meters
 from dicomnode.storage.ledger import State
@@ -66,7 +66,7 @@ class Loop:
             for k in range(count)
         ]
 
-    def crew(self, name: str, most: int) -> "Crew":
+    def crew(self, name: str, most: int) -> Crew:
         """Threads for work that a step begins and does not wait for."""
         crew = Crew(name, most, self._logger, self.wake)
         self._crews.append(crew)
@@ -151,7 +151,8 @@ class Loop:
             except NoRoom as error:
                 self._logger.error("%s; it is tried again", error)
                 worked, seen = False, -1
-            except (DicomnodeError, sqlite3.Error):
+            except Exception:
+                # One iteration of the runner: without its thread nothing of its kind would ever be done.
                 self._logger.exception("a step of the runner failed, it is tried again")
                 worked, seen = False, -1
             with self._wake:
@@ -174,75 +175,6 @@ class Loop:
             return self._storage.ledger.changes()
         except sqlite3.Error:
             return -1
-
-
-class Crew:
-    """Work that may never end: each piece has a thread of its own, one at a time for each key."""
-
-    def __init__(
-        self, name: str, most: int, logger: logging.Logger, wake: Callable[[], None]
-    ) -> None:
-        self._name = name
-        self._most = most
-        self._logger = logger
-        self._wake = wake
-        self._lock = threading.Lock()
-        # Since when each runs, by a monotonic clock.
-        self._running: dict[Hashable, tuple[threading.Thread, float]] = {}
-
-    def begin(self, key: Hashable, work: Callable[[], None]) -> bool:
-        """Do this work, and wake the loop after it; False where it cannot be begun now.
-
-        That is while work for the same key runs, or as much work as there may be, or where the
-        system has no thread.
-        """
-        thread = threading.Thread(target=self._run, args=(key, work), name=self._name, daemon=True)
-        with self._lock:
-            if key in self._running or len(self._running) >= self._most:
-                return False
-            self._running[key] = thread, time.monotonic()
-        try:
-            thread.start()
-        except RuntimeError as error:
-            self._logger.error("a thread cannot be started: %s", error)
-            with self._lock:
-                del self._running[key]
-            return False
-        return True
-
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._running
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether something runs."""
-        return bool(self._running)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether nothing can be begun before something ends."""
-        return len(self._running) >= self._most
-
-    def seconds(self) -> dict[Hashable, float]:
-        """For how long the work for each key has run."""
-        now = time.monotonic()
-        with self._lock:
-            return {key: now - since for key, (_, since) in self._running.items()}
-
-    def threads(self) -> list[threading.Thread]:
-        """Those that run now."""
-        with self._lock:
-            return [thread for thread, _ in self._running.values()]
-
-    def _run(self, key: Hashable, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except (DicomnodeError, sqlite3.Error):
-            self._logger.exception("a step of the runner failed")
-        finally:
-            with self._lock:
-                del self._running[key]
-            self._wake()
 
 
 def _join(threads: Iterable[threading.Thread], end: float | None) -> None:

@@ -87,18 +87,23 @@ class WebServer:
         if thread is None:
             return
         self._is_closing = True
-        self._waker.send(b"\0")
+        with contextlib.suppress(OSError):
+            # It may have seen it already.
+            self._waker.send(b"\0")
         thread.join(_DEADLINE_SECONDS)
-        if thread.is_alive():
-            # It waits for a disk that does not answer; it ends when that does.
-            return
-        for one in (*self._connections, self._listener, self._waker, self._woken):
-            one.close()
-        self._connections.clear()
-        self._selector.close()
-        self._give_reserve()
+        # One that waits for a disk that does not answer ends when that does.
 
     def _run(self) -> None:
+        try:
+            self._serve_all()
+        finally:
+            for one in (*self._connections, self._listener, self._waker, self._woken):
+                one.close()
+            self._connections.clear()
+            self._selector.close()
+            self._give_reserve()
+
+    def _serve_all(self) -> None:
         while not self._is_closing:
             for key, _ in self._selector.select(1.0):
                 if key.fileobj is self._listener:
