@@ -3,7 +3,6 @@
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -11,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.e2e.programs import serving
 
-from dicomnode.errors import CouldNotCompleteDIMSEMessage
-from dicomnode.lib.dimse import Address, echo
+from dicomnode.lib.dimse import Address
 
 _PACKAGES = {
     "strace": "strace",
@@ -90,23 +89,6 @@ def storescp(
     folder = tmp_path / "storescp"
     folder.mkdir()
     command = [peer("storescp"), "+B", "-aet", "STORESCP", "-od", str(folder), str(free_port)]
-    environment = {**os.environ, "TCP_NODELAY": "1"}
-    with subprocess.Popen(command, env=environment) as process:
-        address = Address("127.0.0.1", free_port, "STORESCP")
-        try:
-            _until_it_answers(address)
-            yield address, folder
-        finally:
-            process.terminate()
-
-
-def _until_it_answers(address: Address) -> None:
-    end = time.monotonic() + 30
-    while time.monotonic() < end:
-        try:
-            echo(address)
-        except CouldNotCompleteDIMSEMessage:
-            time.sleep(0.05)
-        else:
-            return
-    raise TimeoutError(f"{address} does not answer")
+    address = Address("127.0.0.1", free_port, "STORESCP")
+    with serving(command, address):
+        yield address, folder

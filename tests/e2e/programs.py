@@ -1,4 +1,4 @@
-"""The command `dicomnode` in a process of its own, and what it says. For tests."""
+"""Programs in processes of their own: nodes, and what they say; servers of others. For tests."""
 
 import os
 import re
@@ -6,31 +6,27 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
-from dicomnode.lib.dimse import Address
+from dicomnode.errors import CouldNotCompleteDIMSEMessage
+from dicomnode.lib.dimse import Address, echo
 
 _COMMAND = "from dicomnode.cli.main import main; main()"
 
 
-class Command:
-    """`dicomnode <arguments>`, killed at the end of a `with` block where it still runs.
-
-    `prefix` is a program that runs it, such as strace.
-    """
+class Program:
+    """A program, and what it says, killed at the end of a `with` block where it still runs."""
 
     def __init__(
-        self,
-        *arguments: object,
-        environment: dict[str, str] | None = None,
-        prefix: Sequence[str] = (),
+        self, command: Sequence[object], environment: Mapping[str, str] | None = None
     ) -> None:
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-u", "-c", _COMMAND, *map(str, arguments)],
+            list(map(str, command)),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -74,7 +70,13 @@ class Command:
         self._reader.join(10)
         return "".join(self.said)
 
-    def __enter__(self) -> "Command":
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+        with suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -83,9 +85,58 @@ class Command:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
+        self.kill()
+
+
+class Command(Program):
+    """`dicomnode <arguments>`; `prefix` is a program that runs it, such as strace."""
+
+    def __init__(
+        self,
+        *arguments: object,
+        environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> None:
+        super().__init__([*prefix, sys.executable, "-u", "-c", _COMMAND, *arguments], environment)
+
+
+@contextmanager
+def serving(
+    command: Sequence[object], address: Address, calling: str = "DICOMNODE"
+) -> Iterator[None]:
+    """A server that is not ours, from when it answers a C-ECHO at `address`."""
+    process = subprocess.Popen(
+        list(map(str, command)),
+        env={**os.environ, "TCP_NODELAY": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        until_it_answers(address, calling, process)
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        finally:
+            process.kill()
+
+
+def until_it_answers(
+    address: Address, calling: str = "DICOMNODE", process: "subprocess.Popen[Any] | None" = None
+) -> None:
+    """Wait for a program that begins to listen."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            echo(address, calling)
+        except CouldNotCompleteDIMSEMessage:
+            if time.monotonic() > end or (process is not None and process.poll() is not None):
+                raise
+            time.sleep(0.05)
+        else:
+            return
 
 
 def pipeline_file(folder: Path, code: str) -> str:

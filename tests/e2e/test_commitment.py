@@ -5,7 +5,6 @@ import os
 import queue
 import socket
 import struct
-import subprocess
 import threading
 import time
 import urllib.request
@@ -20,15 +19,15 @@ from pydicom.uid import generate_uid
 from pynetdicom import AE, evt
 from pynetdicom.presentation import build_context
 from pynetdicom.sop_class import CTImageStorage
+from tests.e2e.programs import serving
 
-from dicomnode.errors import InvalidDataset, PeerRefuses, PeerUnreachable
+from dicomnode.errors import InvalidDataset, PeerRefuses
 from dicomnode.lib.commitment import NOT_THERE, PUSH_MODEL, PUSH_MODEL_INSTANCE, Commitment
 from dicomnode.lib.dimse import (
     Address,
     _plain,
     ask_commitment,
     associate,
-    echo,
     report_commitment,
     send,
 )
@@ -445,27 +444,9 @@ def orthanc(folder: Path, node_port: int) -> Iterator[tuple[Address, str]]:
         "DicomModalities": {"node": ["NODE", "127.0.0.1", node_port]},
     }
     config.write_text(json.dumps(settings))
-    process = subprocess.Popen(
-        ["/usr/sbin/Orthanc", str(config)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
     address = Address("127.0.0.1", port, "ORTHANC")
-    try:
-        end = time.monotonic() + 60
-        while True:
-            try:
-                echo(address, "NODE")
-            except PeerUnreachable:
-                assert time.monotonic() < end and process.poll() is None
-                time.sleep(0.1)
-            else:
-                break
+    with serving(["/usr/sbin/Orthanc", config], address, "NODE"):
         yield address, f"http://127.0.0.1:{http}"
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def rest(url: str, body: Any = None) -> Any:

@@ -3,11 +3,9 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy
 import pytest
 from pydicom import dcmread
 from pydicom.dataset import Dataset
+from tests.e2e.programs import Program
 
 from dicomnode.errors import CouldNotCompleteDIMSEMessage
 from dicomnode.lib.dicom import load
@@ -56,43 +55,14 @@ node.open()
 """
 
 
-class Killable:
+class Killable(Program):
     """The node in a process of its own."""
 
     def __init__(self, script: Path, root: Path, expected: int, endpoint: Address) -> None:
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-u",
-                str(script),
-                str(root),
-                str(expected),
-                str(endpoint.port),
-                endpoint.ae_title,
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        super().__init__(
+            [sys.executable, "-u", script, root, expected, endpoint.port, endpoint.ae_title]
         )
-        self.address = Address("127.0.0.1", int(self.until(r"listens on .*:(\d+)")), "NODE")
-
-    def until(self, pattern: str) -> str:
-        """Read the log until a line matches; the first group, or an error with what was said."""
-        assert self.process.stdout is not None
-        said = []
-        watchdog = threading.Timer(45, self.process.kill)
-        watchdog.start()
-        for line in self.process.stdout:
-            said.append(line)
-            found = re.search(pattern, line)
-            if found:
-                watchdog.cancel()
-                return found.group(found.lastindex or 0)
-        raise AssertionError(f"{pattern!r} was not said, but: {''.join(said[-30:])}")
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.communicate()
+        self.here = self.address("NODE")
 
 
 @pytest.fixture
@@ -122,7 +92,7 @@ def send_until_killed(node: Killable, series: list[Dataset], kill_after: int) ->
             node.kill()
 
     with suppress(CouldNotCompleteDIMSEMessage):
-        send(node.address, series, on_response=count)
+        send(node.here, series, on_response=count)
     return acknowledged
 
 
@@ -138,7 +108,7 @@ def test_killed_while_receiving(kill_after: int, script: Path, tmp_path: Path) -
         assert set(acknowledged) <= kept
         node = Killable(script, root, 20, address_of(store))
         # A sender repeats only what was not acknowledged.
-        send(node.address, [one for one in series if one.SOPInstanceUID not in acknowledged])
+        send(node.here, [one for one in series if one.SOPInstanceUID not in acknowledged])
         node.until("case 1 is done")
         node.kill()
         arrived = store.wait_for_images(20)
@@ -174,7 +144,7 @@ def test_killed_at_every_step_of_a_case(moment: str, script: Path, tmp_path: Pat
     root = tmp_path / "root"
     with running_node(StoringNode) as store:
         node = Killable(script, root, 20, address_of(store))
-        assert all(one.status == 0 for one in send(node.address, series))
+        assert all(one.status == 0 for one in send(node.here, series))
         node.until(moment)
         node.kill()
         if state_of_case(root) is not State.DONE:
@@ -210,7 +180,7 @@ def test_killed_while_sending(script: Path, tmp_path: Path) -> None:
 
     with running_node(Killing) as store:
         nodes.append(Killable(script, root, 20, address_of(store)))
-        send(nodes[0].address, series)
+        send(nodes[0].here, series)
         nodes[0].process.wait(30)
         again = Killable(script, root, 20, address_of(store))
         again.until("case 1 is done")
@@ -233,7 +203,7 @@ def test_real_ct_killed_at_some_time_arrives_whole_and_once(
     environment = {**os.environ, "TCP_NODELAY": "1"}
 
     def sender(node: Killable) -> subprocess.Popen[bytes]:
-        command = [peer("storescu"), "-aec", "NODE", "127.0.0.1", str(node.address.port)]
+        command = [peer("storescu"), "-aec", "NODE", "127.0.0.1", str(node.here.port)]
         return subprocess.Popen([*command, *map(str, files)], env=environment)
 
     node = Killable(script, root, 140, endpoint)
@@ -282,9 +252,9 @@ def test_L21_everything_is_flushed_before_it_is_acknowledged(script: Path, tmp_p
             stderr=subprocess.PIPE,
         ) as tracer:
             while not trace.exists() or not trace.stat().st_size:
-                send(node.address, make_series(1, 16, 16, patient_id="WARM-UP"))
+                send(node.here, make_series(1, 16, 16, patient_id="WARM-UP"))
             trace.write_text("")
-            send(node.address, make_series(1, 16, 16, patient_id="TRACED"))
+            send(node.here, make_series(1, 16, 16, patient_id="TRACED"))
             node.kill()
             tracer.wait(10)
     events = []

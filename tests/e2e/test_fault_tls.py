@@ -1,7 +1,6 @@
 """N7 and N8 of the fault model: TLS (PS3.15 section B.9), with openssl and dcmtk as peers."""
 
 import logging
-import os
 import socket
 import subprocess
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.e2e import wire
+from tests.e2e.programs import serving
 from tests.e2e.test_fault_wire import Node, quiet
 from tests.e2e.wire import Raw, pdu, unharmed
 
@@ -229,21 +229,12 @@ def test_n8_we_send_to_dcmtk_over_tls(
         str(free_port),
     ]  # fmt: skip
     series = make_series(3)
-    with subprocess.Popen(command, env={**os.environ, "TCP_NODELAY": "1"}) as process:
-        try:
-            address = Address("127.0.0.1", free_port, "STORESCP", ours)
-            for _ in range(100):
-                try:
-                    echo(address)
-                    break
-                except PeerUnreachable:
-                    continue
-            assert {one.status for one in send(address, series)} == {0}
-            assert len(load(tmp_path)) == 3
-            with pytest.raises(PeerUnreachable):
-                echo(Address("127.0.0.1", free_port, "STORESCP"))
-        finally:
-            process.terminate()
+    address = Address("127.0.0.1", free_port, "STORESCP", ours)
+    with serving(command, address):
+        assert {one.status for one in send(address, series)} == {0}
+        assert len(load(tmp_path)) == 3
+        with pytest.raises(PeerUnreachable):
+            echo(Address("127.0.0.1", free_port, "STORESCP"))
 
 
 def test_n7_a_silent_client_keeps_nobody_from_a_handshake(papers: Papers) -> None:

@@ -1,7 +1,6 @@
 """Sending over a socket of our own: deadlines, broken peers, conversion, many kinds of objects."""
 
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import ImplicitVRLittleEndian, JPEGLSLossless, RLELossless
 from pynetdicom import AE, AllStoragePresentationContexts, evt
 from pynetdicom.presentation import build_context
+from tests.e2e.programs import serving
 
 from dicomnode.errors import CouldNotCompleteDIMSEMessage, PeerUnreachable
 from dicomnode.lib import requestor
@@ -282,25 +282,9 @@ def test_storescp_gets_every_byte(tmp_path: Path) -> None:
     folder.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        ["/usr/bin/storescp", "+B", "-od", str(folder), str(port)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        address = Address("127.0.0.1", port, "STORESCP")
-        for _ in range(100):
-            try:
-                echo(address)
-            except PeerUnreachable:
-                time.sleep(0.05)
-            else:
-                break
-        images = make_series(20, 64, 64)
+    address = Address("127.0.0.1", port, "STORESCP")
+    images = make_series(20, 64, 64)
+    with serving(["/usr/bin/storescp", "+B", "-od", folder, port], address):
         assert all(one.is_stored for one in send(address, images))
-    finally:
-        process.terminate()
-        process.wait(10)
     received = [dcmread(path) for path in sorted(folder.iterdir())]
     assert numpy.array_equal(numpy_grinder(received), numpy_grinder(images))

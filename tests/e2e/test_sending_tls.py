@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from pydicom.dataset import Dataset
+from tests.e2e.programs import serving
 
 from dicomnode.errors import IncorrectlyConfigured, PeerUnreachable
 from dicomnode.lib import requestor
@@ -80,24 +81,11 @@ def test_a_peer_without_tls_is_told(
 def test_storescp_with_tls_gets_all(files: dict[str, Path], tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        ["/usr/bin/storescp", "+tls", str(files["theirs.key"]), str(files["theirs"]), "+cf",
-         str(files["ours"]), "-od", str(tmp_path), str(port)],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        address = Address("127.0.0.1", port, "STORESCP", ours(files))
-        end = time.monotonic() + 30
-        while time.monotonic() < end:
-            try:
-                echo(address)
-                break
-            except PeerUnreachable:
-                time.sleep(0.05)
+    command = ["/usr/bin/storescp", "+tls", files["theirs.key"], files["theirs"], "+cf",
+               files["ours"], "-od", tmp_path, port]  # fmt: skip
+    address = Address("127.0.0.1", port, "STORESCP", ours(files))
+    with serving(command, address):
         assert all(one.is_stored for one in send(address, [*make_series(10, 64, 64), big()]))
-    finally:
-        process.kill()
-        process.wait(30)
     assert len(list(tmp_path.iterdir())) == 11
 
 

@@ -3,7 +3,6 @@
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -11,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tests.e2e.programs import Command, pipeline_file
+from tests.e2e.programs import Command, Program, pipeline_file
 
 from dicomnode.cli.notify import notifier
 from dicomnode.errors import CouldNotCompleteDIMSEMessage, IncorrectlyConfigured
@@ -136,22 +135,14 @@ def test_p9_stalled_peers_do_not_keep_a_node_from_ending(
 
 def test_p9_stalled_peers_do_not_keep_a_python_program_from_ending(tmp_path: Path) -> None:
     file = Path(pipeline_file(tmp_path, QUIET + "\nNode()\n").removesuffix(":Node"))
-    with subprocess.Popen(
-        [sys.executable, "-u", file], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            lines = iter(process.stdout.readline, "")
-            port = next(int(one.rsplit(":", 1)[1]) for one in lines if "listens on" in one)
-            peers = [stalled(Address("127.0.0.1", port, "NODE"), begun) for begun in BEGUN]
-            process.terminate()
-            said, _ = process.communicate(timeout=30)
-            assert process.returncode == 0
-            assert "Traceback" not in said
-            for one in peers:
-                one.close()
-        finally:
-            process.kill()
+    with Program([sys.executable, "-u", file]) as program:
+        address = program.address("NODE")
+        peers = [stalled(address, begun) for begun in BEGUN]
+        program.process.terminate()
+        assert "Traceback" not in program.ended(30)
+        assert program.process.returncode == 0
+        for one in peers:
+            one.close()
 
 
 def test_p9_what_was_answered_before_a_stop_is_there_and_nothing_is_half_written(
@@ -234,19 +225,13 @@ def test_ctrl_c_is_quiet_also_while_python_imports(milliseconds: int, tmp_path: 
     arguments = ["run", pipeline_file(tmp_path, QUIET)]
     # Before our first line there is nothing that we could do.
     code = "from dicomnode.cli.start import main; print('BEGUN', flush=True); main()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "BEGUN\n"
+    with Program([sys.executable, "-c", code, *arguments]) as program:
+        program.until("^BEGUN$")
         threading.Event().wait(milliseconds / 1000)
-        process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
+        program.process.send_signal(signal.SIGINT)
+        said = program.ended()
     # It is ended by the signal, tells that it was stopped, or was open already.
-    assert process.returncode in (-signal.SIGINT, 130, 0)
+    assert program.process.returncode in (-signal.SIGINT, 130, 0)
     assert "Traceback" not in said
 
 

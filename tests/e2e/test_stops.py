@@ -1,6 +1,5 @@
 """Nodes in a process of their own that are stopped, end, fork and die: no case is blamed or lost."""
 
-import re
 import signal
 import subprocess
 import sys
@@ -9,13 +8,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pydicom.dataset import Dataset
+from tests.e2e.programs import Program
 
 from dicomnode.errors import CouldNotCompleteDIMSEMessage
-from dicomnode.lib.dimse import Address, Response, send
+from dicomnode.lib.dimse import Response, send
 from dicomnode.storage.ledger import Case, Ledger
 from dicomnode.testing import State, StoringNode, address_of, make_series, running_node
 
@@ -45,53 +44,13 @@ class Base(AbstractPipeline):
 """
 
 
-class Program:
-    """A node's program, and what it says."""
-
-    def __init__(self, code: str, root: Path, port: int = 0) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-u", "-c", NODE + textwrap.dedent(code), str(root), str(port)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.said: list[str] = []
-        self._news = threading.Condition()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            with self._news:
-                self.said.append(line)
-                self._news.notify_all()
-
-    def until(self, pattern: str, seconds: float = 30.0) -> str:
-        def found() -> Any:
-            return next(filter(None, (re.search(pattern, line) for line in self.said)), None)
-
-        with self._news:
-            match = self._news.wait_for(found, seconds)
-            assert match, f"{pattern!r} was not said, but: {''.join(self.said[-30:])}"
-            return str(match.group(match.lastindex or 0))
-
-    @property
-    def address(self) -> Address:
-        return Address("127.0.0.1", int(self.until(r"listens on .*:(\d+)")), "NODE")
-
-    def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Program]]:
     programs: list[Program] = []
 
     def begin(code: str, port: int = 0) -> Program:
-        programs.append(Program(code, tmp_path / "root", port))
+        file = NODE + textwrap.dedent(code)
+        programs.append(Program([sys.executable, "-u", "-c", file, tmp_path / "root", port]))
         return programs[-1]
 
     yield begin
@@ -128,7 +87,10 @@ def test_the_neighbour_of_a_case_that_kills_the_node_is_not_blamed(
     Node()
     """
     program = start(code)
-    send(program.address, make_series(2, patient_id="EVIL") + make_series(2, patient_id="GOOD"))
+    send(
+        program.address("NODE"),
+        make_series(2, patient_id="EVIL") + make_series(2, patient_id="GOOD"),
+    )
     for _ in range(3):
         program.process.wait(30)
         program = start(code)
@@ -153,7 +115,7 @@ def test_stops_that_end_in_a_kill_do_not_count_against_a_case(
     for k in range(4):
         program = start(code)
         if k == 0:
-            send(program.address, make_series(2, patient_id="A"))
+            send(program.address("NODE"), make_series(2, patient_id="A"))
         program.until("PROCESSING")
         program.process.terminate()
         # It waits for the step that runs; its supervisor does not.
@@ -221,7 +183,7 @@ def test_a_stop_does_not_wait_for_a_slow_endpoint(
     """
     with running_node(Slow) as store:
         program = start(code, store.port)
-        send(program.address, make_series(30, 8, 8, patient_id="A"))
+        send(program.address("NODE"), make_series(30, 8, 8, patient_id="A"))
         assert begun.wait(30)
         program.process.terminate()
         assert program.process.wait(15) == 0
@@ -252,7 +214,7 @@ def test_a_child_of_process_does_not_keep_the_root_of_a_node_that_died(
     Node()
     """
     program = start(code)
-    send(program.address, make_series(2, patient_id="A"))
+    send(program.address("NODE"), make_series(2, patient_id="A"))
     child = int(program.until(r"CHILD (\d+)"))
     program.kill()
     try:
@@ -292,12 +254,12 @@ def test_what_is_sent_again_because_the_last_answer_was_lost_is_not_delivered_tw
     with running_node(StoringNode) as store:
         program = start(code, store.port)
         with pytest.raises(CouldNotCompleteDIMSEMessage):
-            send(program.address, series, on_response=answers.append)
+            send(program.address("NODE"), series, on_response=answers.append)
         assert len(answers) == 4
         again = start(code, store.port)
         # The sender knows of four, and sends all again.
         again.until("case 1 is done")
-        assert [one.status for one in send(again.address, series)] == [0] * 5
+        assert [one.status for one in send(again.address("NODE"), series)] == [0] * 5
         again.until("case 2 repeats case 1")
         assert len({one.SOPInstanceUID for one in store.received}) == 5
         again.kill()
@@ -346,7 +308,7 @@ def test_a_second_signal_does_not_lose_what_is_in_memory(start: Callable[..., Pr
     Node()
     """
     program = start(code)
-    send(program.address, make_series(2, patient_id="A") + make_series(2, patient_id="B"))
+    send(program.address("NODE"), make_series(2, patient_id="A") + make_series(2, patient_id="B"))
     program.until("BEGUN")
     program.process.terminate()
     program.until("ENDED")

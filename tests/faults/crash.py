@@ -27,11 +27,11 @@ from pathlib import Path
 
 from pydicom import dcmread
 from pydicom.dataset import Dataset
-from tests.e2e.programs import Command, pipeline_file
+from tests.e2e.programs import Command, pipeline_file, serving
 from tests.faults import endpoint
 
 from dicomnode.errors import CouldNotCompleteDIMSEMessage
-from dicomnode.lib.dimse import Address, Response, echo, send
+from dicomnode.lib.dimse import Address, Response, send
 from dicomnode.storage.layout import digest_of_file, input_folder, outbox_folder
 from dicomnode.storage.ledger import Case, Ledger, State
 from dicomnode.testing import make_series, write_series
@@ -171,6 +171,7 @@ class Crash:
     def open(self) -> None:
         """Start the endpoints."""
         self._serve(
+            "RECORDER",
             sys.executable,
             "-m",
             "tests.faults.endpoint",
@@ -178,6 +179,7 @@ class Crash:
             str(self._journal),
         )
         self._serve(
+            "STORESCP",
             self._storescp,
             "+B",
             "-aet",
@@ -187,15 +189,10 @@ class Crash:
             "--fork",
             str(self._ports["STORESCP"]),
         )
-        for title, port in self._ports.items():
-            until_it_answers(Address("127.0.0.1", port, title))
 
-    def _serve(self, *command: str) -> None:
-        program = subprocess.Popen(
-            command, env={**os.environ, "TCP_NODELAY": "1"}, stderr=subprocess.DEVNULL
-        )
-        self._stack.callback(program.wait)
-        self._stack.callback(program.kill)
+    def _serve(self, title: str, *command: str) -> None:
+        address = Address("127.0.0.1", self._ports[title], title)
+        self._stack.enter_context(serving(command, address))
 
     def close(self) -> None:
         """End the endpoints."""
@@ -433,19 +430,6 @@ def free_port() -> int:
             probe.bind(("127.0.0.1", port))
             return port
     raise Broken("there is no free port")
-
-
-def until_it_answers(address: Address) -> None:
-    """Wait for a program that begins to listen."""
-    end = time.monotonic() + 60
-    while True:
-        try:
-            echo(address)
-        except CouldNotCompleteDIMSEMessage:
-            if time.monotonic() > end:
-                raise
-        else:
-            return
 
 
 def run(folder: Path, rounds: int, seed: int, programs: Sequence[str], storescp: str) -> Crash:
