@@ -19,6 +19,7 @@ from pydicom.uid import generate_uid
 from pynetdicom import AE, evt
 from pynetdicom.presentation import build_context
 from pynetdicom.sop_class import CTImageStorage
+from tests.e2e import wire
 from tests.e2e.programs import serving
 
 from dicomnode.errors import InvalidDataset, PeerRefuses
@@ -395,6 +396,60 @@ def test_senders_that_take_no_report_keep_nobody_from_theirs() -> None:
         assert time.monotonic() - start < Limits().stall_seconds / 2
         for one in silent:
             one.abort()
+
+
+def test_a_sender_that_asks_again_before_it_answers_a_report_gets_all_reports(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+
+    def action(number: int) -> bytes:
+        asked = Commitment(f"1.2.3.{number}", {f"1.2.4.{number}": CT})
+        head = {
+            0x0003: PUSH_MODEL.encode() + b"\0" * (len(PUSH_MODEL) % 2),
+            0x0100: struct.pack("<H", 0x0130),
+            0x0110: struct.pack("<H", number),
+            0x0800: struct.pack("<H", 1),
+            0x1001: PUSH_MODEL_INSTANCE.encode() + b"\0" * (len(PUSH_MODEL_INSTANCE) % 2),
+            0x1008: struct.pack("<H", 1),
+        }
+        data = bytes(_plain(asked.to_dataset(), IMPLICIT))
+        parts = wire.value(1, 3, wire.command(head)), wire.value(1, 2, data)
+        return b"".join(wire.pdu(wire.DATA, part) for part in parts)
+
+    def answer(number: int) -> bytes:
+        head = {
+            0x0002: PUSH_MODEL.encode() + b"\0" * (len(PUSH_MODEL) % 2),
+            0x0100: struct.pack("<H", 0x8100),
+            0x0120: struct.pack("<H", number),
+            0x0800: struct.pack("<H", 0x0101),
+            0x0900: struct.pack("<H", 0),
+        }
+        return wire.pdu(wire.DATA, wire.value(1, 3, wire.command(head)))
+
+    field = struct.pack("<HHI", 0, 0x0100, 2)
+    report, response = (field + struct.pack("<H", kind) for kind in (0x0100, 0x8130))
+    contexts = [(1, PUSH_MODEL, (IMPLICIT,))]
+    with running_node(StoringNode) as node, wire.Raw(node) as peer:
+        peer.open(wire.request("STORE", "ASKING", contexts))
+        peer.send(action(1))
+        told = b""
+        while told.count(report) < 1:
+            told += peer.receive()[1]
+        # Before the first report is answered.
+        peer.send(action(2) + action(3))
+        peer.send(answer(1))
+        for count in (2, 3):
+            while told.count(report) < count:
+                kind, body = peer.receive()
+                assert kind == wire.DATA, kind
+                told += body
+            peer.send(answer(1))
+        assert told.count(response) == 3
+        assert node.wait(lambda: caplog.text.count("was told that 0 of 1") == 3, 20)
+        peer.send(wire.pdu(wire.RELEASE, bytes(4)))
+        # Behind what is left of the last report.
+        assert peer.until_the_end()[-1][0] == wire.RELEASED
 
 
 def test_requests_that_wait_are_bounded_for_one_and_for_all(

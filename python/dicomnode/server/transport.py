@@ -485,10 +485,29 @@ class _Messages(DIMSEServiceProvider):
     """The messages of an association; whoever takes one waits until there is something to do."""
 
     def get_msg(self, block: bool = False) -> Any:
+        if block:
+            return self._response()
         try:
-            return self.msg_queue.get(timeout=self.dimse_timeout if block else _LOOK_SECONDS)
+            return self.msg_queue.get(timeout=_LOOK_SECONDS)
         except queue.Empty:
             return None, None
+
+    def _response(self) -> Any:
+        """The answer to what was sent; requests of the peer that cross it are served after that."""
+        end = time.monotonic() + (self.dimse_timeout or 0.0)
+        crossed: list[Any] = []
+        try:
+            while True:
+                found = self.msg_queue.get(timeout=max(0.0, end - time.monotonic()))
+                is_request = getattr(found[1], "MessageIDBeingRespondedTo", 0) is None
+                if not is_request or len(crossed) >= _MOST_WAITING:
+                    return found
+                crossed.append(found)
+        except queue.Empty:
+            return None, None
+        finally:
+            for one in crossed:
+                self.msg_queue.put(one)
 
 
 class NodeAssociation(Association):
