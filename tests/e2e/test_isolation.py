@@ -113,7 +113,7 @@ def test_p1_p3_p6_what_process_raises_or_gives_fails_its_case_only(
         said = {
             "RAISE": "ValueError: this",
             "SYSEXIT": "SystemExit: 0",
-            "INVALID": "(0008,0016) SOPClassUID is missing or empty",
+            "INVALID": "a result has no valid SOPClassUID",
             "NOSTUDY": "(0020,000D) StudyInstanceUID is missing or empty",
             "SHORT": "(7FE0,0010) PixelData has 4 bytes, and 1 frames of Rows 3 x Columns 2",
             "TWICE": "two results have the SOPInstanceUID",

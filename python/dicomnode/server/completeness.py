@@ -32,6 +32,7 @@ from dicomnode.lib.expected import series_of
 from dicomnode.lib.uids import Uids
 from dicomnode.server.eager import EagerDecoding
 from dicomnode.server.input import AbstractInput, Datasets, waits_for
+from dicomnode.server.logs import about, current
 from dicomnode.server.loop import Failures, Loop
 from dicomnode.storage.ledger import OVER, Case, State
 from dicomnode.storage.store import Contents, Storage
@@ -149,8 +150,9 @@ class Completeness:
         self._plan: list[tuple[float, str]] = []
         self._held_up: set[str] = set()
         self._keep_at = clock() + _KEEP_SECONDS
-        # The identifiers whose cases are to be looked at; and those of them that have to wait for that.
-        self._unchecked: dict[str, None] = {}
+        # The identifiers whose cases are to be looked at, and the association that it is about; and those
+        # of them that have to wait for that.
+        self._unchecked: dict[str, int | None] = {}
         self._postponed: set[str] = set()
         # Until then nothing is looked at again that could not be.
         self._again_at = 0.0
@@ -417,16 +419,17 @@ class Completeness:
     def check_soon(self, identifiers: Iterable[str]) -> None:
         """Have these cases looked at, and made READY where they are complete."""
         with self._lock:
-            self._unchecked.update(dict.fromkeys(identifiers))
+            self._unchecked.update(dict.fromkeys(identifiers, current().association))
         self._loop.wake()
 
     def _check(self, identifier: str) -> None:
         """Look whether a case is complete; later, where that cannot be recorded now."""
         with self._lock:
             # Images that come from now on have it looked at once more.
-            self._unchecked.pop(identifier, None)
+            association = self._unchecked.pop(identifier, None)
         try:
-            self._settle(identifier)
+            with about(association=association):
+                self._settle(identifier)
         except (OutOfResources, sqlite3.Error) as error:
             self._logger.error("a case cannot be made ready now: %s", error)
             with self._lock:

@@ -161,7 +161,10 @@ class Loop:
                 elif self._stopping:
                     # Another thread still works and may bring more.
                     self._wake.wait(0.05)
-                elif self._is_postponed() or seen < 0:
+                elif seen < 0:
+                    # Whoever has worked meanwhile has not mended it.
+                    self._wake.wait_for(lambda: self._stopping, _LOOK_SECONDS)
+                elif self._is_postponed():
                     self._wake.wait(_LOOK_SECONDS)
 
     def _is_drained(self) -> bool:
