@@ -50,11 +50,13 @@ class HandedOver:
 
     `descriptor` is that of their shared memory, and is the owner's to close. `frames` are, of each
     image that was asked for, the place and the notes of each frame; None of one that is not there.
-    The rows of `shape` start at the place `first`.
+    The rows of `shape` start at the place `first`. `array` is the memory as this process sees it: to let
+    that go takes a while, which the other one need not wait for.
     """
 
     reading: Reading
     descriptor: int
+    array: NDArray[Any]
     first: int
     shape: tuple[int, ...]
     dtype: numpy.dtype[Any]
@@ -244,7 +246,7 @@ class Arena:
             descriptor, self._descriptor = self._descriptor, -1
             shape = (last - first + 1, *array.shape[1:])
             self._end()
-            return HandedOver(self._reading, descriptor, first, shape, array.dtype, frames)
+            return HandedOver(self._reading, descriptor, array, first, shape, array.dtype, frames)
 
     @classmethod
     def received(

@@ -33,6 +33,7 @@ from dicomnode.errors import (
     NoRoom,
     ProcessingFailed,
 )
+from dicomnode.lib.arena import HandedOver
 from dicomnode.lib.dicom import printable
 from dicomnode.lib.shared import is_sealed, view_shared
 from dicomnode.server.channel import MOST_BYTES, BrokenChannel, Channel, bounded
@@ -199,8 +200,7 @@ class Worker:
         case_id: int,
         claimed: Claimed,
         on_ground: Callable[[float], None],
-        decoded: dict[str, Any],
-        memories: list[int],
+        handed: Mapping[str, HandedOver],
         folder: Path,
     ) -> Generator[Result]:
         """The results of a case, as they come.
@@ -221,14 +221,14 @@ class Worker:
                 name: {uid: os.path.abspath(source) for uid, source in found.items()}  # noqa: PTH100
                 for name, found in claimed.sources.items()
             },
-            "decoded": decoded,
+            "decoded": {name: _described(one) for name, one in handed.items()},
             "folder": str(folder),
             "grinds_only": claimed.grinds_only,
             "seed": claimed.seed.hex(),
         }
         with contextlib.suppress(BrokenChannel):
             # A worker that is gone is told of below.
-            self.channel.send(job, memories)
+            self.channel.send(job, [one.descriptor for one in handed.values()])
         is_over = False
         try:
             while True:
@@ -564,38 +564,30 @@ class Workers:
                 raise Stopped
             worker = self._idle.pop()
             self._busy.add(worker)
-        memories: list[int] = []
+        handed: dict[str, HandedOver] = {}
+
+        def on_taken(seconds: float) -> None:
+            on_ground(seconds)
+            _let_go(handed)
+
         try:
-            decoded = self._hand_over(case_id, claimed, memories)
+            self._hand_over(case_id, claimed, handed)
             with _working_folder(self._root, case_id) as folder:
-                yield from worker.process(case_id, claimed, on_ground, decoded, memories, folder)
+                yield from worker.process(case_id, claimed, on_taken, handed, folder)
         finally:
-            for descriptor in memories:
-                os.close(descriptor)
+            _let_go(handed)
             self._give_back(worker)
 
-    def _hand_over(self, case_id: int, claimed: Claimed, memories: list[int]) -> dict[str, Any]:
-        """What was decoded on arrival: its description, and its memory."""
-        decoded: dict[str, Any] = {}
+    def _hand_over(self, case_id: int, claimed: Claimed, handed: dict[str, HandedOver]) -> None:
+        """What was decoded on arrival, by input."""
         try:
             for name, found in claimed.sources.items():
                 arena = self._eager.decoded(case_id, name)
-                handed = None if arena is None else arena.hand_over(found.values())
-                if handed is not None:
-                    memories.append(handed.descriptor)
-                    reading = handed.reading
-                    decoded[name] = {
-                        "as": None if reading.dtype is None else reading.dtype.str,
-                        "values": reading.values,
-                        "color": reading.color,
-                        "first": handed.first,
-                        "shape": handed.shape,
-                        "dtype": handed.dtype.str,
-                        "frames": handed.frames,
-                    }
+                given = None if arena is None else arena.hand_over(found.values())
+                if given is not None:
+                    handed[name] = given
         finally:
             self._eager.drop(case_id)
-        return decoded
 
     def _give_back(self, worker: Worker) -> None:
         """A worker is free, or replaced before the next case has to wait for that."""
@@ -642,6 +634,26 @@ class Workers:
             worker.end()
         if self._root is not None:
             shutil.rmtree(self._root, ignore_errors=True)
+
+
+def _described(handed: HandedOver) -> dict[str, Any]:
+    reading = handed.reading
+    return {
+        "as": None if reading.dtype is None else reading.dtype.str,
+        "values": reading.values,
+        "color": reading.color,
+        "first": handed.first,
+        "shape": handed.shape,
+        "dtype": handed.dtype.str,
+        "frames": handed.frames,
+    }
+
+
+def _let_go(handed: dict[str, HandedOver]) -> None:
+    """The memory is its receiver's alone."""
+    for one in handed.values():
+        os.close(one.descriptor)
+    handed.clear()
 
 
 @contextlib.contextmanager
