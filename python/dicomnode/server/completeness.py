@@ -514,7 +514,7 @@ class Completeness:
                 [] if self._again_at else [one for one in self._wanted if one not in self._looked]
             )
         for number in wanted:
-            if room <= 0:
+            if room <= 0 or self._looks.is_full:
                 return
             case = self._storage.ledger.case(number)
             if case.state is not State.READY:
