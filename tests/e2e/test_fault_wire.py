@@ -539,6 +539,16 @@ def test_n18_a_peer_that_says_no_more_is_aborted_and_what_it_sent_is_processed()
         assert node.processed == [2]
 
 
+def test_n18_a_peer_that_sends_image_after_image_is_not_idle_however_long_it_takes() -> None:
+    uid, data = wire.image()
+    with node_of(limits=Limits(**HASTY)) as node, Raw(node).open() as peer:
+        end = time.monotonic() + 2.5 * HASTY["idle_seconds"]
+        while time.monotonic() < end:
+            peer.send(wire.store(uid, data))
+            assert peer.status() == 0
+        peer.release()
+
+
 def test_n19_fragments_of_one_byte_make_the_same_image(tmp_path: Path) -> None:
     uid, data = wire.image()
     asked = [(1, wire.VERIFICATION, (wire.IMPLICIT,))]

@@ -385,6 +385,8 @@ class _Provider(DULServiceProvider):
             found = self._read(receiver)
             while isinstance(found, Received):
                 self._began = None
+                # Its sender is not idle, also where it never pauses so that this loop would end.
+                self._idle_timer.restart()
                 response = self._service.store(self._association, found)
                 if self.socket is not None:
                     self.socket.send(response)
