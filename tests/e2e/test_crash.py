@@ -1,9 +1,7 @@
 """Nodes that are killed, at random and at each step of keeping an image (S1, S2); `make crash` does more."""
 
 import hashlib
-import os
 import re
-import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -42,12 +40,8 @@ class Node(Base):
 
 
 @pytest.fixture
-def strace() -> str:
-    found = shutil.which("strace")
-    if found is None:
-        reason = "strace is missing (Debian package strace)"
-        (pytest.fail if os.environ.get("DICOMNODE_REQUIRE_PEERS") else pytest.skip)(reason)
-    return str(found)
+def strace(peer: Callable[[str], str]) -> str:
+    return peer("strace")
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -226,19 +225,18 @@ def test_real_ct_killed_at_some_time_arrives_whole_and_once(
     assert numpy.array_equal(numpy_grinder(arrived), numpy_grinder(load(files)) + 1)
 
 
-def test_L21_everything_is_flushed_before_it_is_acknowledged(script: Path, tmp_path: Path) -> None:
+def test_L21_everything_is_flushed_before_it_is_acknowledged(
+    script: Path, tmp_path: Path, peer: Callable[[str], str]
+) -> None:
     """The order of system calls: file and folder flushed, ledger flushed, then the answer."""
-    strace = shutil.which("strace")
-    if strace is None:
-        reason = "strace is missing (Debian package strace)"
-        (pytest.fail if os.environ.get("DICOMNODE_REQUIRE_PEERS") else pytest.skip)(reason)
+    strace = peer("strace")
     trace = tmp_path / "trace"
     root = tmp_path / "root"
     with running_node(StoringNode) as store:
         node = Killable(script, root, 99, address_of(store))
         with subprocess.Popen(
             [
-                str(strace),
+                strace,
                 "-f",
                 "-y",
                 "-qq",

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,16 @@ def test_n2_a_stall_in_the_middle_of_a_pdu_ends_the_association() -> None:
     uid, data = wire.image()
     whole = wire.store(uid, data)
     with node_of(limits=Limits(bytes_per_second=1000, **HASTY)) as node:
-        for length in (1, 5, 20, 150, len(whole) - 1):
-            with Raw(node).open() as peer:
-                peer.send(whole[:length])
-                serves(node)
-                start = time.monotonic()
+        with ExitStack() as stack:
+            peers = []
+            for length in (1, 5, 20, 150, len(whole) - 1):
+                peers.append(stack.enter_context(Raw(node).open()))
+                peers[-1].send(whole[:length])
+            serves(node)
+            start = time.monotonic()
+            for peer in peers:
                 assert [one[0] for one in peer.until_the_end()] in ([wire.ABORT], [])
-                assert time.monotonic() - start < 15
+            assert time.monotonic() - start < 15
         assert stored(node, "WIRE") == 0
 
 

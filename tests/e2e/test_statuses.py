@@ -233,7 +233,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     mount = shutil.which("mount")
     if mount is None or os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
+        pytest.skip("only root may mount a small file system")
     command = [mount, "-t", "tmpfs", "-o", "size=2m", "none", str(folder)]
     if subprocess.run(command, check=False, capture_output=True).returncode:
         pytest.skip("tmpfs cannot be mounted here")
@@ -269,7 +269,8 @@ def test_results_that_find_no_room_wait_for_it_and_the_images_are_kept(small_dis
         input = {"ct": Three}
 
         def process(self, input_data: dict[str, Any]) -> Any:
-            return make_series(3, 1000, 1000)
+            # The disk could hold them, had it nothing else.
+            return make_series(3, 560, 560)
 
     with running_node(Large, root_data_directory=small_disk / "root") as one:
         send(address_of(one), make_series(3))
