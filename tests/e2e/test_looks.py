@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dicomnode.lib.dimse import send
+from dicomnode.lib.dimse import Address, send
 from dicomnode.lib.grinders import list_grinder
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.node import AbstractPipeline
@@ -175,6 +175,36 @@ def test_a_case_that_hangs_can_be_processed_as_it_is(hanging: Hanging) -> None:
         node.complete(1)
         wait_for_cases(node, State.DONE)
         hanging.go_on.set()
+
+
+def test_what_fails_after_its_case_went_on_does_not_count(
+    hanging: Hanging, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hanging.names.add("A")
+
+    class Failing(AbstractInput):
+        image_grinder = list_grinder
+
+        def validate(self) -> bool:
+            hanging.validate("A")
+            raise ValueError("too late")
+
+    class Node(AbstractPipeline):
+        ae_title = "NODE"
+        input = {"ct": Failing}
+        endpoints = [Address("127.0.0.1", 9, "NOBODY")]
+
+        def process(self, input_data: dict[str, Any]) -> Any:
+            return input_data["ct"]
+
+    with running_node(Node, root_data_directory=tmp_path) as node:
+        send(address_of(node), images("A"))
+        hanging.wait_for(1)
+        node.complete(1)
+        wait_for_cases(node, State.EXPORTING)
+        hanging.go_on.set()
+        wait_until(node, lambda: "what failed does not count" in caplog.text)
+        assert states(node) == {"A": State.EXPORTING}
 
 
 def test_what_hangs_keeps_a_node_open_no_longer_than_it_may(

@@ -573,7 +573,12 @@ class Completeness:
         self, identifier: str, contents: Contents, is_sealed: bool = False
     ) -> tuple[dict[str, AbstractInput], "Waiting"] | None:
         """The inputs of a case and what it waits for; None where looking failed."""
-        with self._failures.blaming(contents.case_id):
+
+        def has_gone_on() -> bool:
+            # It was processed as it is while this look hung.
+            return not is_sealed and self._storage.open_case(identifier) != contents.case_id
+
+        with self._failures.blaming(contents.case_id, has_gone_on):
             uids = Uids(self._storage.ledger.seed(contents.case_id))
             inputs = {
                 name: kind(

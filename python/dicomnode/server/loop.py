@@ -202,17 +202,20 @@ class Failures:
         return bool(self._unrecorded)
 
     @contextmanager
-    def blaming(self, case_id: int) -> Iterator[None]:
+    def blaming(
+        self, case_id: int, has_gone_on: Callable[[], bool] = lambda: False
+    ) -> Iterator[None]:
         """What fails inside belongs to this case: it becomes FAILED and is kept, others go on.
 
-        But for NoRoom, which is nobody's fault: it is raised, and the step is tried again.
+        But for NoRoom, which is nobody's fault: it is raised, and the step is tried again. And where the
+        case has gone on without what fails: that is told only.
         """
         patient = partial(self._patient_words, case_id)
-        with about(case=case_id, patient=patient), self._recorded(case_id):
+        with about(case=case_id, patient=patient), self._recorded(case_id, has_gone_on):
             yield
 
     @contextmanager
-    def _recorded(self, case_id: int) -> Iterator[None]:
+    def _recorded(self, case_id: int, has_gone_on: Callable[[], bool]) -> Iterator[None]:
         try:
             yield
         except NoRoom:
@@ -226,6 +229,11 @@ class Failures:
             if isinstance(error, RuntimeError) and not threading.main_thread().is_alive():
                 # At its end an interpreter starts no more threads, which sending needs.
                 self._logger.warning("case %d: the program ends, it goes on after a start", case_id)
+                return
+            if has_gone_on():
+                self._logger.warning(
+                    "case %d has gone on, and what failed does not count", case_id, exc_info=True
+                )
                 return
             self._meters.failures.add()
             if isinstance(error, ProcessingFailed):
