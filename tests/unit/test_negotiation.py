@@ -50,9 +50,10 @@ def test_a_uid_that_is_none_rejects_its_context_only_and_is_not_remembered(uid: 
         wire.request(contexts=[(2, wire.CT, (wire.EXPLICIT,))]),
         wire.request(contexts=[(1, wire.CT, ())]),
         wire.request(contexts=[(1, wire.CT, (wire.EXPLICIT,))] * 129),
+        wire.request(contexts=[(1, wire.CT, (wire.EXPLICIT,)), (1, wire.CT, (wire.IMPLICIT,))]),
         wire.request(largest=1),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_what_is_not_whole_is_an_error(asked: bytes) -> None:
     with pytest.raises(InvalidDicom):

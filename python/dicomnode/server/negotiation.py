@@ -1,8 +1,8 @@
 """A request for an association, before anybody decodes it.
 
 Strangers write it. pynetdicom warns of each UID that is none, in words that Python remembers for good,
-and knows parts that a node has no use for. What it gets to see is whole, has no more contexts than
-PS3.8 allows and nothing but UIDs where there should be UIDs.
+and knows parts that a node has no use for. What it gets to see is whole, has each context once, which are
+at most 128, and nothing but UIDs where there should be UIDs.
 """
 
 import re
@@ -17,7 +17,6 @@ _UID = re.compile(rb"(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*))*")
 _HEAD = 74
 _APPLICATION, _CONTEXT, _ABSTRACT, _TRANSFER, _USER = 0x10, 0x20, 0x30, 0x40, 0x50
 _LARGEST, _IMPLEMENTATION, _ROLE, _VERSION = 0x51, 0x52, 0x54, 0x55
-_MOST_CONTEXTS = 128
 # A response has to fit into few fragments.
 _LEAST_PDU = 128
 
@@ -30,17 +29,17 @@ def plain_request(pdu: bytes) -> bytes:
     """
     if len(pdu) < _HEAD:
         raise InvalidDicom(f"a request for an association of {len(pdu)} bytes")
-    body, contexts = b"", 0
+    body, numbers = b"", set()
     for kind, value in _items(pdu[_HEAD:]):
         if kind == _APPLICATION:
             body += _item(kind, _known(value))
         elif kind == _CONTEXT:
-            contexts += 1
             body += _item(kind, _context(value))
+            if value[0] in numbers:
+                raise InvalidDicom(f"presentation context {value[0]} twice")
+            numbers.add(value[0])
         elif kind == _USER:
             body += _item(kind, b"".join(_user(*one) for one in _items(value)))
-    if contexts > _MOST_CONTEXTS:
-        raise InvalidDicom(f"{contexts} presentation contexts, more than {_MOST_CONTEXTS}")
     head = pdu[:2] + struct.pack(">I", _HEAD - 6 + len(body)) + pdu[6:_HEAD]
     return head + body
 
