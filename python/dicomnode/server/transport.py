@@ -521,6 +521,8 @@ class NodeAssociation(Association):
         super().__init__(ae, "acceptor")
         #: In the log.
         self.number: int | None = None
+        #: There was room for it among the associations.
+        self.was_let_in = False
         #: Bytes of an image that may be in memory.
         self.memory_bytes = memory_bytes
         #: Of what kind the digests of images are.
@@ -536,6 +538,11 @@ class NodeAssociation(Association):
     def arriving(self) -> int:
         """Bytes in memory of the image that is arriving."""
         return self.provider.arriving
+
+    @property
+    def is_in(self) -> bool:
+        """Whether it is established or is about to be."""
+        return self.was_let_in and not (self.is_rejected or self.is_released or self.is_aborted)
 
     def keep_no_more(self, number: int) -> None:
         """Read the image that goes to a file to its end, and keep nothing of it; `number` is of an error."""
@@ -811,16 +818,27 @@ def is_within(host: str, networks: Sequence[Network]) -> bool:
 class NodeEntity(AE):
     """The application entity of a node, which counts associations, not connections."""
 
+    def __init__(self, ae_title: str) -> None:
+        super().__init__(ae_title=ae_title)
+        self._letting_in = threading.Lock()
+
     @property
     def active_associations(self) -> list[Association]:
-        """Those that are established, and the one that asks."""
+        """Those that were let in, and the one that asks; it is let in where these are not too many.
+
+        Many may ask at the same moment, before the first of them is established.
+        """
         own = threading.current_thread()
-        return [
-            one
-            for server in self._servers
-            for one in server.active_associations
-            if one.is_established or one is own
-        ]
+        with self._letting_in:
+            found = [
+                one
+                for server in self._servers
+                for one in server.active_associations
+                if one is own or (isinstance(one, NodeAssociation) and one.is_in)
+            ]
+            if isinstance(own, NodeAssociation) and len(found) <= self.maximum_associations:
+                own.was_let_in = True
+        return found
 
 
 __all__ = [
