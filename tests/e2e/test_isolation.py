@@ -20,6 +20,7 @@ from dicomnode.lib.dimse import Address, send
 from dicomnode.server import workers
 from dicomnode.server.keeper import descendants
 from dicomnode.server.node import AbstractPipeline
+from dicomnode.server.processes import Ending
 from dicomnode.storage.ledger import Case
 from dicomnode.testing import (
     State,
@@ -258,7 +259,7 @@ def test_p4_the_kernel_ends_a_case_that_takes_all_memory_and_the_next_has_a_fres
 def test_p4_that_memory_ran_out_is_said_unless_the_kernel_knows_better(
     is_short: bool | None, said: str
 ) -> None:
-    report = str(workers._Report(signal.SIGKILL, 0, is_short))
+    report = str(Ending(signal.SIGKILL, 0, is_short))
     assert "killed by signal 9 (SIGKILL)" in report and said in report
 
 

@@ -158,6 +158,7 @@ def test_pixels_that_contradict_what_describes_them_are_told(
         {"Rows": 3, "Columns": 3, "BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "PixelData": bytes(9)},
         {"Rows": 3, "Columns": 3, "BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "PixelData": bytes(10)},
         {"NumberOfFrames": 3, "PixelData": bytes(210)},
+        {"NumberOfFrames": "+3", "PixelData": bytes(210)},
         {"Rows": 3, "Columns": 3, "NumberOfFrames": 5, "BitsAllocated": 1, "BitsStored": 1, "HighBit": 0,
          "PixelData": bytes(6)},
         {"SamplesPerPixel": 3, "PhotometricInterpretation": "YBR_FULL_422", "PlanarConfiguration": 0,

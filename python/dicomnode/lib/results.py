@@ -7,6 +7,7 @@ is legal passes: objects without pixels, and attributes of type 2, which may be 
 """
 
 import math
+import re
 
 from pydicom.uid import UID
 
@@ -128,7 +129,7 @@ def _frames(header: Header) -> int:
     text = header_text(header, tag)
     if tag not in header:
         return 1
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
+    if not re.fullmatch(r"\+?[0-9]{1,12}", text) or int(text) < 1:
         raise _wrong(header, tag, f"is {text!r:.20}", "set it to how many frames there are")
     return int(text)
 

@@ -13,7 +13,6 @@ import os
 import secrets
 import select
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -21,8 +20,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +39,7 @@ from dicomnode.server.eager import EagerDecoding
 from dicomnode.server.job import CaseLimits, Claimed, Result, Stopped, WorkerLost, verify_result
 from dicomnode.server.keeper import END, END_TELLING, descendants
 from dicomnode.server.logs import tell
+from dicomnode.server.processes import Ending, kills_for_memory, memory_of
 
 # How long a worker may take to import and to make the pipeline, which may load a model.
 _START_SECONDS = 600.0
@@ -54,51 +53,10 @@ _MOST_PROCESSES, _MOST_THREADS = 1000, 10_000
 _MOST_PAUSE_SECONDS = 60.0
 # Of what a worker prints or logs in one case; more is dropped.
 _MOST_LINES, _MOST_LINE, _TAIL_LINES = 10_000, 4096, 200
-# Signals that others send: what they end is not the case's fault.
-_FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
 _START = (
     "import sys; n = sys.argv.index('--'); sys.path[:] = sys.argv[n + 1:]; "
     "from dicomnode.server.keeper import start; start()"
 )
-
-
-@dataclass(frozen=True)
-class _Report:
-    """How a worker ended; `status` None where nobody can tell."""
-
-    status: int | None = None
-    left: int = 0
-    #: Whether the kernel ended anything for want of memory meanwhile; None where nobody can tell.
-    is_short_of_memory: bool | None = None
-
-    def __str__(self) -> str:
-        if self.status is None:
-            return "its keeper was killed"
-        if os.WIFSIGNALED(self.status) and os.WTERMSIG(self.status) == signal.SIGKILL:
-            if self.is_short_of_memory is False:
-                return (
-                    "killed by signal 9 (SIGKILL), and not by the kernel for want of memory: by somebody, "
-                    "or by a program that watches over memory, such as systemd-oomd"
-                )
-            return (
-                "killed by signal 9 (SIGKILL), probably out of memory; set process_memory below what the "
-                "machine or its container has for each worker, use fewer workers, or add memory"
-            )
-        if os.WIFSIGNALED(self.status):
-            number = os.WTERMSIG(self.status)
-            with contextlib.suppress(ValueError):
-                return f"signal {number} ({signal.Signals(number).name})"
-            return f"signal {number}"
-        return f"exit code {os.waitstatus_to_exitcode(self.status)}"
-
-    @property
-    def is_from_outside(self) -> bool:
-        """Whether the signal is one that others send, such as the kernel where memory runs out."""
-        return (
-            self.status is not None
-            and os.WIFSIGNALED(self.status)
-            and os.WTERMSIG(self.status) in _FROM_OUTSIDE
-        )
 
 
 class Worker:
@@ -119,10 +77,10 @@ class Worker:
         self._context = contextvars.copy_context()
         self._is_told = False
         self._ending = threading.Lock()
-        self._report: _Report | None = None
+        self._report: Ending | None = None
         self._own: set[int] = set()
         self._watched = 0.0
-        self._kills = _kills_for_memory()
+        self._kills = kills_for_memory()
         #: How many cases it has processed, and whether it has to be replaced.
         self.cases = 0
         self.is_used_up = False
@@ -173,7 +131,7 @@ class Worker:
 
     def memory(self, limit: int) -> int:
         """Bytes that it and all processes below it take, exactly where that is beyond a limit."""
-        return _memory_of(descendants(self._keeper.pid), limit)
+        return memory_of(descendants(self._keeper.pid), limit)
 
     def wait_until_ready(self, input_names: set[str]) -> list[str]:
         """The attributes of the node that its pipeline lacks.
@@ -211,7 +169,7 @@ class Worker:
         self._case_id, self._lines = case_id, 0
         self._context = contextvars.copy_context()
         self._tail.clear()
-        self._kills, self._watched = _kills_for_memory(), time.monotonic()
+        self._kills, self._watched = kills_for_memory(), time.monotonic()
         self.cases += 1
         end = None if self._limits.seconds is None else time.monotonic() + self._limits.seconds
         job = {
@@ -268,7 +226,7 @@ class Worker:
             else:
                 self.end()
 
-    def end(self, tells: bool = False) -> _Report:
+    def end(self, tells: bool = False) -> Ending:
         """End the process and everything below it, and tell how it ended. At most once."""
         with self._ending:
             if self._report is None:
@@ -280,7 +238,7 @@ class Worker:
                 self._control.close()
             return self._report
 
-    def _read_report(self) -> _Report:
+    def _read_report(self) -> Ending:
         waiting = select.poll()
         waiting.register(self._control, select.POLLIN)
         told = b""
@@ -295,11 +253,11 @@ class Worker:
         self._output.join(1.0)
         try:
             found = json.loads(told)
-            kills = _kills_for_memory()
+            kills = kills_for_memory()
             is_short = None if kills is None else kills != self._kills
-            return _Report(int(found["status"]), int(found["left"]), is_short)
+            return Ending(int(found["status"]), int(found["left"]), is_short)
         except (ValueError, TypeError, KeyError):
-            return _Report()
+            return Ending()
 
     # What it says
 
@@ -371,7 +329,7 @@ class Worker:
                 self._last_words(),
             )
         limit = self._limits.memory
-        if limit is not None and (used := _memory_of(found, limit)) > limit:
+        if limit is not None and (used := memory_of(found, limit)) > limit:
             self.end()
             raise ProcessingFailed(
                 f"its worker process took {used} bytes of memory, process_memory is {limit}; it was ended"
@@ -684,35 +642,3 @@ def _received(result: Any, descriptors: list[int]) -> Result:
         raise InvalidDataset(f"result {uid!r:.80} of the worker process may still change")
     verify_result(uid, sop_class, syntax, f"/proc/self/fd/{memory}")
     return uid, sop_class, syntax, view_shared(memory)
-
-
-def _memory_of(pids: Collection[int], limit: int) -> int:
-    """Bytes of memory that processes take together, of their own and shared.
-
-    Pages that several of them see count in each, unless that would be beyond the limit: then the
-    kernel is asked for shares, which takes longer.
-    """
-    used = sum(_values(pid, "status", ("RssAnon", "RssShmem")) for pid in pids)
-    if used <= limit:
-        return used
-    return sum(_values(pid, "smaps_rollup", ("Pss_Anon", "Pss_Shmem")) for pid in pids)
-
-
-def _kills_for_memory() -> int | None:
-    """How many processes the kernel has ended for want of memory; None where it does not tell."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            name, _, value = line.partition(" ")
-            if name == "oom_kill":
-                return int(value)
-    return None
-
-
-def _values(pid: int, file: str, names: tuple[str, ...]) -> int:
-    total = 0
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path(f"/proc/{pid}/{file}").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name in names:
-                total += 1024 * int(value.split()[0])
-    return total
