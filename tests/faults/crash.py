@@ -17,10 +17,10 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,29 +212,21 @@ class Crash:
             number = self._random.randint(1, CALLS[call])
             prefix = ["strace", "-f", "--seccomp-bpf", "-qqq", "-o", "/dev/null"]
             prefix += ["-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}"]
-        with self._node(prefix) as node:
-            killer = self._killer(node, way)
+        with ThreadPoolExecutor(1 + len(self._patients)) as pool, self._node(prefix) as node:
+            killer = pool.submit(self._killer(node, way))
             try:
                 address = self._address(node)
             except AssertionError:
-                killer.join()
+                killer.result(120)
                 if node.process.wait(30) not in (-signal.SIGKILL, 128 + signal.SIGKILL):
                     raise Broken("".join(["the node did not start:\n", *node.said[-30:]])) from None
                 self.kills["while it started"] += 1
                 self._look()
                 return
-            senders = [
-                threading.Thread(target=one.send, args=(address,))
-                for one in self._patients
-                if not one.is_sent
-            ]
+            senders = [pool.submit(one.send, address) for one in self._patients if not one.is_sent]
+            killer.result(120)
             for sender in senders:
-                sender.start()
-            killer.join()
-            for sender in senders:
-                sender.join(60)
-                if sender.is_alive():
-                    raise Broken("a sender hangs")
+                sender.result(60)
             self.kills[call if way == "call" and node.process.returncode else way] += 1
         self._look()
 
@@ -257,7 +249,7 @@ class Crash:
         self.starts.append(time.monotonic() - start)
         return address
 
-    def _killer(self, node: Command, way: str) -> threading.Thread:
+    def _killer(self, node: Command, way: str) -> Callable[[], None]:
         delay, line = self._random.uniform(0, 1.5), self._random.choice(LINES)
         if way == "start":
             delay = self._random.uniform(0, 0.6)
@@ -277,9 +269,7 @@ class Crash:
                 os.kill(int(node.until(r"PID (\d+)", 1)), signal.SIGKILL)
             node.process.wait(30)
 
-        thread = threading.Thread(target=kill)
-        thread.start()
-        return thread
+        return kill
 
     def _new_patient(self) -> Patient:
         name = f"P{len(self._patients) + 1}"
