@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,38 @@ def test_what_rests_in_memory_is_given_back(tmp_path: Path) -> None:
         wait_for_cases(node, State.DONE, 3)
         assert not [one for one in Path("/proc/self/fd").iterdir() if int(one.name) >= 4096]
     assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+FEW_FILES = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+
+from dicomnode.lib.dimse import send
+from dicomnode.server.input import AbstractInput
+from dicomnode.server.node import AbstractPipeline
+from dicomnode.testing import State, address_of, make_series, running_node, wait_for_cases
+
+class Few(AbstractInput):
+    def validate(self):
+        return self.images >= 20
+
+class Node(AbstractPipeline):
+    ip, port, isolation, input = "127.0.0.1", 0, "process", {"ct": Few}
+
+    def process(self, input_data):
+        pass
+
+if __name__ == "__main__":
+    with running_node(Node) as node:
+        assert {one.status for one in send(address_of(node), make_series(20))} == {0}
+        wait_for_cases(node, State.DONE)
+"""
+
+
+def test_images_rest_in_shared_memory_where_few_files_may_be_open(tmp_path: Path) -> None:
+    program = tmp_path / "few_files.py"
+    program.write_text(FEW_FILES)
+    subprocess.run([sys.executable, program], check=True, timeout=120)
 
 
 class Few(AbstractInput):

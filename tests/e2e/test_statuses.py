@@ -20,6 +20,7 @@ from dicomnode.lib.dimse import echo, send
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.node import AbstractPipeline
 from dicomnode.server.transport import Limits
+from dicomnode.storage.instances import KEPT_BESIDES
 from dicomnode.storage.store import Storage
 from dicomnode.testing import State, address_of, make_series, running_node, wait_for_cases
 
@@ -207,7 +208,7 @@ def test_the_memory_limit_is_A700_and_the_rest_goes_on() -> None:
 
     class Small(Node):
         input = {"ct": Three}
-        memory_limit = 3 * size + size // 2
+        memory_limit = 3 * (size + KEPT_BESIDES) + size // 2
 
         def process(self, input_data: dict[str, Any]) -> None:
             list(input_data["ct"])

@@ -4,7 +4,7 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +12,11 @@ import pytest
 
 from dicomnode.errors import InvalidRootDataDirectory, OutOfResources, UnknownCase
 from dicomnode.lib.dicom import encode
-from dicomnode.storage.instances import FileInstances, MemoryInstances
+from dicomnode.storage.instances import KEPT_BESIDES, FileInstances, MemoryInstances
 from dicomnode.storage.layout import digest_of
 from dicomnode.storage.ledger import InstanceRow, Ledger, ResultRow, State
 from dicomnode.storage.outbox import Answer
+from dicomnode.storage.shared import SharedInstances
 from dicomnode.storage.store import (
     DamagedResult,
     DuplicateInstance,
@@ -288,7 +289,7 @@ def test_a_rebuild_that_was_interrupted_goes_on(
 
 
 def test_memory_is_limited_and_let_go() -> None:
-    memory = MemoryInstances(100)
+    memory = MemoryInstances(KEPT_BESIDES + 100)
     with memory.staging([b"x" * 60]) as staged:
         with pytest.raises(OutOfResources), memory.staging([b"x" * 60]):
             pass
@@ -304,7 +305,7 @@ def test_memory_is_limited_and_let_go() -> None:
 
 
 def test_the_same_bytes_twice_are_counted_and_let_go_twice() -> None:
-    memory, data = MemoryInstances(100), b"x" * 40
+    memory, data = MemoryInstances(2 * (KEPT_BESIDES + 50)), b"x" * 40
     with memory.staging([data]) as one, memory.staging([data]) as other:
         memory.place(one, "a", ["1"])
         memory.place(other, "b", ["1"])
@@ -312,6 +313,18 @@ def test_the_same_bytes_twice_are_counted_and_let_go_twice() -> None:
         memory.remove(folder, ["1"])
     with memory.staging([b"x" * 100]):
         pass
+
+
+@pytest.mark.parametrize("kind", [MemoryInstances, SharedInstances])
+def test_what_is_kept_of_an_image_besides_its_bytes_counts(kind: type[MemoryInstances]) -> None:
+    memory, count = kind(1 << 20), 0
+    with closing(memory), suppress(OutOfResources), ExitStack() as stack:
+        while count < 1000:
+            staged = stack.enter_context(memory.staging([b"x"]))
+            memory.place(staged, "a", [str(count)])
+            count += 1
+    # In shared memory each has a page at least.
+    assert count == (1 << 20) // (KEPT_BESIDES + (1 if kind is MemoryInstances else 4096))
 
 
 def test_files_are_never_overwritten(tmp_path: Path) -> None:

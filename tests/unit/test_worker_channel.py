@@ -22,6 +22,7 @@ from dicomnode.lib.shared import is_sealed, shared_array, view_shared, write_sha
 from dicomnode.server.channel import BrokenChannel, Channel
 from dicomnode.server.job import CaseLimits, checked, verify_result
 from dicomnode.server.workers import _received
+from dicomnode.storage.instances import KEPT_BESIDES
 from dicomnode.storage.shared import SharedInstances
 from dicomnode.testing import make_series
 
@@ -219,7 +220,7 @@ def test_an_arena_of_its_own_memory_is_not_handed_over() -> None:
 
 
 def test_shared_instances_count_once_and_are_gone_with_their_last_place() -> None:
-    instances = SharedInstances(10_000)
+    instances = SharedInstances(2 * (4096 + KEPT_BESIDES) + 2000)
     with instances.staging([b"a" * 3000, b"b"]) as staged:
         assert instances.place(staged, "one", ["x", "y"]) == "x"
     with instances.placed("one", "x") as staged:

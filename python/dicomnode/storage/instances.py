@@ -20,6 +20,9 @@ from dicomnode.lib.dicom import Source
 
 Buffer = bytes | memoryview
 
+# What is kept of an instance in memory besides its bytes, at most: its names and its row in the ledger.
+KEPT_BESIDES = 4096
+
 
 @dataclass(frozen=True, eq=False)
 class Staged:
@@ -263,7 +266,10 @@ class FileInstances:
 
 
 class MemoryInstances:
-    """Instances in memory, up to a limit in bytes; an instance in several folders counts once."""
+    """Instances in memory, up to a limit in bytes; an instance in several folders counts once.
+
+    Each counts with what is kept of it besides its bytes, so that many tiny ones are bounded too.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -369,8 +375,8 @@ class MemoryInstances:
         """The last that used it does not any more."""
 
     def _taken(self, size: int) -> int:
-        """Bytes of memory that so many bytes take."""
-        return size
+        """Bytes of memory that an instance of so many bytes takes."""
+        return size + KEPT_BESIDES
 
     def flush_removed(self, folders: Iterable[str]) -> None:
         pass

@@ -13,8 +13,8 @@ from dicomnode.lib.dicom import Source
 from dicomnode.lib.shared import write_shared
 from dicomnode.storage.instances import Buffer, MemoryInstances, Staged, out_of_resources
 
-# Below are the descriptors of sockets, some of which have to be small for `select`.
-_FIRST_DESCRIPTOR = 4096
+# Below are the descriptors of sockets, some of which have to be small for `select`; of few, half.
+_MOST_BELOW = 4096
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -23,14 +23,14 @@ class SharedInstances(MemoryInstances):
 
     def __init__(self, limit: int) -> None:
         super().__init__(limit)
-        _allow_descriptors()
+        self._first_descriptor = min(_MOST_BELOW, _allowed_descriptors() // 2)
 
     def source(self, folder: str, name: str) -> Source:
         return f"/proc/{os.getpid()}/fd/{self._kept[folder, name].descriptor}"
 
     def _made(self, parts: list[Buffer], size: int) -> Staged:
         try:
-            return Staged(size, _high(write_shared(parts)))
+            return Staged(size, _moved(write_shared(parts), self._first_descriptor))
         except OSError as error:
             raise out_of_resources(error) from error
 
@@ -39,17 +39,19 @@ class SharedInstances(MemoryInstances):
 
     def _taken(self, size: int) -> int:
         """It comes in whole pages."""
-        return -(-size // _PAGE) * _PAGE
+        return super()._taken(-(-size // _PAGE) * _PAGE)
 
 
-def _allow_descriptors() -> None:
+def _allowed_descriptors() -> int:
     """Each instance takes one, so as many as the system lets this process have."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
 
 
-def _high(descriptor: int) -> int:
+def _moved(descriptor: int, first: int) -> int:
+    """The same file under the lowest number that is free from `first` on."""
     try:
-        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _FIRST_DESCRIPTOR)
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, first)
     finally:
         os.close(descriptor)

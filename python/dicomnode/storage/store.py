@@ -790,8 +790,9 @@ class Storage:
         rows: list[ResultRow] = []
         size, trouble = 0, None
         try:
-            # Where the ledger is lost, this tells whose results these are.
-            self._put(folder, OWNER, case.folder.encode())
+            if self.root is not None:
+                # Where the ledger is lost, this tells whose results these are.
+                self._put(folder, OWNER, case.folder.encode())
             for number, (uid, sop_class, syntax, data) in enumerate(results, 1):
                 size += len(data)
                 if trouble is not None:
