@@ -321,6 +321,37 @@ def test_c12_a_dataset_that_brings_a_transfer_syntax_of_its_own_is_c000(
     assert not list((tmp_path / ".dicomnode" / "incoming").iterdir())
 
 
+@pytest.mark.parametrize("size", [32, 5 << 20])
+@pytest.mark.parametrize(
+    "second",
+    [
+        element(0x00100020, "LO", b"OTHER "),
+        element(0x00281053, "DS", b"2 "),
+        element(0x7FE00010, "OW", bytes(32)),
+    ],
+)
+def test_what_a_header_tells_after_the_pixels_is_c000(
+    second: bytes, size: int, tmp_path: Path
+) -> None:
+    """Some readers take the first patient or slope of an object, some the last."""
+    data = dataset({0x7FE00010: ("OW", bytes(size))})
+    padding = element(0xFFFCFFFC, "OB", b"\0" * 10)
+    with node_of(root_data_directory=tmp_path) as node:
+        assert answer(node, data + second) == 0xC000
+        assert "WIRE" not in [case.identifier for case in node.cases()]
+        assert answer(node, data + padding + bytes(64)) == 0x0000
+
+
+def test_of_two_patients_before_the_pixels_the_one_counts_that_the_pipeline_sees() -> None:
+    both = element(0x00100020, "LO", b"FIRST ") + element(0x00100020, "LO", b"SECOND")
+    first = element(0x00100020, "LO", b"WIRE")
+    with node_of() as node:
+        status = answer(node, dataset().replace(first, both))
+        assert status in (0x0000, 0xC000)
+        if status == 0:
+            assert {"SECOND"} == {case.identifier for case in node.cases()} - {"PHANTOM-1"}
+
+
 RLE, JPEG2000, JPEG = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.70"
 
 

@@ -146,11 +146,8 @@ enum Message {
     Command(Vec<u8>),
     /// The dataset of a C-STORE request, and the digest of the parts that were taken.
     Dataset(Box<Store>, Option<Digest>),
-    /// The dataset of another message, of which so many bytes came; whether its end was passed on.
-    Other {
-        size: usize,
-        is_told: bool,
-    },
+    /// The dataset of another message.
+    Other(Vec<u8>),
 }
 
 /// The parser of one association.
@@ -324,7 +321,7 @@ impl Receiver {
                         rest,
                         is_last,
                     };
-                    self.add(self.start - count, count, is_last && left == count)?;
+                    self.add(self.start - count, count)?;
                 }
             }
         }
@@ -393,7 +390,7 @@ impl Receiver {
                 self.context = context;
                 self.message = Message::Command(Vec::new());
             }
-            (Message::Command(_), true) | (Message::Dataset(..) | Message::Other { .. }, false) => {
+            (Message::Command(_), true) | (Message::Dataset(..) | Message::Other(_), false) => {
                 if context != self.context {
                     return Err(Error::invalid(format!(
                         "presentation context {context} within a message of context {}",
@@ -404,7 +401,7 @@ impl Receiver {
             (Message::None | Message::Command(_), false) => {
                 return Err(Error::invalid("a dataset without its command"));
             }
-            (Message::Dataset(..) | Message::Other { .. }, true) => {
+            (Message::Dataset(..) | Message::Other(_), true) => {
                 return Err(Error::invalid(
                     "a command within the dataset of another one",
                 ));
@@ -419,7 +416,7 @@ impl Receiver {
     }
 
     /// The bytes of a fragment at `from`.
-    fn add(&mut self, from: usize, count: usize, ends: bool) -> Result<()> {
+    fn add(&mut self, from: usize, count: usize) -> Result<()> {
         let bytes = &self.input[from..from + count];
         match &mut self.message {
             Message::None => {}
@@ -434,14 +431,11 @@ impl Receiver {
                 store.size += count as u64;
                 return self.check_size();
             }
-            Message::Other { size, is_told } => {
-                *size += count;
-                *is_told = ends;
-                if *size > MOST_OTHER {
+            Message::Other(dataset) => {
+                if dataset.len() + count > MOST_OTHER {
                     return Err(Error::invalid("a message without end"));
                 }
-                let pdu = data_pdu(self.context, if ends { 2 } else { 0 }, bytes);
-                self.passed.push_back(pdu);
+                dataset.extend_from_slice(bytes);
             }
         }
         Ok(())
@@ -470,10 +464,7 @@ impl Receiver {
                 if command.field != C_STORE_RQ {
                     self.passed.push_back(data_pdu(self.context, 3, &bytes));
                     if command.has_dataset {
-                        self.message = Message::Other {
-                            size: 0,
-                            is_told: false,
-                        };
+                        self.message = Message::Other(Vec::new());
                     }
                     return Ok(());
                 }
@@ -498,11 +489,9 @@ impl Receiver {
                 self.is_full = false;
                 self.ready = Some(store);
             }
-            Message::Other { is_told, .. } => {
-                if !is_told {
-                    // Its last fragment was empty.
-                    self.passed.push_back(data_pdu(self.context, 2, &[]));
-                }
+            // As one PDU, in however many pieces it came: each costs its reader the same.
+            Message::Other(dataset) => {
+                self.passed.push_back(data_pdu(self.context, 2, &dataset));
             }
         }
         Ok(())
@@ -758,7 +747,7 @@ mod tests {
         .concat();
         let (found, _, _) = steps(&bytes, bytes.len(), LIMITS).unwrap();
         assert_eq!(&stored(&found[0]).dataset[..], b"abc");
-        // Also of a message for somebody else, who has to learn of its end.
+        // Also of a message for somebody else, who gets it as one PDU.
         for parts in [&[&b"abc"[..], &[]][..], &[&[][..]]] {
             let mut bytes = data_pdu(1, 3, &command(0x0020, true));
             for (k, part) in parts.iter().enumerate() {
@@ -766,7 +755,8 @@ mod tests {
                 bytes.extend(data_pdu(1, if last { 2 } else { 0 }, part));
             }
             let (found, _, _) = steps(&bytes, 1, LIMITS).unwrap();
-            assert_eq!(found.last(), Some(&Step::Pass(data_pdu(1, 2, &[]))));
+            let whole = Step::Pass(data_pdu(1, 2, &parts.concat()));
+            assert_eq!((found.len(), found.last()), (2, Some(&whole)));
         }
     }
 

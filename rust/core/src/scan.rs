@@ -1035,12 +1035,37 @@ impl<'a, I: Input> Walk<'a, I> {
             }
             layout.push(entry)?;
             if entry.is_pixels() {
-                if entry.length == UNDEFINED {
-                    self.fragments(&entry, size, true)?;
-                }
-                return Ok(());
+                let end = if entry.length == UNDEFINED {
+                    self.fragments(&entry, size, true)?
+                } else {
+                    entry.offset + u64::from(entry.length)
+                };
+                return self.behind(&entry, end, size);
             }
             keep(self.input, &entry)?;
+            offset = self.value(&entry, size)?;
+        }
+        Ok(())
+    }
+
+    /// What follows the pixel data, from `offset` on: nothing that a header tells (PS3.5 section 7.1).
+    ///
+    /// Other readers take a second patient or slope that comes there for the right one.
+    fn behind(&mut self, pixels: &Entry, mut offset: u64, size: u64) -> Result<()> {
+        while size - offset >= 8 {
+            let start = self.input.eight(offset)?;
+            if start == [0; 8] {
+                // Padding.
+                return Ok(());
+            }
+            let entry = element(self.input, offset, size, self.encoding)?;
+            if entry.tag <= pixels.tag {
+                let message = format!(
+                    "expected none of the header's elements after the pixel data, found this at \
+                     offset {offset}"
+                );
+                return Err(Error::invalid_at(entry.tag, message));
+            }
             offset = self.value(&entry, size)?;
         }
         Ok(())

@@ -450,6 +450,26 @@ fn repeated_and_unordered_elements_are_found() {
 }
 
 #[test]
+fn behind_the_pixel_data_is_nothing_that_a_header_tells() {
+    let image = || {
+        Writer::new(EXPLICIT)
+            .text(0x0010_0020, "LO", "P1")
+            .put(0x7FE0_0010, "OW", b"12")
+    };
+    let harmless = image().put(0xFFFC_FFFC, "OB", &[0; 6]);
+    assert_eq!(tags(&harmless.part10(EXPLICIT)), [0x0010_0020, 0x7FE0_0010]);
+    let mut padded = image().part10(EXPLICIT);
+    padded.extend([0; 100]);
+    assert_eq!(tags(&padded), [0x0010_0020, 0x7FE0_0010]);
+    for tag in [0x0010_0020, 0x0028_1053, 0x7FE0_0010] {
+        let bytes = image().put(tag, "UN", b"P2").part10(EXPLICIT);
+        assert!(message(&bytes).contains("after the pixel data"));
+    }
+    let cut = image().lie(0xFFFC_FFFC, "OB", 99, b"").part10(EXPLICIT);
+    assert!(!message(&cut).is_empty());
+}
+
+#[test]
 fn hostile_megabytes_end_within_a_tenth_of_a_second() {
     let mut many = Writer::new(EXPLICIT);
     while many.bytes.len() < 1_000_000 {
