@@ -4,6 +4,8 @@ import json
 import logging
 import re
 import socket
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -223,6 +225,71 @@ def test_a_program_with_its_own_log_sees_no_patient_either(
     assert not MARKED.search(caplog.text)
     (record, _) = (one for one in caplog.records if one.exc_text)
     assert vars(record)["association"] == 1
+
+
+WARNED_OF = """
+import logging, sys
+logging.getLogger("pydicom").addHandler(logging.StreamHandler(sys.stderr))
+
+from dicomnode.lib.commitment import Commitment
+from dicomnode.lib.dimse import ask_commitment, send
+from dicomnode.server.input import AbstractInput
+from dicomnode.server.node import AbstractPipeline
+from dicomnode.testing import State, address_of, make_series, running_node, wait_for_cases
+
+class One(AbstractInput):
+    def validate(self):
+        return self.images > 0
+
+class Node(AbstractPipeline):
+    ip, port, ae_title = "127.0.0.1", 0, "NODE"
+    input = {"ct": One}
+
+    def filter(self, dataset):
+        return bool(dataset.PatientBirthDate and dataset.SeriesInstanceUID)
+
+    def process(self, input_data):
+        for one in input_data["ct"]:
+            self.logger.info("read %d", len(one.PatientBirthDate + one.SeriesInstanceUID))
+
+def remembered():
+    return sum(
+        len(vars(module).get("__warningregistry__", {}).keys() - {"version"})
+        for name, module in list(sys.modules.items())
+        if name.split(".")[0] in ("pydicom", "pynetdicom")
+    )
+
+if __name__ == "__main__":
+    settings = {"log_path": sys.argv[1], "isolation": sys.argv[2]}
+    with running_node(Node, **settings) as node:
+        before = remembered()
+        for k in range(5):
+            (image,) = make_series(1, patient_id=f"P{k}")
+            image.PatientBirthDate = f"ZYX1933{k}"
+            image.SeriesInstanceUID = f"1.2.09.{k}"
+            assert [one.status for one in send(address_of(node), [image])] == [0]
+        wait_for_cases(node, State.DONE, 5)
+        wrong = {f"01.000.{k}": "1.2.840.10008.5.1.4.1.1.2" for k in range(100)}
+        ask_commitment(address_of(node), Commitment("1.2.3", wrong), "MODALITY")
+        assert remembered() == before, (before, remembered())
+"""
+
+
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+def test_d3_what_pydicom_warns_of_is_neither_told_nor_kept(isolation: str, tmp_path: Path) -> None:
+    program, log = tmp_path / "warned_of.py", tmp_path / "log"
+    program.write_text(WARNED_OF)
+    run = subprocess.run(
+        [sys.executable, "-W", "default", program, log, isolation],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    told = log.read_text()
+    assert told.count("read ") == 5
+    assert not MARKED.search(told) and "Invalid value" not in told, told
 
 
 def test_s3_a_log_that_cannot_be_written_stops_nothing(

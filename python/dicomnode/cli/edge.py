@@ -40,8 +40,11 @@ def one_line_errors() -> Iterator[None]:
 @contextmanager
 def quiet_pydicom() -> Iterator[None]:
     """Without pydicom's warnings, which quote values of the patient."""
+    # Here, since the help has to come at once.
+    from dicomnode.lib import quiet
+
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"pydicom\.")
+        quiet.quiet_pydicom()
         yield
 
 

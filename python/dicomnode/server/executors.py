@@ -21,6 +21,7 @@ from typing import Any
 
 from dicomnode.errors import IncorrectlyConfigured, OutOfResources, ProcessingFailed
 from dicomnode.lib.dicom import printable
+from dicomnode.lib.quiet import quiet_pydicom
 from dicomnode.lib.uids import Uids
 from dicomnode.server.input import Datasets
 from dicomnode.server.job import (
@@ -211,6 +212,7 @@ def _bytes_of(claimed: Claimed) -> dict[str, list[tuple[str, bytes]]]:
 @lru_cache(maxsize=8)
 def _made(description: str) -> tuple[Any, list[str]]:
     pipeline, lacks = pipeline_of(json.loads(description))
+    quiet_pydicom()
     # What it logs goes back with the results.
     pipeline.logger.propagate = False
     pipeline.post_init()

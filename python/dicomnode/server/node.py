@@ -26,6 +26,7 @@ from pydicom.tag import TagType
 from dicomnode.errors import IncorrectlyConfigured, OutOfResources, UnknownCase
 from dicomnode.lib.dicom import tag_of
 from dicomnode.lib.dimse import Address
+from dicomnode.lib.quiet import quiet_pydicom
 from dicomnode.lib.tls import TLS
 from dicomnode.server.association import AssociationServer, Reception, default_contexts
 from dicomnode.server.completeness import AtDeadline, Patience
@@ -343,6 +344,8 @@ class AbstractPipeline:
     def open(self, blocking: bool = True, notify: Callable[[str], None] | None = None) -> None:
         """Recover what an earlier run left, listen, and with `blocking` stay until it is stopped.
 
+        From then on pydicom warns of nothing in this process, see `dicomnode.lib.quiet`.
+
         Ctrl-C and SIGTERM stop a blocking node that was opened in the main thread. May be called
         from any thread. `notify` gets the words of sd_notify(3) from a blocking node: `READY=1`
         when it listens, `WATCHDOG=1` all the time while it works, `STOPPING=1` when it closes.
@@ -359,6 +362,7 @@ class AbstractPipeline:
                 self._is_opening = True
                 try:
                     self._check_settings()
+                    quiet_pydicom()
                     self._open_log()
                     self._open()
                 except BaseException:

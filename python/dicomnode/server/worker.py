@@ -27,6 +27,7 @@ import numpy
 from dicomnode.errors import DicomnodeError, IncorrectlyConfigured
 from dicomnode.lib.arena import Arena
 from dicomnode.lib.images import Reading
+from dicomnode.lib.quiet import quiet_pydicom
 from dicomnode.lib.shared import shared_array, write_shared
 from dicomnode.lib.uids import Uids
 from dicomnode.server.channel import MOST_BYTES, BrokenChannel, Channel
@@ -65,6 +66,7 @@ def _serve(channel: Channel) -> None:
     sys.argv[:] = description["arguments"]
     try:
         pipeline, lacks = pipeline_of(description)
+        quiet_pydicom()
         forwarding.own = pipeline.logger.name
         if not description["is_trial"]:
             pipeline.post_init()
