@@ -318,6 +318,29 @@ def test_n12_a_flood_is_answered_and_those_that_were_accepted_finish() -> None:
                 one.socket.close()
 
 
+def test_n12_one_address_does_not_keep_all_others_out(caplog: pytest.LogCaptureFixture) -> None:
+    limits = Limits(associations=10, associations_per_address=3)
+    with node_of(96 << 20, limits=limits) as node, caplog.at_level(logging.INFO, "dicomnode"):
+        with ThreadPoolExecutor(20) as pool:
+            answers = list(pool.map(lambda _: ask(node), range(20)))
+        accepted = [peer for kind, _, peer in answers if kind == wire.ACCEPT]
+        rejected = [body for kind, body, _ in answers if kind == wire.REJECT]
+        assert (len(accepted), len(rejected)) == (3, 17)
+        # Transient, as where there are too many in all.
+        assert set(rejected) == {b"\0\x02\x03\x02"}
+        assert caplog.text.count("rejected: too many associations of this address") == 17
+        with Raw(node, "127.0.0.2").open() as other:
+            other.release()
+        # There is room again as soon as one of them has ended.
+        accepted[0].release()
+        accepted[0].until_the_end()
+        with Raw(node).open() as again:
+            again.release()
+        for *_, one in answers:
+            one.socket.close()
+    assert Limits().associations_per_address == Limits().associations // 2
+
+
 def test_n13_associations_with_all_contexts_are_made_quickly() -> None:
     storage = [str(one.abstract_syntax) for one in Node.supported_contexts][:127]
     syntaxes = [str(one) for one in AllTransferSyntaxes][:45]

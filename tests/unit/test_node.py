@@ -25,6 +25,7 @@ from dicomnode.errors import (
 from dicomnode.lib.dimse import Address, echo
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.node import AbstractPipeline
+from dicomnode.server.transport import Limits
 from dicomnode.testing import address_of, running_node
 
 
@@ -228,6 +229,30 @@ def test_wrong_settings_are_named(attribute: str, value: object) -> None:
     kind = type("Wrong", (Node,), {attribute: value})
     with pytest.raises(IncorrectlyConfigured, match=attribute):
         kind(start=False).open(blocking=False)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("associations", 0),
+        ("associations", 2.0),
+        ("associations", None),
+        ("associations_per_address", -1),
+        ("instances", True),
+        ("association_bytes", "1 GiB"),
+        ("instance_bytes", 1 << 80),
+        ("pdu_bytes", 100),
+        ("pdu_bytes", 1 << 32),
+        ("idle_seconds", 0),
+        ("idle_seconds", float("nan")),
+        ("stall_seconds", float("inf")),
+        ("bytes_per_second", 0),
+        ("free_bytes", -1),
+    ],
+)
+def test_wrong_limits_are_named_with_what_is_expected(field: str, value: object) -> None:
+    with pytest.raises(IncorrectlyConfigured, match=rf"{field} has to be .* not {value!r}"):
+        Limits(**{field: value})  # type: ignore[arg-type]
 
 
 def test_a_setting_may_be_changed_before_opening() -> None:

@@ -68,6 +68,9 @@ _REFUSED = 0xB006
 _NO_IDENTIFIER = 0xB007
 _NOT_UNDERSTOOD = 0xC000
 _CLASS_NOT_SUPPORTED = 0x0122
+# Result, source and reason of an A-ASSOCIATE-RJ (PS3.8 section 9.3.4).
+_NOT_RECOGNIZED = 0x01, 0x01, 0x03
+_LIMIT_EXCEEDED = 0x02, 0x03, 0x02
 # An image larger than this goes to the disk while it arrives.
 _MOST_IN_MEMORY = 4 << 20
 
@@ -183,12 +186,13 @@ class AssociationServer:
         # The threads that store an image or end an association, and how deep they are in it.
         self._busy: Counter[int] = Counter()
         self._idle = threading.Condition(self._lock)
-        self._ae = NodeEntity(ae_title=reception.ae_title)
+        limits = reception.limits
+        self._ae = NodeEntity(reception.ae_title, limits.associations_per_address)
         self._ae.require_called_aet = reception.require_called_aet
         self._ae.require_calling_aet = list(reception.calling)
         self._ae.implementation_class_uid = UID(IMPLEMENTATION_UID)
-        self._ae.maximum_associations = reception.limits.associations
-        self._ae.maximum_pdu_size = reception.limits.pdu_bytes
+        self._ae.maximum_associations = limits.associations
+        self._ae.maximum_pdu_size = limits.pdu_bytes
         self._server: Server | None = None
 
     def open(self, ip: str, port: int) -> int:
@@ -368,21 +372,25 @@ class AssociationServer:
         return bool(status.get("Status") == _SUCCESS)
 
     def _on_requested(self, event: Any) -> None:
-        """Reject an AE title that is called from a network that is not its own."""
+        """Reject an AE title that is called from a network that is not its own, and what is too much."""
         association = event.assoc
         title = str(association.requestor.primitive.calling_ae_title or "").strip()
         networks = self._reception.calling.get(title, ())
         if networks and not is_within(str(association.requestor.address), networks):
-            association.requestor.ae_title = title
-            association.acse.send_reject(0x01, 0x01, 0x03)
-            association.is_rejected = True
-            self._reception.meters.associations.add(label="rejected")
-            with self._about(association):
-                self._logger.warning(
-                    "association with %s rejected: not an address of this AE title",
-                    _peer(association),
-                )
-            association.kill()
+            self._reject(association, title, _NOT_RECOGNIZED, "not an address of this AE title")
+        elif too_many := self._ae.let_in(association):
+            self._reject(association, title, _LIMIT_EXCEEDED, too_many)
+
+    def _reject(
+        self, association: Any, title: str, answer: tuple[int, int, int], reason: str
+    ) -> None:
+        association.requestor.ae_title = title
+        association.acse.send_reject(*answer)
+        association.is_rejected = True
+        self._reception.meters.associations.add(label="rejected")
+        with self._about(association):
+            self._logger.warning("association with %s rejected: %s", _peer(association), reason)
+        association.kill()
 
     def _on_accepted(self, event: Any) -> None:
         with self._lock:

@@ -40,7 +40,7 @@ from pynetdicom.transport import (
     ThreadedAssociationServer,
 )
 
-from dicomnode.errors import InvalidDicom
+from dicomnode.errors import IncorrectlyConfigured, InvalidDicom
 from dicomnode.lib.dicom import Received, Receiver
 from dicomnode.server.logs import about
 from dicomnode.server.negotiation import plain_request
@@ -61,6 +61,9 @@ _ASSOCIATE_REQUEST = 0x01
 _RELEASE_REQUEST = 0x05
 
 
+# Common senders refuse to send shorter PDUs; and a length has 32 bits.
+_BOUNDS = {"pdu_bytes": (4096, 1 << 30), "free_bytes": (0, 1 << 62)}
+
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
@@ -74,6 +77,8 @@ class Limits:
 
     #: Associations at once; more are rejected as a transient problem, so that senders try again.
     associations: int = 100
+    #: Of these from one address, so that it does not keep all others out; more are rejected as above.
+    associations_per_address: int = 50
     #: Images of one association; more are answered 0xA700.
     instances: int = 1_000_000
     #: Bytes of the images of one association; more are answered 0xA700.
@@ -91,6 +96,20 @@ class Limits:
     #: Bytes that stay free on the disk of `root_data_directory`: below, images are answered 0xA700.
     #: None is 5 % of the disk, at most 1 GiB.
     free_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises IncorrectlyConfigured for a value that is no limit."""
+        for name, value in vars(self).items():
+            if name == "free_bytes" and value is None:
+                continue
+            is_time = name.endswith("_seconds")
+            least, most = _BOUNDS.get(name, (0.001, 1_000_000) if is_time else (1, 1 << 62))
+            is_number = isinstance(value, int | float if is_time else int)
+            if not is_number or isinstance(value, bool) or not least <= value <= most:
+                raise IncorrectlyConfigured(
+                    f"limits: {name} has to be a {'' if is_time else 'whole '}number from {least} to "
+                    f"{most}, not {value!r}"
+                )
 
 
 class Service(Protocol):
@@ -818,27 +837,36 @@ def is_within(host: str, networks: Sequence[Network]) -> bool:
 class NodeEntity(AE):
     """The application entity of a node, which counts associations, not connections."""
 
-    def __init__(self, ae_title: str) -> None:
+    def __init__(self, ae_title: str, most_of_one_address: int) -> None:
         super().__init__(ae_title=ae_title)
+        self._most_of_one_address = most_of_one_address
         self._letting_in = threading.Lock()
 
-    @property
-    def active_associations(self) -> list[Association]:
-        """Those that were let in, and the one that asks; it is let in where these are not too many.
+    def let_in(self, asking: NodeAssociation) -> str:
+        """Count an association from now on, unless there are too many: then why it is not let in.
 
         Many may ask at the same moment, before the first of them is established.
         """
-        own = threading.current_thread()
+        address = asking.requestor.address
         with self._letting_in:
-            found = [
-                one
-                for server in self._servers
-                for one in server.active_associations
-                if one is own or (isinstance(one, NodeAssociation) and one.is_in)
-            ]
-            if isinstance(own, NodeAssociation) and len(found) <= self.maximum_associations:
-                own.was_let_in = True
-        return found
+            found = self.active_associations
+            if len(found) >= self.maximum_associations:
+                return "too many associations"
+            of_one = sum(one.requestor.address == address for one in found)
+            if of_one >= self._most_of_one_address:
+                return "too many associations of this address"
+            asking.was_let_in = True
+        return ""
+
+    @property
+    def active_associations(self) -> list[Association]:
+        """Those that were let in."""
+        return [
+            one
+            for server in self._servers
+            for one in server.active_associations
+            if isinstance(one, NodeAssociation) and one.is_in
+        ]
 
 
 __all__ = [
