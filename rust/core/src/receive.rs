@@ -581,8 +581,7 @@ impl Store {
             element(&mut body, 0x0901, &[b, a, d, c]);
         }
         if !comment.is_empty() {
-            let text: Vec<u8> = comment.bytes().take(64).collect();
-            element(&mut body, 0x0902, &padded(&text, b' '));
+            element(&mut body, 0x0902, &padded(comment.as_bytes(), b' '));
         }
         element(&mut body, 0x1000, &padded(&self.sop_instance_uid, 0));
         let mut command = Vec::with_capacity(body.len() + 12);
@@ -601,8 +600,9 @@ fn element(into: &mut Vec<u8>, number: u16, value: &[u8]) {
     into.extend_from_slice(value);
 }
 
+/// At most 64 bytes, which UIDs and comments have: what a stranger sends instead is not given back whole.
 fn padded(value: &[u8], pad: u8) -> Vec<u8> {
-    let mut even = value.to_vec();
+    let mut even = value[..value.len().min(64)].to_vec();
     if !even.len().is_multiple_of(2) {
         even.push(pad);
     }
@@ -735,6 +735,16 @@ mod tests {
             let (found, _, _) = steps(&bytes, size, LIMITS).unwrap();
             assert_eq!(&stored(&found[0]).dataset[..], data);
         }
+    }
+
+    #[test]
+    fn a_response_is_short_whatever_came() {
+        let store = Store {
+            sop_class_uid: vec![b'1'; 60_000],
+            sop_instance_uid: vec![b'2'; 60_000],
+            ..Store::default()
+        };
+        assert!(store.response(0x0117, &"x".repeat(1000), 0x0008_0018).len() < 400);
     }
 
     #[test]
