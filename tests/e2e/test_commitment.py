@@ -38,6 +38,7 @@ from dicomnode.lib.transcode import IMPLICIT
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.node import AbstractPipeline
 from dicomnode.server.transport import Limits
+from dicomnode.storage.commitments import Commitments
 from dicomnode.storage.ledger import State
 from dicomnode.storage.outbox import Delivery
 from dicomnode.testing import StoringNode, address_of, make_series, running_node, wait_for_cases
@@ -475,6 +476,40 @@ def test_requests_that_wait_are_bounded_for_one_and_for_all(
         assert node.wait(lambda: not committing._requests, 20)
         assert asks("THIRD", 80) == 0
         silent[-1].abort()
+
+
+def test_requests_that_come_at_the_same_moment_are_bounded_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dicomnode.server.commitment._MOST_OF_ONE", 100)
+    coming = threading.Semaphore(0)
+    go_on = threading.Event()
+    found: list[int] = []
+
+    def ask(self: Commitments, calling: str, asked: Commitment) -> None:
+        coming.release()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(Commitments, "ask", ask)
+    with running_node(StoringNode) as node:
+        senders = [_asks(node, "ONE") for _ in range(4)]
+        threads = [
+            threading.Thread(target=lambda one=one: found.append(_status(one, 30)))
+            for one in senders
+        ]
+        for thread in threads[:2]:
+            thread.start()
+            assert coming.acquire(timeout=30)
+        for thread in threads[2:]:
+            thread.start()
+            thread.join(30)
+        assert found == [0x0213, 0x0213]
+        go_on.set()
+        for thread in threads:
+            thread.join(30)
+        assert found == [0x0213, 0x0213, 0, 0]
+        for one in senders:
+            one.abort()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ sender may not take it. What waits for that is bounded.
 
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -77,41 +77,52 @@ class Committing:
         self._loop = loop
         self._lock = threading.Lock()
         self._requests: dict[tuple[str, str], deque[tuple[Commitment, Asking]]] = {}
+        # The room of those that are being written down.
+        self._coming: Counter[tuple[str, str]] = Counter()
         self._reading = threading.Semaphore(_READERS)
         self._reports = loop.crew("report", _MOST_REPORTS)
         loop.add("commitment", self._step, is_pending=lambda: bool(self._requests))
 
     def asked(self, read: Callable[[], Dataset], asking: Asking) -> int:
         """A sender asks to keep instances (N-ACTION): the status."""
-        if not self._has_room(asking, 0):
+        if not self._takes_room(asking, _REQUEST_SIZE):
             # Before it is read and written down.
             return _RESOURCE_LIMITATION
+        size = _REQUEST_SIZE
         try:
             asked = Commitment.of(read())
-            if not self._has_room(asking, len(asked.instances)):
+            if not self._takes_room(asking, len(asked.instances)):
                 return _RESOURCE_LIMITATION
+            size += len(asked.instances)
             self._storage.commitments.ask(asking.title, asked)
+            with self._lock:
+                self._requests.setdefault(asking.peer, deque()).append((asked, asking))
         except InvalidDataset as error:
             self._logger.warning("%r asks for what cannot be understood: %s", asking.title, error)
             return _INVALID_ARGUMENT
         except OutOfResources as error:
             self._logger.error("a request for storage commitment is not taken: %s", error)
             return _PROCESSING_FAILURE
-        with self._lock:
-            self._requests.setdefault(asking.peer, deque()).append((asked, asking))
+        finally:
+            with self._lock:
+                self._coming[asking.peer] -= size
+                self._coming += Counter()
         self._loop.wake()
         return _SUCCESS
 
-    def _has_room(self, asking: Asking, instances: int) -> bool:
-        size = _REQUEST_SIZE + instances
+    def _takes_room(self, asking: Asking, size: int) -> bool:
+        """Count a request that is coming, where there is room for it; many may come at once."""
         with self._lock:
-            sizes = {
-                peer: sum(_REQUEST_SIZE + len(asked.instances) for asked, _ in waiting)
-                for peer, waiting in self._requests.items()
-            }
-        mine, all_of_them = sizes.get(asking.peer, 0), sum(sizes.values())
-        if mine + size <= _MOST_OF_ONE and all_of_them + size <= _MOST_OF_ALL:
-            return True
+            sizes = self._coming + Counter(
+                {
+                    peer: sum(_REQUEST_SIZE + len(asked.instances) for asked, _ in waiting)
+                    for peer, waiting in self._requests.items()
+                }
+            )
+            mine, all_of_them = sizes[asking.peer], sizes.total()
+            if mine + size <= _MOST_OF_ONE and all_of_them + size <= _MOST_OF_ALL:
+                self._coming[asking.peer] += size
+                return True
         self._logger.warning(
             "%r is refused: %d requests for storage commitment wait, %d of them its own",
             asking.title,
@@ -149,9 +160,10 @@ class Committing:
         """Make the reports that one sender waits for, in their order."""
         while True:
             with self._lock:
-                waiting = self._requests[peer]
+                waiting = self._requests.get(peer)
                 if not waiting:
-                    del self._requests[peer]
+                    # Another thread may have made the last of them just before this one began.
+                    self._requests.pop(peer, None)
                     return
                 asked, asking = waiting[0]
             try:
