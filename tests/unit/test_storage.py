@@ -3,7 +3,7 @@
 import logging
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -523,3 +523,49 @@ def test_what_is_sent_again_is_a_repeat_also_for_a_run_with_another_durability(
             if earlier is None:
                 assert again != number
                 assert storage.expire("P", contents)
+
+
+def test_a_sender_that_is_released_while_its_case_is_done_is_no_longer_awaited(
+    storage: Storage,
+) -> None:
+    released: list[threading.Thread] = []
+    is_open = [True]
+
+    def is_open_for(case_id: int) -> bool:
+        if not released:
+            # Its association ends just after that was looked at.
+            released.append(threading.Thread(target=storage.released, args=([case_id],)))
+            is_open[0] = False
+            released[0].start()
+            released[0].join(0.2)
+            return True
+        return is_open[0]
+
+    number = storage.add("P", ["ct"], instances(1)[0])
+    make_ready(storage, number)
+    claim(storage, number)
+    storage.keep_results(storage.ledger.case(number), [])
+    storage.is_open_for = is_open_for
+    storage.finish(storage.ledger.case(number))
+    released[0].join(20)
+    assert not storage.ledger.rows("SELECT * FROM interrupted", ())
+
+
+def test_results_that_are_kept_stay_whatever_comes_after_that(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = storage.add("P", ["ct"], instances(1)[0])
+    make_ready(storage, number)
+    claim(storage, number)
+
+    def fails(uids: Iterable[str]) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(storage.outbox, "remember", fails)
+    with pytest.raises(sqlite3.OperationalError):
+        storage.keep_results(
+            storage.ledger.case(number), [("1.2", "1.3", "1.2.840.10008.1.2.1", b"result")]
+        )
+    assert storage.ledger.case(number).state is State.EXPORTING
+    (row,) = storage.ledger.results(number)
+    assert storage.result(number, row) == b"result"

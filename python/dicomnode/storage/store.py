@@ -155,8 +155,9 @@ class Storage:
         self._has_reserve = False
         #: Whether an association that brought images to a case is open; the node tells.
         self.is_open_for: Callable[[int], bool] = lambda _: False
-        # Cases that were done while one was.
+        # Cases that were done while one was, and who looks at that and changes it.
         self._unreleased: set[int] = set()
+        self._releasing = threading.Lock()
         self._unverified: set[int] = set()
         self._unfinished: set[str] = set()
         self._instances: Instances
@@ -603,10 +604,12 @@ class Storage:
         """An open case is READY where it is complete, else RECEIVING, also if it had FAILED.
 
         `why` is what it waits for. False, and nothing is done, where the case holds something else
-        than `contents` by now.
+        than `contents` by now, or is to be processed as it is.
         """
         with self._as_it_was(identifier, contents) as known:
             if known is None:
+                return False
+            if not complete and self._is_forced(contents):
                 return False
             if why != self.waits.of(known.id).reason:
                 self.waits.tell(known.id, why)
@@ -616,10 +619,11 @@ class Storage:
     def give_up(self, identifier: str, contents: Contents, why: str) -> bool:
         """An open case FAILED, since it is not complete; it still takes images.
 
-        False, and nothing is done, where the case holds something else than `contents` by now.
+        False, and nothing is done, where the case holds something else than `contents` by now, or is to be
+        processed as it is.
         """
         with self._as_it_was(identifier, contents) as known:
-            if known is None:
+            if known is None or self._is_forced(contents):
                 return False
             self.ledger.fail(known.id, why)
             return True
@@ -635,6 +639,10 @@ class Storage:
             self.waits.tell(known.id, why)
             self.waits.force(known.id)
             return True
+
+    def _is_forced(self, contents: Contents) -> bool:
+        """Whether a case can and is to be processed as it is; that may be wanted while it is looked at."""
+        return not contents.obstacle and self.waits.of(contents.case_id).forced
 
     @contextmanager
     def _as_it_was(self, identifier: str, contents: Contents) -> Iterator[OpenCase | None]:
@@ -715,11 +723,12 @@ class Storage:
 
         Of one that was done before that, nothing needs to be remembered any more.
         """
-        for case_id in self._unreleased.intersection(case_ids):
-            if not self.is_open_for(case_id):
-                self._unreleased.discard(case_id)
-                with suppress(OutOfResources):
-                    self.ledger.release(case_id)
+        with self._releasing:
+            for case_id in self._unreleased.intersection(case_ids):
+                if not self.is_open_for(case_id):
+                    self._unreleased.discard(case_id)
+                    with suppress(OutOfResources):
+                        self.ledger.release(case_id)
 
     def park(self, identifier: str, contents: Contents) -> int | None:
         """Set aside a case whose images an interrupted one held before; that one's number.
@@ -810,10 +819,10 @@ class Storage:
                 trouble.needed = size
                 raise trouble
             self.ledger.export(case.id, rows)
-            self.outbox.remember(row.uid for row in rows)
         except BaseException:
             self._instances.remove(folder, [OWNER, *(row.file for row in rows)])
             raise
+        self.outbox.remember(row.uid for row in rows)
         return len(rows)
 
     def _put(self, folder: str, name: str, data: Buffer) -> str:
@@ -872,10 +881,11 @@ class Storage:
             self.waits.remember_series(case.id, filter(None, uids))
         revised = self._contained(case)
         with self.holding(case.identifier):
-            if self.is_open_for(case.id):
-                # Should its sender break off, it sends again what is deleted here.
-                self.ledger.interrupt(case.id)
-                self._unreleased.add(case.id)
+            with self._releasing:
+                if self.is_open_for(case.id):
+                    # Should its sender break off, it sends again what is deleted here.
+                    self.ledger.interrupt(case.id)
+                    self._unreleased.add(case.id)
             if self.ledger.move(case.id, State.EXPORTING, State.DONE):
                 delete_files(self.ledger, self._instances, case)
         for earlier in revised:
