@@ -251,6 +251,54 @@ def test_cases_that_are_ready_are_looked_at_once_and_in_their_order(tmp_path: Pa
     assert all(looked.count(name) <= 2 for name in names) and looked.count("P0") == 1
 
 
+def test_what_is_to_be_processed_as_it_is_stays_so_though_a_look_finds_it_incomplete() -> None:
+    """The look began before that, and no worker is free."""
+    node: AbstractPipeline
+
+    class Never(AbstractInput):
+        image_grinder = list_grinder
+
+        def validate(self) -> bool:
+            node.complete(1)
+            return False
+
+    class Node(AbstractPipeline):
+        ae_title = "NODE"
+        input = {"ct": Never}
+
+    with running_node(Node, workers=0) as node:
+        send(address_of(node), images("A"))
+        wait_until(node, lambda: states(node) == {"A": State.READY})
+        assert node._runner is not None
+        completeness = node._runner._completeness
+        wait_until(node, lambda: not completeness.is_pending())
+        assert states(node) == {"A": State.READY}
+
+
+def test_where_all_looks_are_taken_those_that_wait_are_not_looked_through(
+    hanging: Hanging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dicomnode.server.completeness._MOST_LOOKS", 1)
+    clock = [1000.0]
+    names = {f"P{k}" for k in range(20)}
+    with running_node(pipeline(hanging), deadline_seconds=10.0, _clock=lambda: clock[0]) as node:
+        assert node._runner is not None
+        completeness = node._runner._completeness
+        hanging.names = {"A"}
+        send(address_of(node), images("A"))
+        hanging.wait_for(1)
+        send(address_of(node), [one for name in sorted(names) for one in images(name)])
+        clock[0] += 20
+        begun: list[Any] = []
+        begin = completeness._begin
+        monkeypatch.setattr(completeness, "_begin", lambda *one: begun.append(one) or begin(*one))
+        wait_until(node, lambda: completeness._unchecked.keys() == names)
+        completeness.step()
+        assert not begun
+        hanging.go_on.set()
+        wait_for_cases(node, State.DONE, 1 + len(names))
+
+
 def wait_until(node: AbstractPipeline, condition: Callable[[], bool]) -> None:
     assert node.wait(condition, 30)
 

@@ -259,29 +259,42 @@ class Completeness:
                 self._postponed.clear()
             unchecked = list(self._unchecked)
         for identifier in unchecked:
+            if self._looks.is_full:
+                # Of those that wait there may be many, and this is called after each look.
+                break
             self._begin(identifier, partial(self._check, identifier))
-        for identifier, clock in self._late():
-            if not self._begin(identifier, partial(self._look_by_clock, identifier, clock)):
-                with self._lock:
-                    self._held_up.add(identifier)
+        self._begin_late()
         self._begin_to_claim()
         return False
 
-    def _late(self) -> list[tuple[str, _Clock]]:
-        """The cases whose time has come."""
-        found: dict[str, _Clock] = {}
+    def _begin_late(self) -> None:
+        """Look at the cases whose time has come, as far as looks can be begun."""
         with self._lock:
-            for identifier in [one for one in self._held_up if one not in self._looks]:
-                self._held_up.discard(identifier)
+            held_up, self._held_up = self._held_up, set()
+        try:
+            while not self._looks.is_full and (late := self._late(held_up)) is not None:
+                identifier, clock = late
+                if not self._begin(identifier, partial(self._look_by_clock, identifier, clock)):
+                    with self._lock:
+                        self._held_up.add(identifier)
+        finally:
+            with self._lock:
+                self._held_up |= held_up
+
+    def _late(self, held_up: set[str]) -> tuple[str, _Clock] | None:
+        """The next case whose time has come; those that were held up first."""
+        with self._lock:
+            while held_up:
+                identifier = held_up.pop()
                 clock = self._clocks.get(identifier)
                 if clock is not None:
-                    found[identifier] = clock
+                    return identifier, clock
             now = self._now()
             while self._plan and self._plan[0][0] <= now:
                 moment, identifier = heappop(self._plan)
                 if self._is_planned(moment, identifier):
-                    found[identifier] = self._clocks[identifier]
-        return list(found.items())
+                    return identifier, self._clocks[identifier]
+        return None
 
     def _begin(self, key: Hashable, look: Callable[[], None]) -> bool:
         """Begin a look where none at this case has been begun; whether it was."""
@@ -351,7 +364,11 @@ class Completeness:
         expiration = self._patience.expiration_seconds
         if expiration is None or idle < expiration - self._patience.notice_seconds:
             return math.inf
-        return self._expire(identifier, clock, idle, expiration)
+        try:
+            return self._expire(identifier, clock, idle, expiration)
+        except (OutOfResources, sqlite3.Error) as error:
+            self._logger.error("case %d cannot be deleted now: %s", case_id, error)
+            return _AGAIN_SECONDS
 
     def _expire(self, identifier: str, clock: _Clock, idle: float, expiration: float) -> float:
         """Tell that a case is going to be deleted, or delete it; in how many seconds to look again.
@@ -511,7 +528,14 @@ class Completeness:
             room = self._ahead - len(self._looked)
             room -= sum(looks[key] < _SHORT_SECONDS for key in self._claiming)
             wanted = (
-                [] if self._again_at else [one for one in self._wanted if one not in self._looked]
+                []
+                if self._again_at
+                else [
+                    one
+                    for one in self._wanted
+                    # The ledger may not know yet that it has failed.
+                    if one not in self._looked and one not in self._failures
+                ]
             )
         for number in wanted:
             if room <= 0 or self._looks.is_full:
