@@ -17,13 +17,15 @@ from pynetdicom import AE, build_context
 from typer.testing import CliRunner
 
 from dicomnode.cli.main import app
-from dicomnode.errors import IncorrectlyConfigured, UnknownCase
+from dicomnode.errors import IncorrectlyConfigured, NoRoom, UnknownCase
 from dicomnode.lib.commitment import Commitment
-from dicomnode.lib.dimse import ask_commitment, send
+from dicomnode.lib.dimse import Address, ask_commitment, send
 from dicomnode.lib.grinders import numpy_grinder
+from dicomnode.server.association import AssociationServer
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.node import AbstractPipeline
 from dicomnode.storage.ledger import Case, Ledger
+from dicomnode.storage.waits import Waits
 from dicomnode.testing import (
     State,
     address_of,
@@ -718,6 +720,57 @@ def test_an_image_saves_a_case_that_was_about_to_expire() -> None:
         clock.seconds += 5 * DAY
         look(node)
         assert node.cases()[0].state is State.RECEIVING
+
+
+def test_a_case_that_cannot_be_deleted_now_is_deleted_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    fails = iter([True])
+    expire = Waits.expire
+
+    def failing(self: Waits, case_id: int) -> bool:
+        if next(fails, False):
+            raise NoRoom("the ledger cannot be written: full")
+        return expire(self, case_id)
+
+    monkeypatch.setattr(Waits, "expire", failing)
+    with running_node(
+        Counting, study_expiration_days=10, input={"ct": FourOrEight}, _clock=clock
+    ) as node:
+        send_all(node, make_series(1))
+        clock.seconds += 9.5 * DAY
+        assert node.wait(lambda: "case 1 is deleted in 1.0 days" in caplog.text, 20)
+        clock.seconds += 5 * DAY
+        assert node.wait(lambda: "case 1 cannot be deleted now" in caplog.text, 20)
+        assert node.cases()[0].state is State.RECEIVING
+        clock.seconds += 60
+        wait_for_cases(node, State.EXPIRED)
+
+
+def test_an_image_that_comes_as_soon_as_a_node_listens_gives_its_case_its_whole_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    first, second = make_series(2)
+    settings = {"_clock": clock, "root_data_directory": tmp_path, "deadline_seconds": 100.0}
+    with running_node(Counting, input={"ct": FourOrEight}, **settings) as node:
+        send_all(node, [first])
+        clock.seconds += 90
+    listen = AssociationServer.open
+
+    def listening(self: AssociationServer, ip: str, port: int) -> int:
+        found = listen(self, ip, port)
+        assert send(Address("127.0.0.1", found, "NODE"), [second])[0].status == 0
+        return found
+
+    monkeypatch.setattr(AssociationServer, "open", listening)
+    with running_node(Counting, input={"ct": FourOrEight}, **settings) as node:
+        clock.seconds += 20
+        look(node)
+        assert node.cases()[0].state is State.RECEIVING
+        clock.seconds += 90
+        wait_for_cases(node, State.FAILED)
 
 
 def test_nothing_expires_by_default() -> None:

@@ -511,10 +511,11 @@ class AbstractPipeline:
         storage.is_open_for = server.is_open_for
         runner.watch(server)
         runner.open()
+        # Before images come, whose time counts from then on.
+        runner.recall()
         self.port = server.open(self.ip, self.port)
         self._server = server
         self._is_opening = False
-        runner.recall()
         runner.start()
         # A program that ends without close() does not leave a step half done.
         atexit.register(self.close)
