@@ -4,6 +4,7 @@ import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,31 @@ def test_p3_a_broken_executor_keeps_cases_waiting(
     with misbehaving(tmp_path) as (node, _):
         wait_for_cases(node, State.DONE)
         wait_for_cases(node, State.FAILED)
+
+
+def test_p3_a_pipeline_that_cannot_be_made_for_one_case_fails_that_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that another process of the executor has made, for a model that finds no room."""
+    real = executors._pipeline
+    made = count(1)
+
+    def pipeline(description: str) -> Any:
+        # The first is made when the node opens.
+        if next(made) == 2:
+            raise RuntimeError("CUDA error: out of memory")
+        return real(description)
+
+    monkeypatch.setattr(executors, "_pipeline", pipeline)
+    with (
+        executor("threads") as pool,
+        misbehaving(tmp_path, isolation="thread", executor=pool) as (node, _),
+    ):
+        ask(node, "GOOD")
+        wait_for_cases(node, State.FAILED)
+        assert "CUDA error: out of memory" in case_of(node, "GOOD").error
+        ask(node, "WHO")
+        wait_for_cases(node, State.DONE)
 
 
 def test_an_executor_that_cannot_make_the_pipeline_is_told_when_the_node_opens() -> None:

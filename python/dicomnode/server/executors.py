@@ -240,9 +240,13 @@ def _process(
         if not _sees(*job["proof"]):
             return {"unseen": True}
         sources = job["paths"]
+    try:
+        pipeline, _ = _pipeline(description)
+    except BaseException as error:  # noqa: BLE001  (the same edge as below)
+        # Another process may have made it, when the node opened.
+        return _raised(error, [])
     records = _Records()
     seconds: list[float] = []
-    pipeline, _ = _pipeline(description)
     pipeline.logger.addHandler(records)
     try:
         uids = Uids(bytes.fromhex(job["seed"]))
@@ -259,12 +263,15 @@ def _process(
             )
         ]
     except BaseException as error:  # noqa: BLE001  (an edge: told to the node, which marks the case FAILED)
-        line = "".join(traceback.format_exception_only(error)).strip()
-        trace = "".join(traceback.format_exception(error))
-        return {"raised": line, "trace": trace, "log": records.found}
+        return _raised(error, records.found)
     finally:
         pipeline.logger.removeHandler(records)
     return {"ground": seconds[0], "results": results, "log": records.found}
+
+
+def _raised(error: BaseException, found: list[tuple[int, str, str]]) -> dict[str, Any]:
+    line = "".join(traceback.format_exception_only(error)).strip()
+    return {"raised": line, "trace": "".join(traceback.format_exception(error)), "log": found}
 
 
 def _sees(file: str, content: str) -> bool:
