@@ -533,6 +533,23 @@ def test_a_command_beside_a_running_node_completes_a_case(tmp_path: Path) -> Non
             node.complete(7)
 
 
+def test_a_case_completed_by_hand_waits_for_room_and_stays_so() -> None:
+    fails = iter([True])
+
+    class Full(AtLeastTwo):
+        def get_data(self) -> Any:
+            if next(fails, False):
+                raise NoRoom("no working directory: full")
+            return super().get_data()
+
+    with running_node(Counting, input={"ct": Full}) as node:
+        send_all(node, make_series(1))
+        assert is_told(node, "does not validate")
+        node.complete(1)
+        wait_for_cases(node, State.DONE)
+        assert node.seen == [1]
+
+
 def test_a_case_completed_by_hand_is_processed_though_an_association_is_open() -> None:
     with running_node(Counting) as node, sender(node) as store:
         store(make_series(1)[0])

@@ -1,6 +1,7 @@
 """Between a node and its workers: no pickle, small messages, and results that are not believed."""
 
 import ast
+import logging
 import os
 import re
 import socket
@@ -20,10 +21,12 @@ from dicomnode.lib.grinders import numpy_grinder
 from dicomnode.lib.images import Reading
 from dicomnode.lib.shared import is_sealed, shared_array, view_shared, write_shared
 from dicomnode.server.channel import BrokenChannel, Channel
-from dicomnode.server.job import CaseLimits, checked, verify_result
-from dicomnode.server.workers import _received
+from dicomnode.server.eager import EagerDecoding
+from dicomnode.server.job import CaseLimits, Claimed, Stopped, WorkerLost, checked, verify_result
+from dicomnode.server.workers import Workers, _received
 from dicomnode.storage.instances import KEPT_BESIDES
 from dicomnode.storage.shared import SharedInstances
+from dicomnode.storage.store import Storage
 from dicomnode.testing import make_series
 
 # Modules that make objects out of bytes, whatever these say.
@@ -238,3 +241,17 @@ def test_shared_instances_count_once_and_are_gone_with_their_last_place() -> Non
     assert not path.exists() and instances.size("one", "x") is None
     instances.close()
     assert not [one for one in Path("/proc/self/fd").iterdir() if int(one.name) >= 4096]
+
+
+def test_s7_a_case_whose_worker_is_gone_before_it_begins_is_not_taken_for_one_of_a_node_that_stops() -> (
+    None
+):
+    logger = logging.getLogger("dicomnode.test")
+    eager = EagerDecoding({}, Storage(None, [], 0x00100020, 0, logger), 0, logger)
+    workers = Workers({}, set(), 1, CaseLimits(), None, eager, None, logger)
+    with pytest.raises(WorkerLost, match="before the case began"):
+        next(workers.process(1, Claimed({}, {}), lambda _: None))
+    workers.stop()
+    with pytest.raises(Stopped):
+        next(workers.process(1, Claimed({}, {}), lambda _: None))
+    eager.close()

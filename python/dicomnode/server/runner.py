@@ -320,6 +320,9 @@ class Runner:
                     pass
             except Stopped:
                 return False
+            except NoRoom:
+                # It passes, and says nothing about the case.
+                raise
             except BaseException:
                 self._storage.waits.unforce(case.id)
                 raise

@@ -518,8 +518,11 @@ class Workers:
     ) -> Generator[Result]:
         """The results of a case. Raises as `Worker.process` does."""
         with self._lock:
-            if self._is_closed or not self._idle:
+            if self._is_closed:
                 raise Stopped
+            if not self._idle:
+                # Another thread has found it dead, and starts one in its place.
+                raise WorkerLost("its worker process ended before the case began")
             worker = self._idle.pop()
             self._busy.add(worker)
         handed: dict[str, HandedOver] = {}
