@@ -22,6 +22,7 @@ from dicomnode.lib.commitment import Commitment
 from dicomnode.lib.dimse import Address, ask_commitment, send
 from dicomnode.lib.grinders import numpy_grinder
 from dicomnode.server.association import AssociationServer
+from dicomnode.server.eager import EagerDecoding
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.node import AbstractPipeline
 from dicomnode.storage.ledger import Case, Ledger
@@ -246,6 +247,31 @@ def test_a_case_waits_for_the_other_association_that_brings_images_of_it() -> No
         store(series[4])
         store(series[5])
     assert node.seen == [6]
+
+
+def test_an_association_counts_from_its_first_image_on_while_that_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, second, third = make_series(3)
+    decoding, go_on = threading.Event(), threading.Event()
+
+    def add(self: EagerDecoding, identifier: str, uid: str) -> None:
+        if uid == third.SOPInstanceUID:
+            decoding.set()
+            assert go_on.wait(60)
+
+    monkeypatch.setattr(EagerDecoding, "add", add)
+    with running_node(Counting) as node:
+        other = threading.Thread(target=send_all, args=(node, [third]))
+        other.start()
+        assert decoding.wait(30)
+        send_all(node, [first, second])
+        told = is_told(node, "an association that brought images of it is open")
+        go_on.set()
+        other.join(30)
+        assert told
+        wait_for_cases(node, State.DONE)
+        assert node.seen == [3]
 
 
 def test_an_association_of_another_patient_holds_nothing_up() -> None:

@@ -562,8 +562,6 @@ class AssociationServer:
             self._logger.exception("%s not stored", uid)
             status, comment, identifier = _NOT_UNDERSTOOD, "the node failed, see its log", ""
             case_id = 0
-        if identifier:
-            self._decode(identifier, uid)
         self._reception.meters.instances.add(label=f"0x{status:04X}")
         with visit.lock:
             if identifier:
@@ -572,6 +570,9 @@ class AssociationServer:
             else:
                 visit.refused += 1
             late = visit.over
+        if identifier:
+            # Which may take a while: this association has brought an image before that.
+            self._decode(identifier, uid)
         if late and identifier:
             # The connection closed while this image was being stored.
             self._interrupt([case_id])
