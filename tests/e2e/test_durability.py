@@ -274,6 +274,6 @@ def test_L21_everything_is_flushed_before_it_is_acknowledged(
 
 
 def test_L21_nothing_is_acknowledged_earlier_where_it_is_decoded(
-    eager_script: Path, tmp_path: Path
+    eager_script: Path, tmp_path: Path, peer: Callable[[str], str]
 ) -> None:
-    test_L21_everything_is_flushed_before_it_is_acknowledged(eager_script, tmp_path)
+    test_L21_everything_is_flushed_before_it_is_acknowledged(eager_script, tmp_path, peer)

@@ -143,9 +143,9 @@ def _arena(decoded: Mapping[str, Any], sources: list[str], descriptor: int) -> A
     return Arena.received(reading, array, dict(zip(sources, decoded["frames"], strict=True)))
 
 
-def refuse_to_open(self: AbstractPipeline, blocking: bool = True) -> None:
+def refuse_to_open(self: AbstractPipeline, *args: Any, **options: Any) -> None:
     """Stands for `AbstractPipeline.open` where the file of a pipeline is only imported."""
-    del blocking
+    del args, options
     raise IncorrectlyConfigured(
         f"the file of {type(self).__name__} opens it whenever it is imported, in a worker process "
         'too: put that below `if __name__ == "__main__":`'
