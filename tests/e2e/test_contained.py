@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from pydicom.dataset import Dataset
-from pynetdicom import AE, build_context, evt
+from pynetdicom import AE, evt
 from pynetdicom.acse import ACSE
 from tests.e2e import wire
 
@@ -416,21 +416,20 @@ def test_what_is_sent_again_after_its_case_was_done_is_not_delivered_twice(
 ) -> None:
     """With `quiet_seconds` a case is done while its sender is still there, and may break off then."""
     series = make_series(2)
+    images = {str(one.SOPInstanceUID): wire.bare(encode(one)[0]) for one in series}
     with (
         running_node(StoringNode) as store,
         running_node(Echoing, endpoints=[address_of(store)], quiet_seconds=0.3) as node,
     ):
         for count in (1, 2):
-            sender = AE("SENDER").associate(
-                "127.0.0.1", node.port, [build_context(series[0].SOPClassUID)], ae_title="NODE"
-            )
-            assert [sender.send_c_store(one).Status for one in series] == [0, 0]
-            if count == 1:
-                wait_for_cases(node, State.DONE)
-            if breaks_off:
-                sender.abort()
-            else:
-                sender.release()
+            with wire.Raw(node).open() as sender:
+                for uid, data in images.items():
+                    sender.send(wire.store(uid, data))
+                    assert sender.status() == 0
+                if count == 1:
+                    wait_for_cases(node, State.DONE)
+                if not breaks_off:
+                    sender.release()
             state = State.FAILED if breaks_off and count == 2 else State.DONE
             assert node.wait(lambda: node.cases()[-1].state is state, 20)  # noqa: B023
             assert node.wait(lambda: len(node.cases()) == count, 20)  # noqa: B023

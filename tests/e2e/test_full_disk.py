@@ -257,7 +257,8 @@ def test_s3_results_that_no_disk_can_hold_fail_their_case(small_disk: Callable[.
         wait_for_cases(node, State.DONE)
         # The images are kept, and no half of the results.
         assert len(list((disk.path / "root" / "HUGE").glob("*/*.dcm"))) == 2
-        assert not list((disk.path / "root" / ".dicomnode" / "outbox").glob("*/*.dcm"))
+        outbox = disk.path / "root" / ".dicomnode" / "outbox"
+        assert node.wait(lambda: not list(outbox.glob("*/*.dcm")), 20)
 
 
 _all_said: list[str] = []
