@@ -30,7 +30,8 @@ class Program:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, **(environment or {})},
+            # As where nobody has set it: what is said has to be there in time without.
+            env={**os.environ, "PYTHONUNBUFFERED": "", **(environment or {})},
         )
         self.said: list[str] = []
         self._is_over = False

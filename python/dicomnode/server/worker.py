@@ -8,6 +8,7 @@ results as shared memory, and everything else is small messages. The process is 
 import contextlib
 import faulthandler
 import gc
+import io
 import logging
 import os
 import resource
@@ -45,6 +46,9 @@ _OPEN = "open"
 
 def serve(descriptor: int) -> None:
     """Process what comes over a socket, until it is closed."""
+    # What is printed is in the log at once, and not lost where this process is killed.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     # A crash in C tells where it was; so does the signal that ends what takes too long.
     faulthandler.enable()
     _tell_at_the_end()
