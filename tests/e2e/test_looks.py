@@ -219,7 +219,7 @@ def test_what_hangs_keeps_a_node_open_no_longer_than_it_may(
         assert time.monotonic() - start < 15
 
 
-def test_cases_that_are_ready_are_looked_at_once_and_in_their_order(tmp_path: Path) -> None:
+def test_cases_that_are_ready_are_processed_in_their_order_and_looked_at_seldom(tmp_path: Path) -> None:
     looked: list[str] = []
     processed: list[str] = []
     go_on = threading.Event()
@@ -247,8 +247,9 @@ def test_cases_that_are_ready_are_looked_at_once_and_in_their_order(tmp_path: Pa
         go_on.set()
         wait_for_cases(node, State.DONE, len(names))
     assert processed == names
-    # Those that were not kept in memory until it was their turn were looked at once more.
-    assert all(looked.count(name) <= 2 for name in names) and looked.count("P0") == 1
+    # Where the association ends after the look, and where what it found was not kept in memory until it
+    # was the case's turn, there is one more.
+    assert all(looked.count(name) <= 3 for name in names)
 
 
 def test_what_is_to_be_processed_as_it_is_stays_so_though_a_look_finds_it_incomplete() -> None:
