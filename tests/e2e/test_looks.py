@@ -219,7 +219,9 @@ def test_what_hangs_keeps_a_node_open_no_longer_than_it_may(
         assert time.monotonic() - start < 15
 
 
-def test_cases_that_are_ready_are_processed_in_their_order_and_looked_at_seldom(tmp_path: Path) -> None:
+def test_cases_that_are_ready_are_processed_in_their_order_and_looked_at_seldom(
+    tmp_path: Path,
+) -> None:
     looked: list[str] = []
     processed: list[str] = []
     go_on = threading.Event()
