@@ -134,7 +134,11 @@ def test_what_rests_in_memory_is_given_back(tmp_path: Path) -> None:
         for k in range(3):
             send(address_of(node), make_series(4, patient_id=f"P{k}"))
         wait_for_cases(node, State.DONE, 3)
-        assert not [one for one in Path("/proc/self/fd").iterdir() if int(one.name) >= 4096]
+        # A case is done a moment before its images are deleted.
+        assert node.wait(
+            lambda: not [one for one in Path("/proc/self/fd").iterdir() if int(one.name) >= 4096],
+            20,
+        )
     assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
