@@ -36,8 +36,8 @@ from dicomnode.lib.requestor import Requestor
 from dicomnode.lib.series import derive_series
 from dicomnode.lib.transcode import IMPLICIT
 from dicomnode.server.input import AbstractInput
+from dicomnode.server.limits import Limits
 from dicomnode.server.node import AbstractPipeline
-from dicomnode.server.transport import Limits
 from dicomnode.storage.commitments import Commitments
 from dicomnode.storage.ledger import State
 from dicomnode.storage.outbox import Delivery

@@ -182,7 +182,7 @@ def test_few_files_slow_flushes_and_full_disks_are_told(
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
     monkeypatch.setattr(checkup, "_try_folder", lambda _: 0.2)
     code = f"class Node(Base): limits = Limits(free_bytes={1 << 60})\n"
-    imports = "from dicomnode.server.transport import Limits\n"
+    imports = "from dicomnode.server.limits import Limits\n"
     _, lines = doctor(pipeline_file(tmp_path, imports + code))
     assert found(lines, "warning", "256 files open")
     assert found(lines, "warning", "fsync is slow")

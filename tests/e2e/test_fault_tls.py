@@ -18,7 +18,7 @@ from dicomnode.errors import IncorrectlyConfigured, PeerUnreachable
 from dicomnode.lib.dicom import load
 from dicomnode.lib.dimse import Address, echo, send
 from dicomnode.lib.tls import TLS
-from dicomnode.server.transport import Limits
+from dicomnode.server.limits import Limits
 from dicomnode.testing import (
     StoringNode,
     make_series,

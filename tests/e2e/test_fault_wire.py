@@ -22,8 +22,8 @@ from tests.e2e import wire
 from tests.e2e.wire import Raw, pdu, serves, unharmed, value
 
 from dicomnode.server.input import AbstractInput
+from dicomnode.server.limits import Limits
 from dicomnode.server.node import AbstractPipeline
-from dicomnode.server.transport import Limits
 from dicomnode.testing import State, running_node, wait_for_cases
 
 HASTY = {"idle_seconds": 1.5, "stall_seconds": 1.0}

@@ -20,8 +20,8 @@ from dicomnode.lib.dimse import Address, Response, send
 from dicomnode.lib.grinders import list_grinder, many_meta_grinder, numpy_grinder
 from dicomnode.lib.series import derive_series
 from dicomnode.server.input import AbstractInput
+from dicomnode.server.limits import Limits
 from dicomnode.server.node import AbstractPipeline
-from dicomnode.server.transport import Limits
 from dicomnode.testing import State, address_of, make_series, running_node, wait_for_cases
 
 MIB = 1 << 20

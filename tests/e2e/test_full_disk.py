@@ -21,8 +21,8 @@ from dicomnode.lib.dimse import Address, Response, echo, send
 from dicomnode.lib.grinders import list_grinder, many_meta_grinder, numpy_grinder
 from dicomnode.lib.series import derive_series
 from dicomnode.server.input import AbstractInput
+from dicomnode.server.limits import Limits
 from dicomnode.server.node import AbstractPipeline
-from dicomnode.server.transport import Limits
 from dicomnode.testing import (
     State,
     StoringNode,
@@ -270,7 +270,7 @@ def _said(capfd: pytest.CaptureFixture[str]) -> str:
 
 
 NODE = """
-from dicomnode.server.transport import Limits
+from dicomnode.server.limits import Limits
 
 class Node(Base):
     {settings}

@@ -23,7 +23,7 @@ from dicomnode.lib.dimse import Address, _plain, ask_commitment
 from dicomnode.lib.requestor import Requestor, _request, _uid, encode_command
 from dicomnode.lib.tls import TLS
 from dicomnode.lib.transcode import IMPLICIT
-from dicomnode.server.transport import Limits
+from dicomnode.server.limits import Limits
 from dicomnode.storage.ledger import State
 from dicomnode.storage.outbox import Delivery
 from dicomnode.storage.store import Storage

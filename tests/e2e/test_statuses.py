@@ -18,10 +18,10 @@ from pynetdicom.dimse_primitives import C_STORE
 from dicomnode.lib.dicom import encode
 from dicomnode.lib.dimse import echo, send
 from dicomnode.server.input import AbstractInput
+from dicomnode.server.limits import Limits
 from dicomnode.server.node import AbstractPipeline
-from dicomnode.server.transport import Limits
+from dicomnode.storage.disk import Disk
 from dicomnode.storage.instances import KEPT_BESIDES
-from dicomnode.storage.store import Storage
 from dicomnode.testing import State, address_of, make_series, running_node, wait_for_cases
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -314,7 +314,7 @@ def test_s3_a_large_image_does_not_fill_the_disk(
 ) -> None:
     """There is room when it begins, and less than has to stay free while it arrives."""
     free = iter([10 << 30, 10 << 30])
-    monkeypatch.setattr(Storage, "free_bytes", lambda _: next(free, 0))
+    monkeypatch.setattr(Disk, "free_bytes", lambda _: next(free, 0))
     large = make_series(1, 4600, 4600)[0]
     with running_node(Node, root_data_directory=tmp_path) as one:
         address = address_of(one)

@@ -29,7 +29,7 @@ from dicomnode.testing import make_series
 _NODE = """
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.node import AbstractPipeline
-from dicomnode.server.transport import Limits
+from dicomnode.server.limits import Limits
 class Never(AbstractInput):
     def validate(self):
         return False

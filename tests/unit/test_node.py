@@ -24,8 +24,8 @@ from dicomnode.errors import (
 )
 from dicomnode.lib.dimse import Address, echo
 from dicomnode.server.input import AbstractInput
+from dicomnode.server.limits import Limits
 from dicomnode.server.node import AbstractPipeline
-from dicomnode.server.transport import Limits
 from dicomnode.testing import address_of, running_node
 
 

@@ -551,7 +551,7 @@ def test_a_sender_that_is_released_while_its_case_is_done_is_no_longer_awaited(
     assert not storage.ledger.rows("SELECT * FROM interrupted", ())
 
 
-def test_results_that_are_kept_stay_whatever_comes_after_that(
+def test_results_are_known_as_ours_before_anybody_can_send_them_or_not_kept(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     number = storage.add("P", ["ct"], instances(1)[0])
@@ -566,6 +566,20 @@ def test_results_that_are_kept_stay_whatever_comes_after_that(
         storage.keep_results(
             storage.ledger.case(number), [("1.2", "1.3", "1.2.840.10008.1.2.1", b"result")]
         )
-    assert storage.ledger.case(number).state is State.EXPORTING
+    assert storage.ledger.case(number).state is State.PROCESSING
+    assert not storage.ledger.results(number)
+    monkeypatch.undo()
+    known: list[bool] = []
+    export = storage.ledger.export
+
+    def exported(case_id: int, rows: list[ResultRow]) -> None:
+        known.append(hash("1.2") in storage.outbox._made)
+        export(case_id, rows)
+
+    monkeypatch.setattr(storage.ledger, "export", exported)
+    storage.keep_results(
+        storage.ledger.case(number), [("1.2", "1.3", "1.2.840.10008.1.2.1", b"result")]
+    )
+    assert known == [True]
     (row,) = storage.ledger.results(number)
     assert storage.result(number, row) == b"result"

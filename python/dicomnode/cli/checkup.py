@@ -32,7 +32,7 @@ from dicomnode.server.node import AbstractPipeline
 from dicomnode.server.reference import describe
 from dicomnode.server.worker import refuse_to_open
 from dicomnode.server.workers import try_import
-from dicomnode.storage.store import least_free_bytes
+from dicomnode.storage.disk import Disk
 
 # File systems of other machines: fsync, locks or hard links are not what they are on a disk.
 _REMOTE = frozenset(
@@ -315,9 +315,8 @@ def file_system_of(folder: Path, mounts: str) -> str:
 
 
 def _check_room(folder: Path, wanted: int | None) -> Iterator[Finding]:
-    disk = os.statvfs(folder)
-    free, size = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
-    least = least_free_bytes(size, wanted)
+    disk = Disk(folder, wanted)
+    free, least = disk.free_bytes(), disk.least_free()
     told = (
         f"{free / _GIB:.1f} GiB are free there, and below {least / _GIB:.1f} GiB images are refused "
         "(limits.free_bytes)"
@@ -328,8 +327,9 @@ def _check_room(folder: Path, wanted: int | None) -> Iterator[Finding]:
         yield Finding("warning", f"{told}: that comes soon; make room")
     else:
         yield Finding("ok", told)
-    if disk.f_files > 0 and disk.f_favail < _FEW_INODES:
-        yield Finding("warning", f"only {disk.f_favail} files can be made there (inodes)")
+    files = os.statvfs(folder)
+    if files.f_files > 0 and files.f_favail < _FEW_INODES:
+        yield Finding("warning", f"only {files.f_favail} files can be made there (inodes)")
 
 
 def _is_running(node: AbstractPipeline) -> bool:

@@ -41,11 +41,11 @@ from dicomnode.lib.dicom import (
 from dicomnode.lib.dimse import IMPLEMENTATION_UID
 from dicomnode.lib.redaction import patient_words
 from dicomnode.server.commitment import Asking, Committing
+from dicomnode.server.limits import Limits
 from dicomnode.server.logs import Scope, about, hide_patient
 from dicomnode.server.meters import Meters
 from dicomnode.server.routing import Rule, route
 from dicomnode.server.transport import (
-    Limits,
     Network,
     NodeAssociation,
     NodeEntity,
@@ -484,7 +484,7 @@ class AssociationServer:
             visit is not None
             and visit.growing is not None
             and isinstance(association, NodeAssociation)
-            and not self._storage.has_room(0)
+            and not self._storage.disk.has_room(0)
         ):
             association.keep_no_more(errno.ENOSPC)
             visit.drop_file()

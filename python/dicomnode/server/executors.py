@@ -16,7 +16,9 @@ import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future
 from functools import lru_cache
+from logging.handlers import QueueHandler
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from dicomnode.errors import IncorrectlyConfigured, OutOfResources, ProcessingFailed
@@ -282,23 +284,23 @@ def _sees(file: str, content: str) -> bool:
         return False
 
 
-class _Records(logging.Handler):
-    """What the pipeline logs in this thread."""
+class _Records(QueueHandler):
+    """What the pipeline logs in this thread. A record that cannot be made text is told on stderr."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(SimpleQueue())
         self.found: list[tuple[int, str, str]] = []
         self._thread = threading.get_ident()
 
+    def prepare(self, record: logging.LogRecord) -> tuple[int, str, str]:
+        trace = ""
+        if record.exc_info and record.exc_info[1] is not None:
+            trace = "".join(traceback.format_exception(record.exc_info[1]))
+        return record.levelno, record.getMessage()[:_MOST_TEXT], trace[-_MOST_TEXT:]
+
     def emit(self, record: logging.LogRecord) -> None:
-        if record.thread != self._thread or len(self.found) >= _MOST_RECORDS:
-            return
-        try:
-            trace = ""
-            if record.exc_info and record.exc_info[1] is not None:
-                trace = "".join(traceback.format_exception(record.exc_info[1]))
-            self.found.append(
-                (record.levelno, record.getMessage()[:_MOST_TEXT], trace[-_MOST_TEXT:])
-            )
-        except Exception:  # noqa: BLE001  (as every handler of the standard library)
-            self.handleError(record)
+        if record.thread == self._thread and len(self.found) < _MOST_RECORDS:
+            super().emit(record)
+
+    def enqueue(self, record: Any) -> None:
+        self.found.append(record)

@@ -6,7 +6,6 @@ no identifier of a patient in it.
 
 import json
 import logging
-import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -92,8 +91,7 @@ class Health:
 
     def _ledger_lines(self) -> Iterator[str]:
         if self._storage.root is not None:
-            disk = os.statvfs(self._storage.root)
-            free = {"": float(disk.f_bavail * disk.f_frsize)}
+            free = {"": float(self._storage.disk.free_bytes())}
             name, told = "dicomnode_disk_free_bytes", "Free bytes where images rest"
             yield from sample_lines(name, told, "gauge", "", free)
         summary = self._storage.ledger.summary()

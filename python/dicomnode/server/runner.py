@@ -222,7 +222,7 @@ class Runner:
 
     def _put_off(self, case_id: int, tries: int, error: NoRoom) -> None:
         """Process a case once more, when there may be room for its results."""
-        disk = self._storage.disk_bytes()
+        disk = self._storage.disk.whole_bytes()
         if 0 < disk < error.needed:
             raise OutOfResources(
                 f"the results take {error.needed} bytes, and the whole disk of root_data_directory has "
@@ -263,7 +263,7 @@ class Runner:
     def _is_put_off(self, case_id: int) -> bool:
         put_off = self._put_offs.get(case_id)
         return put_off is not None and (
-            time.monotonic() < put_off.until or self._storage.free_bytes() < put_off.needed
+            time.monotonic() < put_off.until or self._storage.disk.free_bytes() < put_off.needed
         )
 
     def _begin(self, case: Case) -> bool:

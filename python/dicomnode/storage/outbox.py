@@ -151,12 +151,12 @@ class Outbox:
     # What happens
 
     def remember(self, uids: Iterable[str]) -> None:
-        """Know results that were kept."""
+        """Know results that are to be kept."""
         with self._remembering:
-            self._made.update(map(hash, uids))
             if len(self._made) > 2 * MOST_MADE:
                 # The ledger knows the newest only.
                 self._made = self._known()
+            self._made.update(map(hash, uids))
 
     def _known(self) -> set[int]:
         return {hash(str(row[0])) for row in self._ledger.rows("SELECT uid FROM made", ())}

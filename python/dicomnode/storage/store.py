@@ -43,6 +43,7 @@ from dicomnode.errors import (
 from dicomnode.lib.dicom import LazyDataset, Source, header_text, safe_name, scan
 from dicomnode.lib.expected import series_of
 from dicomnode.storage.commitments import Commitments
+from dicomnode.storage.disk import Disk
 from dicomnode.storage.instances import (
     Buffer,
     FileInstances,
@@ -71,9 +72,6 @@ from dicomnode.storage.shared import SharedInstances
 from dicomnode.storage.waits import Waits
 
 _DONE_KEPT = 1000
-_FREE_BYTES = 1 << 30
-# What the ledger needs to recover, to send results and to delete what is done.
-_RESERVE_BYTES = 1 << 20
 
 #: What an answer 0x0000 promises: the image survives a power cut, or a killed process only.
 Durability: TypeAlias = Literal["power", "process"]
@@ -141,8 +139,8 @@ class Storage:
         self._is_flushed = durability == "power"
         #: Of what kind the digests of images are.
         self.digest_size = SHA256 if root is not None and self._is_flushed else BLAKE3
-        self._wanted_free = least_free
-        self._least_free = 0
+        #: Where the root is.
+        self.disk = Disk(root, least_free, None if root is None else root / OWN / "reserve")
         self._input_names = tuple(input_names)
         self._identifier_tag = identifier_tag
         self._logger = logger
@@ -152,7 +150,6 @@ class Storage:
         # The instances that are on their way into the open case of an identifier.
         self._arriving: dict[str, set[str]] = {}
         self._lock_file = -1
-        self._has_reserve = False
         #: Whether an association that brought images to a case is open; the node tells.
         self.is_open_for: Callable[[int], bool] = lambda _: False
         # Cases that were done while one was, and who looks at that and changes it.
@@ -201,16 +198,13 @@ class Storage:
                 f"root_data_directory {self.root} is in use by another running node; "
                 "give every node its own"
             )
-        disk = os.statvfs(self.root)
-        self._least_free = least_free_bytes(disk.f_blocks * disk.f_frsize, self._wanted_free)
         # A program that process() forks has the lock too, and would keep it when the node is gone.
         os.register_at_fork(after_in_child=partial(_let_go, weakref.ref(self)))
         try:
-            if self.free_bytes() < _RESERVE_BYTES:
+            if self.disk.use_reserve():
                 self._logger.error(
                     "the disk of root_data_directory is full: no image is taken until it has room"
                 )
-                (own / "reserve").unlink(missing_ok=True)
             self._flush_earlier(own / "unflushed")
             self.ledger = self._open_ledger(own / "ledger.sqlite")
             self.outbox = Outbox(self.ledger)
@@ -242,7 +236,7 @@ class Storage:
             raise
         self._open_cases = recovery.open_cases
         self._unverified = recovery.unverified
-        self._keep_reserve()
+        self.disk.keep_reserve()
         if self._is_flushed:
             flush_folder(own)
 
@@ -341,7 +335,7 @@ class Storage:
                 # Who looked at the case before must not delete it: its sender is told that it is here.
                 known.generation += 1
                 return known.id
-            self._check_room(sum(map(len, instance.chunks)))
+            self.disk.check_room(sum(map(len, instance.chunks)))
             case = self._open_case(identifier)
             self._arriving.setdefault(identifier, set()).add(uid)
         rows: list[InstanceRow] = []
@@ -394,7 +388,7 @@ class Storage:
         """
         if not isinstance(self._instances, FileInstances):
             raise OutOfResources("there is no root_data_directory")
-        self._check_room(0)
+        self.disk.check_room(0)
         growing = self._instances.begin()
         try:
             growing.write([prefix])
@@ -402,51 +396,6 @@ class Storage:
             growing.discard()
             raise
         return growing
-
-    def has_room(self, size: int) -> bool:
-        """Whether so many bytes leave as much of the disk free as has to stay so."""
-        if self.root is None:
-            return True
-        if not self._has_reserve:
-            self._keep_reserve()
-        # Images never take what a start needs.
-        lacking = 0 if self._has_reserve else _RESERVE_BYTES
-        return self.free_bytes() - size >= self._least_free + lacking
-
-    def _check_room(self, size: int) -> None:
-        if not self.has_room(size):
-            raise NoRoom(
-                f"{self.free_bytes()} bytes are free on the disk of root_data_directory, and "
-                f"{self._least_free} have to stay free (limits.free_bytes)"
-            )
-
-    def _keep_reserve(self) -> None:
-        """Take room for a start on a full disk, once there is enough of it."""
-        assert self.root is not None
-        path = self.root / OWN / "reserve"
-        with suppress(OSError):
-            if not path.exists() or path.stat().st_size < _RESERVE_BYTES:
-                if self.free_bytes() - _RESERVE_BYTES < self._least_free:
-                    return
-                with path.open("wb") as file:
-                    os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
-            self._has_reserve = True
-
-    def free_bytes(self) -> int:
-        """How many bytes may be written to the disk of the root; it counts as full where it is gone."""
-        try:
-            found = os.statvfs(self.root or "/")
-        except OSError:
-            return 0
-        return found.f_bavail * found.f_frsize
-
-    def disk_bytes(self) -> int:
-        """How many bytes the disk of the root has in all; 0 where it is gone."""
-        try:
-            found = os.statvfs(self.root or "/")
-        except OSError:
-            return 0
-        return found.f_blocks * found.f_frsize
 
     def _lacking(self, case: OpenCase, names: tuple[str, ...], instance: Instance) -> list[str]:
         """The inputs that do not hold this instance yet, or hold it damaged.
@@ -495,7 +444,7 @@ class Storage:
 
     def probe(self) -> None:
         """Keep and let go a few bytes as those of an image. Raises OutOfResources."""
-        self._check_room(0)
+        self.disk.check_room(0)
         with self._instances.staging([b"probe"]), self.ledger.transaction(durable=False):
             pass
 
@@ -818,11 +767,12 @@ class Storage:
             if trouble is not None:
                 trouble.needed = size
                 raise trouble
+            # Before anybody can send them: one may come back at once.
+            self.outbox.remember(row.uid for row in rows)
             self.ledger.export(case.id, rows)
         except BaseException:
             self._instances.remove(folder, [OWNER, *(row.file for row in rows)])
             raise
-        self.outbox.remember(row.uid for row in rows)
         return len(rows)
 
     def _put(self, folder: str, name: str, data: Buffer) -> str:
@@ -912,11 +862,6 @@ class Storage:
                 found.append(earlier)
             number = self.waits.of(number).revises
         return found
-
-
-def least_free_bytes(disk_bytes: int, wanted: int | None) -> int:
-    """How much stays free on a disk of that size; `wanted` None is 5 %, at most 1 GiB."""
-    return min(_FREE_BYTES, disk_bytes // 20) if wanted is None else wanted
 
 
 @dataclass
