@@ -71,8 +71,10 @@ class Outbox:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        # Nearly every image is no result of ours, which this tells without asking the ledger.
-        self._made = self._known()
+        # Nearly every image is no result of ours, which this tells without asking the ledger:
+        # the newest results, and those before them.
+        rows = self._ledger.rows("SELECT uid FROM made", ())
+        self._made = {hash(str(row[0])) for row in rows}, set[int]()
         self._remembering = threading.Lock()
 
     # What there is
@@ -143,7 +145,7 @@ class Outbox:
 
     def maker(self, uid: str) -> int | None:
         """The case of which this node made the instance; None for one from elsewhere."""
-        if hash(uid) not in self._made:
+        if not any(hash(uid) in some for some in self._made):
             return None
         rows = self._ledger.rows("SELECT case_id FROM made WHERE uid = ?", (uid,))
         return int(str(rows[0][0])) if rows else None
@@ -152,14 +154,13 @@ class Outbox:
 
     def remember(self, uids: Iterable[str]) -> None:
         """Know results that are to be kept."""
+        results = set(map(hash, uids))
         with self._remembering:
-            if len(self._made) > 2 * MOST_MADE:
-                # The ledger knows the newest only.
-                self._made = self._known()
-            self._made.update(map(hash, uids))
-
-    def _known(self) -> set[int]:
-        return {hash(str(row[0])) for row in self._ledger.rows("SELECT uid FROM made", ())}
+            newest, _ = self._made
+            if len(newest) + len(results) > MOST_MADE:
+                self._made = results, newest
+            else:
+                newest |= results
 
     def answer(self, case_id: int, endpoint: str, answers: Iterable[Answer]) -> None:
         """Record what an endpoint said. A result that was dropped meanwhile is left out."""
