@@ -406,7 +406,7 @@ def test_what_is_sent_again_after_validate_raised_is_not_delivered_twice() -> No
         wait_for_cases(node, State.DONE)
         for one in series:
             send(address_of(node), [one])
-        assert not any(case.state is State.RECEIVING for case in node.cases())
+        assert node.wait(lambda: all(one.state is not State.RECEIVING for one in node.cases()), 30)
         assert len(store.received) == 5
 
 
