@@ -5,7 +5,8 @@ the whole Part 10 object in memory. Neither is copied: a file is read in place w
 `bytes` are kept alive and borrowed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Self, TypeAlias, final
 
 import numpy
@@ -24,6 +25,7 @@ __all__ = [
     "is_dicom",
     "jpeg_has_simd",
     "load",
+    "part10_prefix",
     "scan",
     "scan_images",
     "stack",
@@ -63,30 +65,42 @@ class Header:
     @property
     def big_endian(self) -> bool: ...
 
+def part10_prefix(
+    sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, source_ae_title: str = ""
+) -> bytes:
+    """Preamble, `DICM` and File Meta Information (PS3.10 section 7.1) for a received dataset."""
+
 @final
 class Receiver:
     """Parses one association's bytes into C-STORE requests (PS3.7 section 9.1.1).
 
-    `contexts` are the accepted presentation context IDs. `socket` is read by `receive`; it is duplicated,
-    so that the caller may close it at any time. Of a dataset at most `memory` bytes are held; `on_full`
-    gives away an open file descriptor for the rest, or -1. `digest_size` tells the kind of the digests, as
-    in `digest`.
+    `contexts` are the accepted presentation contexts: ID and transfer syntax. `socket` is read by `receive`; it
+    is duplicated, so that the caller may close it at any time. Of a dataset at most `memory` bytes are held.
+    `digest_size` tells the kind of the digests, as in `digest`. With `folder` each image is written to a Part 10
+    file there while it arrives, unless less than `least_free` bytes are free; `title` is the AE title of its sender.
 
     Raises OSError where the socket cannot be duplicated.
     """
 
     def __new__(
         cls,
-        contexts: Sequence[int],
+        contexts: Sequence[tuple[int, str]],
         pdu: int,
         dataset: int,
         memory: int,
         socket: int | None = None,
         digest_size: int = 32,
+        folder: Path | None = None,
+        least_free: int = 0,
+        title: str = "",
     ) -> Self: ...
     @property
     def arriving(self) -> int:
         """Bytes of the dataset that is arriving which are in memory."""
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the dataset that is arriving is too large for memory."""
 
     @property
     def total(self) -> int:
@@ -97,14 +111,12 @@ class Receiver:
         """Whether a message has begun and is not whole."""
 
     def discard(self, errno: int) -> None:
-        """Keep no more of the dataset that goes to a file; the request then tells `errno`."""
+        """Keep no more of a dataset that is too large for memory; the request then tells `errno`."""
 
     def close(self) -> None:
-        """Close the duplicates of the socket and of a file that is being written."""
+        """Close the duplicate of the socket, and the file that is being written."""
 
-    def receive(
-        self, wake: int, seconds: float, on_full: Callable[[str, str, int], int]
-    ) -> Received | bytes | None:
+    def receive(self, wake: int, seconds: float) -> Received | bytes | None:
         """Read from the socket until something is whole.
 
         A request gives `Received`, any other PDU its bytes, a closed connection empty bytes. None
@@ -113,9 +125,7 @@ class Receiver:
         Raises InvalidDicom for what breaks the protocol or a limit, and OSError.
         """
 
-    def offer(
-        self, data: bytes, on_full: Callable[[str, str, int], int]
-    ) -> Received | bytes | None:
+    def offer(self, data: bytes) -> Received | bytes | None:
         """The same for bytes that the caller has read; None where they make nothing whole."""
 
 @final
@@ -143,12 +153,15 @@ class Received:
         """The digest of the dataset."""
 
     @property
-    def in_file(self) -> bool:
-        """Whether the dataset is in the file that `on_full` gave."""
+    def is_large(self) -> bool:
+        """Whether the dataset was too large for memory, and is at best in its file."""
+
+    def take_file(self) -> tuple[int, Path | None] | None:
+        """The descriptor of its file, and the name where it has one: the caller's from now on. None without a file."""
 
     @property
     def errno(self) -> int | None:
-        """The number of the error at which writing that file ended."""
+        """The number of the error because of which its file is not whole."""
 
     def response(self, status: int, comment: str = "", offending: int = 0) -> bytes:
         """The bytes of a C-STORE-RSP (PS3.7 section 9.3.1.2)."""

@@ -9,7 +9,8 @@ import hashlib
 import itertools
 import os
 import socket
-from collections.abc import Callable, Sequence
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +23,27 @@ from tests.e2e import wire
 from tests.e2e.wire import pdu, value
 
 from dicomnode.errors import InvalidDicom
-from dicomnode.lib.dicom import Received, Receiver
+from dicomnode.lib.dicom import Received, Receiver, digest, part10_prefix
 
 DATA = bytes(k * 7 % 251 for k in range(5000))
 
 
-def nowhere(sop_class: str, uid: str, context: int) -> int:
-    raise AssertionError("no file is needed")
+BOTH = [(1, wire.IMPLICIT), (3, wire.EXPLICIT)]
 
 
 def everything(
     chunks: Sequence[bytes],
     receiver: Receiver | None = None,
-    on_full: Callable[[str, str, int], int] = nowhere,
 ) -> list[Received | bytes]:
     """All that comes of bytes in these chunks."""
     if receiver is None:
-        receiver = Receiver([1, 3], 1 << 20, 1 << 20, 1 << 20)
+        receiver = Receiver(BOTH, 1 << 20, 1 << 20, 1 << 20)
     found = []
     for chunk in chunks:
-        one = receiver.offer(chunk, on_full)
+        one = receiver.offer(chunk)
         while one is not None:
             found.append(one)
-            one = receiver.offer(b"", on_full)
+            one = receiver.offer(b"")
     assert receiver.total == sum(map(len, chunks))
     return found
 
@@ -173,88 +172,125 @@ def test_messages_for_others_are_passed_on_whole_and_in_order(
 def test_noise_is_an_error_or_waits_for_more(noise: bytes, chunks: list[int], at: int) -> None:
     session = bytearray(grouped(message(3, wire.store_command(), DATA[:200], [9]), [1, 2]))
     session[at : at + len(noise)] = noise
-    receiver = Receiver([1, 3], 4096, 1 << 16, 1 << 16)
+    receiver = Receiver(BOTH, 4096, 1 << 16, 1 << 16)
     with contextlib.suppress(InvalidDicom):
         everything(split(bytes(session), chunks), receiver)
 
 
+def in_files(folder: Path, memory: int = 100_000, size: int = 32, least_free: int = 0) -> Receiver:
+    return Receiver(BOTH[1:], 1 << 20, 1 << 24, memory, None, size, folder, least_free, "SENDER")
+
+
+def file_of(received: Received | bytes) -> bytes:
+    """What is in its file, which is closed then."""
+    assert isinstance(received, Received)
+    descriptor, name = received.take_file() or (-1, None)
+    assert name is None and received.take_file() is None
+    with os.fdopen(descriptor, "rb") as file:
+        file.seek(0)
+        return file.read()
+
+
 @pytest.mark.parametrize("chunk", [100, 4096, 65_536, 1 << 20])
-def test_a_large_dataset_goes_to_a_file_and_little_is_in_memory(chunk: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.parametrize("memory", [100_000, 1 << 24])
+def test_a_dataset_is_in_its_file_and_little_of_a_large_one_in_memory(
+    chunk: int, size: int, memory: int, tmp_path: Path
+) -> None:
     data = DATA * 400
     session = grouped(message(3, wire.store_command("1.2.3.4"), data, range(0, 10**6, 9973)), [3])
-    asked = []
-
-    def begin(sop_class: str, uid: str, context: int) -> int:
-        asked.append((sop_class, uid, context))
-        return os.dup(file.fileno())
-
-    receiver = Receiver([3], 1 << 20, 1 << 24, 100_000)
-    most = 0
-    with (tmp_path / "file").open("wb") as file:
-        file.write(b"prefix")
-        file.flush()
-        found = []
-        for start in range(0, len(session), chunk):
-            one = receiver.offer(session[start : start + chunk], begin)
-            most = max(most, receiver.arriving)
-            while one is not None:
-                found.append(one)
-                one = receiver.offer(b"", begin)
+    receiver = in_files(tmp_path, memory, size)
+    found, most = [], 0
+    for start in range(0, len(session), chunk):
+        one = receiver.offer(session[start : start + chunk])
+        most = max(most, receiver.arriving)
+        while one is not None:
+            found.append(one)
+            one = receiver.offer(b"")
     (received,) = found
     assert isinstance(received, Received)
-    assert asked == [(wire.CT, "1.2.3.4", 3)]
-    assert received.in_file and received.errno is None and memoryview(received).nbytes == 0
+    is_large = memory < len(data)
+    assert received.is_large is is_large and received.errno is None
+    assert bytes(memoryview(received)) == (b"" if is_large else data)
     assert received.size == len(data)
-    assert received.digest == hashlib.sha256(data).digest()
-    assert (tmp_path / "file").read_bytes() == b"prefix" + data
-    assert most <= 100_000 + chunk
-    assert receiver.total == len(session) and not receiver.is_within
+    assert received.digest == digest(data, size)
+    expected = part10_prefix(wire.CT, "1.2.3.4", wire.EXPLICIT, "SENDER") + data
+    assert file_of(received) == expected
+    assert most <= memory + chunk
+    assert receiver.total == len(session) and not receiver.is_within and not receiver.is_large
+    assert not list(tmp_path.iterdir())
 
 
-def test_after_a_large_dataset_the_next_one_is_in_memory_again(tmp_path: Path) -> None:
+def test_each_dataset_has_a_file_of_its_own(tmp_path: Path) -> None:
     large = grouped(message(3, wire.store_command("1.2.3"), DATA * 50, [60_000]), [9])
     small = grouped(message(3, wire.store_command("1.2.4"), DATA, []), [9])
-    with (tmp_path / "file").open("wb") as file:
-        receiver = Receiver([3], 1 << 20, 1 << 24, 100_000)
-        found = everything(
-            [large + small + large + small], receiver, lambda *_: os.dup(file.fileno())
-        )
-    assert [one.in_file for one in found] == [True, False, True, False]  # type: ignore[union-attr]
+    empty = grouped(message(3, wire.store_command("1.2.5"), b"", []), [9])
+    found = everything([large + small + empty + large], in_files(tmp_path))
+    assert [one.is_large for one in found] == [True, False, False, True]  # type: ignore[union-attr]
+    sizes = [DATA * 50, DATA, b"", DATA * 50]
+    for one, uid, data in zip(found, ("1.2.3", "1.2.4", "1.2.5", "1.2.3"), sizes, strict=True):
+        assert file_of(one) == part10_prefix(wire.CT, uid, wire.EXPLICIT, "SENDER") + data
     assert bytes(memoryview(found[1])) == DATA  # type: ignore[arg-type]
 
 
-def test_a_full_disk_is_told_and_the_rest_is_read_to_its_end() -> None:
+def test_what_cannot_be_written_is_told_and_read_to_its_end(tmp_path: Path) -> None:
     large = grouped(message(3, wire.store_command("1.2.3"), DATA * 50, []), [9])
     small = grouped(message(3, wire.store_command("1.2.4"), DATA, []), [9])
-    receiver = Receiver([3], 1 << 20, 1 << 24, 100_000)
-    with Path("/dev/full").open("wb") as file:
-        found = everything(
-            split(large + small, [3, 130_000]), receiver, lambda *_: os.dup(file.fileno())
-        )
-    full, other = found
-    assert isinstance(full, Received) and isinstance(other, Received)
-    assert full.in_file and full.errno == errno.ENOSPC and full.size == len(DATA) * 50
-    assert other.errno is None and bytes(memoryview(other)) == DATA
+    for receiver, number in (
+        (in_files(tmp_path, least_free=1 << 62), errno.ENOSPC),
+        (in_files(tmp_path / "gone"), errno.ENOENT),
+    ):
+        found = everything(split(large + small, [3, 130_000]), receiver)
+        assert [one.errno for one in found] == [number] * 2  # type: ignore[union-attr]
+        assert [one.size for one in found] == [len(DATA) * 50, len(DATA)]  # type: ignore[union-attr]
+        assert [one.take_file() for one in found] == [None] * 2  # type: ignore[union-attr]
 
 
-def test_without_a_file_a_large_dataset_is_read_and_dropped() -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+def test_a_disk_that_gets_full_is_told(tmp_path: Path) -> None:
+    large = grouped(message(3, wire.store_command("1.2.3"), DATA * 200, []), [9])
+    small = grouped(message(3, wire.store_command("1.2.4"), DATA, []), [9])
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", tmp_path], check=True)
+    try:
+        for memory in (100_000, 1 << 24):
+            receiver = in_files(tmp_path, memory)
+            (full,) = everything(split(large, [3, 130_000]), receiver)
+            assert isinstance(full, Received) and full.errno == errno.ENOSPC
+            del full
+            other = receiver.offer(small)
+            assert isinstance(other, Received) and other.errno is None
+            assert file_of(other).endswith(DATA)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.mark.parametrize("uid", ["", "x", "1.2/../3", "1" * 65])
+def test_what_has_no_uid_has_no_file(uid: str, tmp_path: Path) -> None:
+    for data in (DATA, DATA * 50):
+        (one,) = everything([wire.store(uid, data)], in_files(tmp_path))
+        assert isinstance(one, Received) and one.take_file() is None
+        assert one.errno is None and one.size == len(data)
+
+
+def test_without_a_folder_a_large_dataset_is_read_and_dropped() -> None:
     large = grouped(message(3, wire.store_command("1.2.3"), DATA * 50, []), [9])
-    receiver = Receiver([3], 1 << 20, 1 << 24, 100_000)
-    (one,) = everything([large], receiver, lambda *_: -1)
+    (one,) = everything([large], Receiver(BOTH[1:], 1 << 20, 1 << 24, 100_000))
     assert isinstance(one, Received)
-    assert (
-        one.in_file
-        and one.errno is None
-        and memoryview(one).nbytes == 0
-        and one.size == len(DATA) * 50
-    )
+    assert one.is_large and one.errno is None and one.take_file() is None
+    assert memoryview(one).nbytes == 0 and one.size == len(DATA) * 50
 
 
-def test_an_error_of_the_one_that_gives_the_file_is_raised() -> None:
-    large = grouped(message(3, wire.store_command("1.2.3"), DATA * 50, []), [9])
-    receiver = Receiver([3], 1 << 20, 1 << 24, 100_000)
-    with pytest.raises(AssertionError, match="no file is needed"):
-        everything([large], receiver)
+def test_no_more_of_a_large_dataset_is_kept_than_wanted(tmp_path: Path) -> None:
+    session = grouped(message(3, wire.store_command("1.2.3"), DATA * 50, []), [9])
+    receiver = in_files(tmp_path)
+    assert receiver.offer(session[:200_000]) is None and receiver.is_large
+    receiver.discard(errno.ENOSPC)
+    one = receiver.offer(session[200_000:])
+    assert isinstance(one, Received) and one.is_large and one.errno == errno.ENOSPC
+    assert one.take_file() is None
+    receiver.offer(session[:200_000])
+    receiver.close()
+    assert not receiver.is_large
 
 
 @pytest.mark.parametrize(
@@ -284,32 +320,32 @@ def test_a_socket_is_read_until_it_is_woken_or_closed() -> None:
     ours, theirs = socket.socketpair()
     wake = os.eventfd(0)
     with ours, theirs:
-        receiver = Receiver([1, 3], 1 << 20, 1 << 20, 1 << 20, ours.fileno())
-        assert receiver.receive(wake, 0.01, nowhere) is None
+        receiver = Receiver(BOTH, 1 << 20, 1 << 20, 1 << 20, ours.fileno())
+        assert receiver.receive(wake, 0.01) is None
         os.eventfd_write(wake, 1)
-        assert receiver.receive(wake, 60.0, nowhere) is None
+        assert receiver.receive(wake, 60.0) is None
         os.eventfd_read(wake)
         session = wire.store("1.2.3", DATA)
         theirs.sendall(session[:500])
-        assert receiver.receive(wake, 0.01, nowhere) is None
+        assert receiver.receive(wake, 0.01) is None
         assert receiver.is_within and receiver.total == 500
         theirs.sendall(session[500:] + pdu(wire.RELEASE, bytes(4)))
-        one = receiver.receive(wake, 5.0, nowhere)
+        one = receiver.receive(wake, 5.0)
         assert isinstance(one, Received) and bytes(memoryview(one)) == DATA
-        assert receiver.receive(wake, 5.0, nowhere) == pdu(wire.RELEASE, bytes(4))
+        assert receiver.receive(wake, 5.0) == pdu(wire.RELEASE, bytes(4))
         theirs.close()
-        assert receiver.receive(wake, 5.0, nowhere) == b""
+        assert receiver.receive(wake, 5.0) == b""
     os.close(wake)
 
 
 def test_memory_of_one_dataset_is_used_again_but_never_seen() -> None:
-    receiver = Receiver([3], 1 << 20, 1 << 20, 1 << 20)
+    receiver = Receiver(BOTH[1:], 1 << 20, 1 << 20, 1 << 20)
     (first,) = everything([wire.store("1.2.3", DATA)], receiver)
     view = memoryview(first)  # type: ignore[arg-type]
     del first
-    (second,) = [receiver.offer(wire.store("1.2.4", b"x" * 3000), nowhere)]
+    (second,) = [receiver.offer(wire.store("1.2.4", b"x" * 3000))]
     assert bytes(view) == DATA
     del view
-    third = receiver.offer(wire.store("1.2.5", b"y"), nowhere)
+    third = receiver.offer(wire.store("1.2.5", b"y"))
     assert bytes(memoryview(second)) == b"x" * 3000  # type: ignore[arg-type]
     assert bytes(memoryview(third)) == b"y"  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from pydicom.filebase import DicomBytesIO
 from pydicom.filereader import read_deferred_data_element
 from pydicom.filewriter import write_dataset
 from pydicom.tag import BaseTag, Tag, TagType
-from pydicom.uid import PYDICOM_IMPLEMENTATION_UID, UID
+from pydicom.uid import UID
 
 from dicomnode import _core
 from dicomnode._core import Header as Header
@@ -34,6 +34,7 @@ from dicomnode._core import Received as Received
 from dicomnode._core import Receiver as Receiver
 from dicomnode._core import digest as digest
 from dicomnode._core import is_dicom as is_dicom
+from dicomnode._core import part10_prefix as part10_prefix
 from dicomnode._core import scan as scan
 from dicomnode.errors import InvalidDataset, InvalidDicom
 
@@ -385,36 +386,6 @@ def printable(text: str) -> str:
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
-
-
-def part10_prefix(
-    sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, source_ae_title: str = ""
-) -> bytes:
-    """Preamble, `DICM` and File Meta Information (PS3.10 section 7.1) for a received dataset."""
-
-    def element(number: int, vr: bytes, value: bytes) -> bytes:
-        return (
-            b"\x02\x00"
-            + number.to_bytes(2, "little")
-            + vr
-            + len(value).to_bytes(2, "little")
-            + value
-        )
-
-    def text(value: str, pad: bytes) -> bytes:
-        raw = value.encode("ascii", "replace")
-        return raw + pad if len(raw) % 2 else raw
-
-    body = b"\x02\x00\x01\x00OB\x00\x00\x02\x00\x00\x00\x00\x01"
-    body += element(0x02, b"UI", text(sop_class_uid, b"\0"))
-    body += element(0x03, b"UI", text(sop_instance_uid, b"\0"))
-    body += element(0x10, b"UI", text(transfer_syntax_uid, b"\0"))
-    body += element(0x12, b"UI", text(str(PYDICOM_IMPLEMENTATION_UID), b"\0"))
-    body += element(0x13, b"SH", text("DICOMNODE", b" "))
-    if source_ae_title:
-        body += element(0x16, b"AE", text(source_ae_title[:16], b" "))
-    length = b"\x02\x00\x00\x00UL\x04\x00" + len(body).to_bytes(4, "little")
-    return b"\0" * 128 + b"DICM" + length + body
 
 
 def dataset_of(data: bytes) -> memoryview:

@@ -46,6 +46,7 @@ from dicomnode.server.logs import Scope, about, hide_patient
 from dicomnode.server.meters import Meters
 from dicomnode.server.routing import Rule, route
 from dicomnode.server.transport import (
+    Keeping,
     Network,
     NodeAssociation,
     NodeEntity,
@@ -120,8 +121,6 @@ class _Visit:
     #: The sender asked for its release, so that it has got all answers.
     is_released: bool = False
     is_cut_off: bool = False
-    #: Where an image goes that is too large for memory.
-    growing: Growing | None = None
 
     touched: dict[str, set[int]] = field(default_factory=dict)
     stored: int = 0
@@ -131,17 +130,10 @@ class _Visit:
     over: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def take_file(self) -> Growing | None:
-        """The file of the image that is arriving, which is the caller's from now on."""
+    def touch(self, identifier: str, case_id: int) -> None:
+        """An image of this association is in a case."""
         with self.lock:
-            growing, self.growing = self.growing, None
-        return growing
-
-    def drop_file(self) -> None:
-        """Let go the file of an image that will not be kept."""
-        growing = self.take_file()
-        if growing is not None:
-            growing.discard()
+            self.touched.setdefault(identifier, set()).add(case_id)
 
 
 @dataclass(frozen=True)
@@ -217,9 +209,13 @@ class AssociationServer:
                 handlers,
                 self,
                 reception.limits,
-                # What is kept in memory has to be there anyway.
-                reception.most_bytes if self._storage.root is None else _MOST_IN_MEMORY,
-                self._storage.digest_size,
+                Keeping(
+                    # What is kept in memory has to be there anyway.
+                    reception.most_bytes if self._storage.root is None else _MOST_IN_MEMORY,
+                    self._storage.digest_size,
+                    self._storage.incoming,
+                    self._storage.disk.floor,
+                ),
                 reception.networks,
                 reception.tls,
                 self._logger,
@@ -278,11 +274,11 @@ class AssociationServer:
     def is_arriving_for(self, case_id: int) -> bool:
         """Whether the half of a further object is here on such an association."""
         return any(
-            visit.growing is not None or (isinstance(one, NodeAssociation) and one.arriving > 0)
-            for one, visit in self._brought_to(case_id)
+            isinstance(one, NodeAssociation) and one.is_arriving
+            for one in self._brought_to(case_id)
         )
 
-    def _brought_to(self, case_id: int) -> list[tuple[Association, _Visit]]:
+    def _brought_to(self, case_id: int) -> list[Association]:
         """The open associations that brought images to a case."""
         with self._lock:
             visits = list(self._visits.items())
@@ -290,7 +286,7 @@ class AssociationServer:
         for one, visit in visits:
             with visit.lock:
                 if any(case_id in cases for cases in visit.touched.values()):
-                    found.append((one, visit))
+                    found.append(one)
         return found
 
     @contextlib.contextmanager
@@ -427,7 +423,6 @@ class AssociationServer:
                 visit.is_ending = True
             with about(association=visit.number):
                 self._leave(association, visit)
-            visit.drop_file()
 
     def _leave(self, association: Association, visit: _Visit) -> None:
         with visit.lock:
@@ -479,15 +474,8 @@ class AssociationServer:
 
     def arriving(self, association: Association) -> None:
         """What is arriving must take neither all memory nor all of the disk."""
-        visit = self._visits.get(association)
-        if (
-            visit is not None
-            and visit.growing is not None
-            and isinstance(association, NodeAssociation)
-            and not self._storage.disk.has_room(0)
-        ):
+        if isinstance(association, NodeAssociation) and not self._storage.disk.has_room(0):
             association.keep_no_more(errno.ENOSPC)
-            visit.drop_file()
         with self._lock:
             held = {
                 one: one.arriving
@@ -509,34 +497,16 @@ class AssociationServer:
             )
         greatest.cut_off()
 
-    def begin_file(self, association: Association, sop_class: str, uid: str, context: int) -> int:
-        """A descriptor of its own for an image too large for memory; -1 where it cannot be kept."""
-        visit = self._visits.get(association)
-        if visit is None or not is_uid(uid) or not is_uid(sop_class):
-            return -1
-        try:
-            prefix = self._prefix(association, sop_class, uid, context)
-            growing = self._storage.begin(prefix)
-        except OutOfResources as error:
-            with self._about(association):
-                self._logger.error("%s not stored: %s", uid, error)
-            return -1
-        with visit.lock:
-            if not visit.over:
-                visit.growing = growing
-                return growing.duplicate()
-        growing.discard()
-        return -1
-
     def store(self, association: Association, received: Received) -> bytes:
         """Keep an image, and answer."""
         with self._lock:
             # Without a visit the connection has closed while this image was on its way.
             visit = self._visits.get(association) or _Visit(over=True)
         with self._working(), self._about(association):
-            growing = visit.take_file()
+            prefix = self._prefix(association, received)
+            growing = self._storage.arrived(received.take_file(), len(prefix) + received.size)
             try:
-                status, comment = self._answered(association, received, growing, visit)
+                status, comment = self._answered(association, received, prefix, growing, visit)
             finally:
                 if growing is not None:
                     growing.discard()
@@ -546,13 +516,14 @@ class AssociationServer:
         self,
         association: Association,
         received: Received,
+        prefix: bytes,
         growing: Growing | None,
         visit: _Visit,
     ) -> tuple[int, str]:
         uid = received.sop_instance_uid
         try:
             status, comment, identifier, case_id = self._store(
-                association, received, growing, visit
+                association, received, prefix, growing, visit
             )
         except OutOfResources as error:
             self._logger.error("%s not stored: %s", uid, error)
@@ -566,7 +537,6 @@ class AssociationServer:
         with visit.lock:
             if identifier:
                 visit.stored += 1
-                visit.touched.setdefault(identifier, set()).add(case_id)
             else:
                 visit.refused += 1
             late = visit.over
@@ -590,6 +560,7 @@ class AssociationServer:
         self,
         association: Association,
         received: Received,
+        prefix: bytes,
         growing: Growing | None,
         visit: _Visit,
     ) -> tuple[int, str, str, int]:
@@ -607,19 +578,19 @@ class AssociationServer:
             or visit.size > limits.association_bytes
         ):
             return self._refuse(uid, _OUT_OF_RESOURCES, "too many images in one association")
-        if received.in_file and (growing is None or received.errno is not None):
+        if received.errno is not None or (received.is_large and growing is None):
+            self._storage.disk.check_room(received.size)
             raise OutOfResources(
                 "cannot write: " + errno.errorcode.get(received.errno or 0, "no file for it")
             )
-        if growing is not None:
-            growing.written(received.size)
         syntax = str(context.transfer_syntax[0])
         self._reception.meters.bytes_received.add(received.size)
-        prefix = self._prefix(association, sop_class, uid, received.context_id)
-        if _begins_with_meta(received, growing, len(prefix)):
+        # What is too large for memory is read from its file.
+        apart = growing if received.is_large else None
+        if _begins_with_meta(received, apart, len(prefix)):
             return self._refuse(uid, _NOT_UNDERSTOOD, "dataset begins with file meta information")
         try:
-            header = scan(received, syntax) if growing is None else scan(growing.path)
+            header = scan(received, syntax) if apart is None else scan(apart.path)
         except InvalidDicom as error:
             self._logger.error("%s cannot be understood: %s", uid, error)
             return self._refuse(uid, _NOT_UNDERSTOOD, "dataset cannot be understood")
@@ -642,17 +613,22 @@ class AssociationServer:
                 uid,
                 _file_stem(header, uid),
                 chunks,
-                partial(_digest_of, received, growing),
+                partial(_digest_of, received, apart),
                 growing,
             ),
+            visit,
         )
 
-    def _prefix(self, association: Association, sop_class: str, uid: str, context: int) -> bytes:
-        syntax = str(association._accepted_cx[context].transfer_syntax[0])
-        title = str(association.requestor.ae_title or "").strip()
-        return part10_prefix(sop_class, uid, syntax, title)
+    def _prefix(self, association: Association, received: Received) -> bytes:
+        """What its Part 10 object has before the dataset."""
+        return part10_prefix(
+            received.sop_class_uid,
+            received.sop_instance_uid,
+            str(association._accepted_cx[received.context_id].transfer_syntax[0]),
+            str(association.requestor.ae_title or "").strip(),
+        )
 
-    def _keep(self, header: Header, instance: Instance) -> tuple[int, str, str, int]:
+    def _keep(self, header: Header, instance: Instance, visit: _Visit) -> tuple[int, str, str, int]:
         reception, uid = self._reception, instance.sop_instance_uid
         try:
             target = route(header, reception.rules, reception.identifier_tag)
@@ -675,7 +651,12 @@ class AssociationServer:
             # To process it would make another one of it, which may come back too, without end.
             return self._refuse(uid, _REFUSED, "this node made it, and does not process it")
         try:
-            case_id = self._storage.add(target.identifier, target.accepted, instance)
+            case_id = self._storage.add(
+                target.identifier,
+                target.accepted,
+                instance,
+                partial(visit.touch, target.identifier),
+            )
         except DuplicateInstance as error:
             self._logger.error("%s; the first is kept", error)
             return self._refuse(uid, _DUPLICATE, "same SOPInstanceUID, other content")
@@ -689,21 +670,21 @@ class AssociationServer:
         return status, comment, "", 0
 
 
-def _begins_with_meta(received: Received, growing: Growing | None, start: int) -> bool:
-    """Whether a dataset, in a file from `start` on, begins with group 0002.
+def _begins_with_meta(received: Received, apart: Growing | None, start: int) -> bool:
+    """Whether a dataset, in a file apart from `start` on, begins with group 0002.
 
     Readers take that for more of the file meta information: in the file another transfer syntax would
     count than the one that it came in, also the deflated one, which is not taken.
     """
-    head = received.data[:2] if growing is None else os.pread(growing.descriptor, 2, start)
+    head = received.data[:2] if apart is None else os.pread(apart.descriptor, 2, start)
     return bytes(head) == b"\x02\x00"
 
 
-def _digest_of(received: Received, growing: Growing | None, size: int) -> bytes:
+def _digest_of(received: Received, apart: Growing | None, size: int) -> bytes:
     """A digest of the dataset; what was received comes with one of the kind that is kept."""
     if len(received.digest) == size:
         return received.digest
-    return digest_of(received.data, size) if growing is None else digest_of_file(growing.path, size)
+    return digest_of(received.data, size) if apart is None else digest_of_file(apart.path, size)
 
 
 def _file_stem(header: Header, uid: str) -> str:

@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from pynetdicom import AE
@@ -71,9 +72,6 @@ class Service(Protocol):
     def store(self, association: Association, received: Received) -> bytes:
         """Keep an image; the PDU of the response. Raises nothing."""
 
-    def begin_file(self, association: Association, sop_class: str, uid: str, context: int) -> int:
-        """A file descriptor for an image too large for memory; -1 where it cannot be kept."""
-
     def arriving(self, association: Association) -> None:
         """Bytes of an image have arrived."""
 
@@ -85,6 +83,19 @@ class Service(Protocol):
 
     def turned_away(self) -> None:
         """A connection was not let in."""
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How images are kept while they arrive."""
+
+    #: Bytes of one that may be in memory.
+    memory_bytes: int
+    #: Of what kind the digests are.
+    digest_size: int
+    #: Where their files begin, and how many bytes have to be free there now; None to keep them in memory.
+    folder: Path | None = None
+    least_free: Callable[[], int] = lambda: 0
 
 
 class _Timer(Timer):
@@ -392,14 +403,21 @@ class _Provider(DULServiceProvider):
         if client is None:
             raise OSError("closed")
         is_plain = not isinstance(client, ssl.SSLSocket)
+        association, keeping = self._association, self._association.keeping
         self.receiver = Receiver(
-            [int(context.context_id or 0) for context in self._association.accepted_contexts],
+            [
+                (int(context.context_id or 0), str(context.transfer_syntax[0]))
+                for context in association.accepted_contexts
+            ],
             # A tolerance for senders that count the headers in.
             limits.pdu_bytes + 1024,
             limits.instance_bytes,
-            self._association.memory_bytes,
+            keeping.memory_bytes,
             client.fileno() if is_plain else None,
-            self._association.digest_size,
+            keeping.digest_size,
+            keeping.folder,
+            0 if keeping.folder is None else keeping.least_free(),
+            str(association.requestor.ae_title or "").strip(),
         )
         self._last = (time.monotonic(), 0)
         return self.receiver
@@ -407,11 +425,11 @@ class _Provider(DULServiceProvider):
     def _read(self, receiver: Receiver) -> Received | bytes | None:
         client = None if self.socket is None else self.socket.socket
         if not isinstance(client, ssl.SSLSocket):
-            found = receiver.receive(self.wake.number, _LOOK_SECONDS, self._begin_file)
+            found = receiver.receive(self.wake.number, _LOOK_SECONDS)
             if found is None:
                 self.wake.clear()
             return found
-        found = receiver.offer(b"", self._begin_file)
+        found = receiver.offer(b"")
         if found is not None or not (client.pending() or _wait(client, self.wake, _LOOK_SECONDS)):
             return found
         client.settimeout(_LOOK_SECONDS)
@@ -419,10 +437,7 @@ class _Provider(DULServiceProvider):
             data = client.recv(65536)
         except (TimeoutError, ssl.SSLWantReadError):
             return None
-        return receiver.offer(data, self._begin_file) if data else b""
-
-    def _begin_file(self, sop_class: str, uid: str, context: int) -> int:
-        return self._service.begin_file(self._association, sop_class, uid, context)
+        return receiver.offer(data) if data else b""
 
     def _check_pace(self, receiver: Receiver) -> None:
         """Raises InvalidDicom for a message that stalls, or is slower than `bytes_per_second`."""
@@ -487,18 +502,13 @@ class _Messages(DIMSEServiceProvider):
 class NodeAssociation(Association):
     """An association that a node accepts."""
 
-    def __init__(
-        self, ae: AE, service: Service, limits: Limits, memory_bytes: int, digest_size: int
-    ) -> None:
+    def __init__(self, ae: AE, service: Service, limits: Limits, keeping: Keeping) -> None:
         super().__init__(ae, "acceptor")
         #: In the log.
         self.number: int | None = None
         #: There was room for it among the associations.
         self.was_let_in = False
-        #: Bytes of an image that may be in memory.
-        self.memory_bytes = memory_bytes
-        #: Of what kind the digests of images are.
-        self.digest_size = digest_size
+        self.keeping = keeping
         self.dimse = _Messages(self)
         self.dul = self.provider = _Provider(self, service, limits)
         self.acse_timeout = limits.idle_seconds
@@ -512,12 +522,18 @@ class NodeAssociation(Association):
         return self.provider.arriving
 
     @property
+    def is_arriving(self) -> bool:
+        """Whether the half of an image is here."""
+        receiver = self.provider.receiver
+        return receiver is not None and (receiver.is_large or receiver.arriving > 0)
+
+    @property
     def is_in(self) -> bool:
         """Whether it is established or is about to be."""
         return self.was_let_in and not (self.is_rejected or self.is_released or self.is_aborted)
 
     def keep_no_more(self, number: int) -> None:
-        """Read the image that goes to a file to its end, and keep nothing of it; `number` is of an error."""
+        """Read an image too large for memory to its end, and keep nothing of it; `number` is of an error."""
         receiver = self.provider.receiver
         if receiver is not None:
             receiver.discard(number)
@@ -573,9 +589,7 @@ class _Handler(RequestHandler):
 
     def _create_association(self) -> Association:
         server = self.server
-        association = NodeAssociation(
-            self.ae, server.service, server.limits, server.memory_bytes, server.digest_size
-        )
+        association = NodeAssociation(self.ae, server.service, server.limits, server.keeping)
         association._server = server
         association.name = "AcceptorThread"
         association._complain = lambda trouble: server.complain(association, trouble)
@@ -630,16 +644,14 @@ class Server(ThreadedAssociationServer):
         handlers: list[Any],
         service: Service,
         limits: Limits,
-        memory_bytes: int,
-        digest_size: int,
+        keeping: Keeping,
         networks: Sequence[Network],
         tls: ssl.SSLContext | None,
         logger: logging.Logger,
     ) -> None:
         self.service = service
         self.limits = limits
-        self.memory_bytes = memory_bytes
-        self.digest_size = digest_size
+        self.keeping = keeping
         self._networks = networks
         self._logger = logger
         self._guard = threading.Lock()
@@ -823,6 +835,7 @@ class NodeEntity(AE):
 
 
 __all__ = [
+    "Keeping",
     "Limits",
     "Network",
     "NodeAssociation",

@@ -53,13 +53,13 @@ class Disk:
 
     def has_room(self, size: int) -> bool:
         """Whether so many bytes leave as much free as has to stay so."""
-        if self._folder is None:
-            return True
+        return self._folder is None or self.free_bytes() - size >= self.floor()
+
+    def floor(self) -> int:
+        """Images are taken as long as so many bytes are free, which includes what a start needs."""
         if not self._has_reserve:
             self.keep_reserve()
-        # Images never take what a start needs.
-        lacking = 0 if self._has_reserve else _RESERVE_BYTES
-        return self.free_bytes() - size >= self.least_free() + lacking
+        return self.least_free() + (0 if self._has_reserve else _RESERVE_BYTES)
 
     def check_room(self, size: int) -> None:
         """Raises NoRoom where so many bytes leave too little free."""

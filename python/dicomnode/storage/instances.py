@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 from dicomnode.errors import NoRoom, OutOfResources
 from dicomnode.lib.dicom import Source
@@ -55,6 +55,14 @@ class Growing:
             self._name = folder / f"{secrets.token_hex(16)}.part"
             self.descriptor = os.open(self._name, flags | os.O_CREAT | os.O_EXCL, 0o600)
 
+    @classmethod
+    def written(cls, descriptor: int, name: Path | None, size: int, flush: bool) -> Self:
+        """One of so many bytes, written by another hand."""
+        growing = cls.__new__(cls)
+        growing.descriptor, growing._name = descriptor, name
+        growing.size, growing._flush = size, flush
+        return growing
+
     @property
     def path(self) -> str:
         """By what it can be read, as long as it is open."""
@@ -68,17 +76,6 @@ class Growing:
             _write_parts(self.descriptor, parts, size)
         except OSError as error:
             raise out_of_resources(error) from error
-
-    def duplicate(self) -> int:
-        """A descriptor that is the caller's to close, for `written` to tell what came of it; -1 for none."""
-        try:
-            return os.dup(self.descriptor)
-        except OSError:
-            return -1
-
-    def written(self, size: int) -> None:
-        """So many bytes were to be written by another hand."""
-        self.size += size
 
     def staged(self) -> Staged:
         """The file once it is whole. Raises OutOfResources, also where it has not all its bytes."""
@@ -152,16 +149,16 @@ class FileInstances:
         self._made: set[str] = set()
         self._making = threading.Lock()
 
-    def begin(self) -> Growing:
-        """A file to be written. Raises OutOfResources."""
-        try:
-            return Growing(self._incoming, self._flush)
-        except OSError as error:
-            raise out_of_resources(error) from error
+    def written(self, descriptor: int, name: Path | None, size: int) -> Growing:
+        """A file of so many bytes that another hand has written to the folder of incoming ones."""
+        return Growing.written(descriptor, name, size, self._flush)
 
     @contextmanager
     def staging(self, chunks: Iterable[Buffer]) -> Iterator[Staged]:
-        growing = self.begin()
+        try:
+            growing = Growing(self._incoming, self._flush)
+        except OSError as error:
+            raise out_of_resources(error) from error
         try:
             growing.write(list(chunks))
             yield growing.staged()

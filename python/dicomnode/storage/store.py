@@ -82,8 +82,8 @@ class Instance:
     """An image that arrived: who it is, what its file is called, and its bytes as a Part 10 object.
 
     `digest_of` gives the digest, of so many bytes, of the dataset without the file meta, so that a resend
-    in another association counts as the same; it is asked for as late as possible. A large one is in a file
-    already, `growing`.
+    in another association counts as the same; it is asked for as late as possible. Where it is in a file
+    already, that is `growing`, and there are no `chunks`.
     """
 
     sop_instance_uid: str
@@ -316,10 +316,17 @@ class Storage:
                 if not held.users:
                     del self._locks[identifier]
 
-    def add(self, identifier: str, input_names: Iterable[str], instance: Instance) -> int:
+    def add(
+        self,
+        identifier: str,
+        input_names: Iterable[str],
+        instance: Instance,
+        on_added: Callable[[int], None] = lambda _: None,
+    ) -> int:
         """Keep an instance in the named inputs of the identifier's open case; the case's number.
 
-        An instance that is there already with the same content is not stored again.
+        An instance that is there already with the same content is not stored again. `on_added` is called with
+        that number before anybody can see the instance in the case.
 
         Raises OutOfResources (nothing was stored) and DuplicateInstance (other content under the
         same SOPInstanceUID; the first is kept).
@@ -334,6 +341,7 @@ class Storage:
             if known is not None and not lacking:
                 # Who looked at the case before must not delete it: its sender is told that it is here.
                 known.generation += 1
+                on_added(known.id)
                 return known.id
             self.disk.check_room(sum(map(len, instance.chunks)))
             case = self._open_case(identifier)
@@ -348,6 +356,8 @@ class Storage:
                 arriving.discard(uid)
                 if not arriving:
                     del self._arriving[identifier]
+                if rows:
+                    on_added(case.id)
                 for row in rows:
                     case.put(row)
                 turn.notify_all()
@@ -381,21 +391,18 @@ class Storage:
                 raise
         return rows
 
-    def begin(self, prefix: Buffer) -> Growing:
-        """A file for an instance that is too large for memory, with these bytes at its start.
+    @property
+    def incoming(self) -> Path | None:
+        """Where files of images begin; None where they are kept in memory."""
+        return None if self.root is None else self.root / OWN / "incoming"
 
-        Raises OutOfResources.
+    def arrived(self, file: tuple[int, Path | None] | None, size: int) -> Growing | None:
+        """The file of an image of so many bytes, given its descriptor and its name, which another hand wrote
+        in `incoming`.
         """
-        if not isinstance(self._instances, FileInstances):
-            raise OutOfResources("there is no root_data_directory")
-        self.disk.check_room(0)
-        growing = self._instances.begin()
-        try:
-            growing.write([prefix])
-        except OutOfResources:
-            growing.discard()
-            raise
-        return growing
+        if file is None or not isinstance(self._instances, FileInstances):
+            return None
+        return self._instances.written(*file, size)
 
     def _lacking(self, case: OpenCase, names: tuple[str, ...], instance: Instance) -> list[str]:
         """The inputs that do not hold this instance yet, or hold it damaged.

@@ -29,6 +29,8 @@ pub mod error;
 pub mod folder;
 mod functional;
 pub mod image;
+pub mod incoming;
+pub mod meta;
 pub mod pixels;
 pub mod receive;
 pub mod scan;

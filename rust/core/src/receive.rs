@@ -122,7 +122,7 @@ pub struct Store {
     pub dataset: Bytes,
     /// Bytes of the whole dataset.
     pub size: u64,
-    /// The digest of the whole dataset, where parts of it were taken before.
+    /// The digest of the whole dataset, where it was begun before.
     pub digest: Option<Vec<u8>>,
 }
 
@@ -144,10 +144,30 @@ enum Message {
     None,
     /// A command set that is not whole yet.
     Command(Vec<u8>),
-    /// The dataset of a C-STORE request, and the digest of the parts that were taken.
-    Dataset(Box<Store>, Option<Digest>),
+    /// The dataset of a C-STORE request, and the digest of its bytes so far where there is one.
+    Dataset(Box<Store>, Option<Along>),
     /// The dataset of another message.
     Other(Vec<u8>),
+}
+
+/// The digest of what was taken, and of the first `count` bytes of what is in memory.
+struct Along {
+    digest: Digest,
+    count: usize,
+}
+
+impl Along {
+    fn new(kind: Kind) -> Self {
+        Along {
+            digest: Digest::new(kind),
+            count: 0,
+        }
+    }
+
+    fn update(&mut self, dataset: &[u8]) {
+        self.digest.update(&dataset[self.count..]);
+        self.count = dataset.len();
+    }
 }
 
 /// The parser of one association.
@@ -330,12 +350,22 @@ impl Receiver {
     /// The bytes of the dataset that are in memory now, to be kept elsewhere.
     pub fn take(&mut self) -> Bytes {
         match &mut self.message {
-            Message::Dataset(store, hash) => {
-                hash.get_or_insert_with(|| Digest::new(self.kind))
-                    .update(&store.dataset);
+            Message::Dataset(store, along) => {
+                let along = along.get_or_insert_with(|| Along::new(self.kind));
+                along.update(&store.dataset);
+                along.count = 0;
                 mem::take(&mut store.dataset)
             }
             _ => Bytes::default(),
+        }
+    }
+
+    /// Make the digest of what has come while the rest is on its way.
+    pub fn digest_along(&mut self) {
+        if let Message::Dataset(store, along) = &mut self.message {
+            along
+                .get_or_insert_with(|| Along::new(self.kind))
+                .update(&store.dataset);
         }
     }
 
@@ -481,10 +511,10 @@ impl Receiver {
                     self.end_part()?;
                 }
             }
-            Message::Dataset(mut store, hash) => {
-                store.digest = hash.map(|mut hash| {
-                    hash.update(&store.dataset);
-                    hash.finish()
+            Message::Dataset(mut store, along) => {
+                store.digest = along.map(|mut along| {
+                    along.update(&store.dataset);
+                    along.digest.finish()
                 });
                 self.is_full = false;
                 self.ready = Some(store);

@@ -26,9 +26,8 @@ mod _core {
     use crate::header::{Header, is_dicom, scan};
     #[pymodule_export]
     use crate::image::{Image, load, scan_images, stack};
-
     #[pymodule_export]
-    use crate::receive::{Received, Receiver};
+    use crate::receive::{Received, Receiver, part10_prefix};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -1,14 +1,16 @@
 //! `Receiver` and `Received`: what arrives over an association, read without the interpreter.
 
 use std::ffi::c_int;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::path::Path;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::os::fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use dicomnode_core::digest::Kind;
+use dicomnode_core::incoming::{Growing, Incoming};
+use dicomnode_core::meta::prefix;
 use dicomnode_core::receive as core;
 use dicomnode_core::{Error, Result};
 use pyo3::exceptions::PyValueError;
@@ -25,10 +27,10 @@ use crate::errors::detached;
 
 /// Parses one association's bytes into C-STORE requests (PS3.7 section 9.1.1).
 ///
-/// `contexts` are the accepted presentation context IDs. `socket` is read by `receive`; it is duplicated,
-/// so that the caller may close it at any time. Of a dataset at most `memory` bytes are held; `on_full`
-/// gives away an open file descriptor for the rest, or -1. `digest_size` tells the kind of the digests, as
-/// in `digest`.
+/// `contexts` are the accepted presentation contexts: ID and transfer syntax. `socket` is read by `receive`; it
+/// is duplicated, so that the caller may close it at any time. Of a dataset at most `memory` bytes are held.
+/// `digest_size` tells the kind of the digests, as in `digest`. With `folder` each image is written to a Part 10
+/// file there while it arrives, unless less than `least_free` bytes are free; `title` is the AE title of its sender.
 ///
 /// Raises OSError where the socket cannot be duplicated.
 #[pyclass(frozen, module = "dicomnode._core")]
@@ -37,6 +39,7 @@ pub struct Receiver {
     kind: Kind,
     spare: Spare,
     arriving: AtomicUsize,
+    is_large: AtomicBool,
     total: AtomicU64,
 }
 
@@ -44,33 +47,44 @@ struct State {
     /// None also while it is read.
     socket: Option<OwnedFd>,
     parser: core::Receiver,
-    spill: Spill,
+    /// None where images are kept in memory.
+    incoming: Option<Incoming>,
+    kept: Kept,
 }
 
-/// Where the rest of a large dataset goes.
+/// What of the dataset that is arriving is in a file.
 #[derive(Default)]
-struct Spill {
-    /// Whether the dataset is too large for memory.
-    is_used: bool,
+struct Kept {
     /// None also where nothing can be kept.
-    file: Option<OwnedFd>,
+    file: Option<Growing>,
+    is_begun: bool,
+    /// Of the bytes in memory so many are written, too.
+    written: usize,
+    /// Whether the dataset is too large for memory.
+    is_large: bool,
     errno: Option<i32>,
 }
 
-impl Spill {
-    /// Write all; after a failure nothing more is written.
-    fn write(&mut self, bytes: &[u8]) {
-        let Some(file) = &self.file else {
+impl Kept {
+    /// Write what has come and is not written yet; after a failure nothing more is.
+    fn write(&mut self, incoming: Option<&Incoming>, store: &core::Store) {
+        let Some(incoming) = incoming else {
             return;
         };
-        let mut left = bytes;
-        while !left.is_empty() && self.errno.is_none() {
-            match rustix::io::write(file, left) {
-                Ok(count) => left = &left[count..],
-                Err(Errno::INTR) => {}
+        if !self.is_begun {
+            self.is_begun = true;
+            match incoming.begin(store) {
+                Ok(file) => self.file = file,
                 Err(error) => self.errno = Some(error.raw_os_error()),
             }
         }
+        if let Some(file) = &mut self.file
+            && self.errno.is_none()
+            && let Err(error) = file.write(&store.dataset[self.written..])
+        {
+            self.errno = Some(error.raw_os_error());
+        }
+        self.written = store.dataset.len();
     }
 }
 
@@ -80,28 +94,37 @@ type Spare = Arc<Mutex<core::Bytes>>;
 /// More is not held for the next dataset.
 const MOST_SPARE: usize = 8 << 20;
 
+/// So much of a dataset is written at once while the rest is on its way.
+const PART: usize = 128 << 10;
+
 /// After so many bytes the caller looks how much memory is taken.
 const MOST_UNSEEN: u64 = 32 << 20;
 
 enum Outcome {
     Nothing,
     Closed,
-    Full,
     Pass(Vec<u8>),
-    Store(Box<core::Store>, Spill),
+    Store(Box<core::Store>, Kept),
 }
 
 #[pymethods]
 impl Receiver {
     #[new]
-    #[pyo3(signature = (contexts, pdu, dataset, memory, socket = None, digest_size = 32))]
+    #[pyo3(signature = (
+        contexts, pdu, dataset, memory, socket = None, digest_size = 32, folder = None,
+        least_free = 0, title = String::new(),
+    ))]
+    #[expect(clippy::too_many_arguments, reason = "they have names in Python")]
     fn new(
-        contexts: Vec<u8>,
+        contexts: Vec<(u8, String)>,
         pdu: u32,
         dataset: u64,
         memory: usize,
         socket: Option<c_int>,
         digest_size: usize,
+        folder: Option<PathBuf>,
+        least_free: u64,
+        title: String,
     ) -> PyResult<Self> {
         let kind = kind_of(digest_size)?;
         let socket = match socket {
@@ -117,15 +140,24 @@ impl Receiver {
             dataset,
             memory,
         };
+        let numbers = contexts.iter().map(|(number, _)| *number).collect();
+        let incoming = folder.map(|folder| Incoming {
+            folder,
+            least_free,
+            title,
+            syntaxes: contexts,
+        });
         Ok(Receiver {
             state: Mutex::new(State {
                 socket,
-                parser: core::Receiver::new(contexts, limits, kind),
-                spill: Spill::default(),
+                parser: core::Receiver::new(numbers, limits, kind),
+                incoming,
+                kept: Kept::default(),
             }),
             kind,
             spare: Spare::default(),
             arriving: AtomicUsize::new(0),
+            is_large: AtomicBool::new(false),
             total: AtomicU64::new(0),
         })
     }
@@ -134,6 +166,12 @@ impl Receiver {
     #[getter]
     fn arriving(&self) -> usize {
         self.arriving.load(Ordering::Relaxed)
+    }
+
+    /// Whether the dataset that is arriving is too large for memory.
+    #[getter]
+    fn is_large(&self) -> bool {
+        self.is_large.load(Ordering::Relaxed)
     }
 
     /// Bytes that ever came.
@@ -148,20 +186,21 @@ impl Receiver {
         self.lock().parser.is_within()
     }
 
-    /// Keep no more of the dataset that goes to a file; the request then tells `errno`.
+    /// Keep no more of a dataset that is too large for memory; the request then tells `errno`.
     fn discard(&self, errno: i32) {
         let mut state = self.lock();
-        if state.spill.is_used {
-            state.spill.file = None;
-            state.spill.errno = Some(errno);
+        if state.kept.is_large {
+            state.kept.file = None;
+            state.kept.errno = Some(errno);
         }
     }
 
-    /// Close the duplicates of the socket and of a file that is being written.
+    /// Close the duplicate of the socket, and the file that is being written.
     fn close(&self) {
         let mut state = self.lock();
         state.socket = None;
-        state.spill = Spill::default();
+        state.kept = Kept::default();
+        self.is_large.store(false, Ordering::Relaxed);
     }
 
     /// Read from the socket until something is whole.
@@ -175,7 +214,6 @@ impl Receiver {
         py: Python<'py>,
         wake: c_int,
         seconds: f64,
-        on_full: &Bound<'py, PyAny>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         if self.lock().socket.is_none() {
             return Err(PyValueError::new_err("expected a receiver with a socket"));
@@ -186,7 +224,7 @@ impl Receiver {
             ));
         }
         let end = Instant::now() + Duration::from_secs_f64(seconds);
-        self.run(py, on_full, || {
+        self.run(py, || {
             // SAFETY: the caller keeps it open meanwhile.
             let wake = unsafe { BorrowedFd::borrow_raw(wake) };
             let mut guard = self.lock();
@@ -200,14 +238,9 @@ impl Receiver {
     }
 
     /// The same for bytes that the caller has read; None where they make nothing whole.
-    fn offer<'py>(
-        &self,
-        py: Python<'py>,
-        data: &[u8],
-        on_full: &Bound<'py, PyAny>,
-    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+    fn offer<'py>(&self, py: Python<'py>, data: &[u8]) -> PyResult<Option<Bound<'py, PyAny>>> {
         let mut left = data;
-        self.run(py, on_full, || {
+        self.run(py, || {
             let mut guard = self.lock();
             let state = &mut *guard;
             self.lend(state);
@@ -236,59 +269,30 @@ impl Receiver {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Run `work` without the interpreter, and again after a file was asked for.
+    /// Run `work` without the interpreter.
     fn run<'py>(
         &self,
         py: Python<'py>,
-        on_full: &Bound<'py, PyAny>,
-        mut work: impl FnMut() -> Result<Outcome> + Send,
+        work: impl FnOnce() -> Result<Outcome> + Send,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
-        loop {
-            return match detached(py, &mut work)? {
-                Outcome::Nothing => Ok(None),
-                Outcome::Closed => Ok(Some(PyBytes::new(py, b"").into_any())),
-                Outcome::Pass(pdu) => Ok(Some(PyBytes::new(py, &pdu).into_any())),
-                Outcome::Store(mut store, spill) => {
-                    let dataset = Arc::new(std::mem::take(&mut store.dataset));
-                    let received = Received {
-                        digest: Mutex::new(Hash::of(self.kind, store.digest.take(), &dataset)),
-                        kind: self.kind,
-                        store: *store,
-                        dataset,
-                        in_file: spill.is_used,
-                        errno: spill.errno,
-                        spare: Arc::clone(&self.spare),
-                    };
-                    Ok(Some(Bound::new(py, received)?.into_any()))
-                }
-                Outcome::Full => {
-                    let (class, uid, context) = match self.lock().parser.arriving() {
-                        Some(store) => (
-                            text(&store.sop_class_uid),
-                            text(&store.sop_instance_uid),
-                            store.context,
-                        ),
-                        None => continue,
-                    };
-                    let number: RawFd = on_full.call1((class, uid, context))?.extract()?;
-                    let file = if number < 0 {
-                        None
-                    } else {
-                        // SAFETY: `on_full` gives away an open descriptor that nobody else closes.
-                        Some(unsafe { OwnedFd::from_raw_fd(number) })
-                    };
-                    let mut state = self.lock();
-                    state.spill = Spill {
-                        is_used: true,
-                        file,
-                        errno: None,
-                    };
-                    let held = state.parser.take();
-                    state.spill.write(&held);
-                    state.parser.lend(held);
-                    continue;
-                }
-            };
+        match detached(py, work)? {
+            Outcome::Nothing => Ok(None),
+            Outcome::Closed => Ok(Some(PyBytes::new(py, b"").into_any())),
+            Outcome::Pass(pdu) => Ok(Some(PyBytes::new(py, &pdu).into_any())),
+            Outcome::Store(mut store, kept) => {
+                let dataset = Arc::new(std::mem::take(&mut store.dataset));
+                let received = Received {
+                    digest: Mutex::new(Hash::of(self.kind, store.digest.take(), &dataset)),
+                    kind: self.kind,
+                    store: *store,
+                    dataset,
+                    is_large: kept.is_large,
+                    errno: kept.errno,
+                    file: Mutex::new(kept.file),
+                    spare: Arc::clone(&self.spare),
+                };
+                Ok(Some(Bound::new(py, received)?.into_any()))
+            }
         }
     }
 
@@ -337,27 +341,51 @@ impl Receiver {
 
     /// What is whole by now; None where more bytes are needed.
     fn step(&self, state: &mut State) -> Result<Option<Outcome>> {
+        let State {
+            parser,
+            incoming,
+            kept,
+            ..
+        } = state;
+        let incoming = incoming.as_ref();
         loop {
-            let step = state.parser.step()?;
-            let held = state.parser.arriving().map_or(0, |one| one.dataset.len());
+            let step = parser.step()?;
+            let held = parser.arriving().map_or(0, |one| one.dataset.len());
             self.arriving.store(held, Ordering::Relaxed);
-            return Ok(match step {
-                core::Step::Hungry => None,
-                core::Step::Pass(pdu) => Some(Outcome::Pass(pdu)),
-                core::Step::Full if !state.spill.is_used => Some(Outcome::Full),
+            match step {
+                core::Step::Hungry => {
+                    if let Some(store) = parser.arriving()
+                        && incoming.is_some()
+                        && held >= kept.written + PART
+                    {
+                        kept.write(incoming, store);
+                        if self.kind == Kind::Blake3 {
+                            // The other kind takes too long to keep the sender waiting.
+                            parser.digest_along();
+                        }
+                    }
+                    return Ok(None);
+                }
+                core::Step::Pass(pdu) => return Ok(Some(Outcome::Pass(pdu))),
                 core::Step::Full => {
-                    let held = state.parser.take();
-                    state.spill.write(&held);
-                    state.parser.lend(held);
-                    continue;
+                    if let Some(store) = parser.arriving() {
+                        kept.write(incoming, store);
+                    }
+                    kept.is_large = true;
+                    self.is_large.store(true, Ordering::Relaxed);
+                    let held = parser.take();
+                    kept.written = 0;
+                    parser.lend(held);
                 }
                 core::Step::Store(mut store) => {
-                    if state.spill.is_used {
-                        state.spill.write(&std::mem::take(&mut store.dataset));
+                    kept.write(incoming, &store);
+                    if kept.is_large {
+                        self.is_large.store(false, Ordering::Relaxed);
+                        parser.lend(std::mem::take(&mut store.dataset));
                     }
-                    Some(Outcome::Store(store, std::mem::take(&mut state.spill)))
+                    return Ok(Some(Outcome::Store(store, std::mem::take(kept))));
                 }
-            });
+            }
         }
     }
 }
@@ -401,8 +429,9 @@ pub struct Received {
     dataset: Arc<core::Bytes>,
     kind: Kind,
     digest: Mutex<Hash>,
-    in_file: bool,
+    is_large: bool,
     errno: Option<i32>,
+    file: Mutex<Option<Growing>>,
     spare: Spare,
 }
 
@@ -492,13 +521,22 @@ impl Received {
         PyBytes::new(py, &digest)
     }
 
-    /// Whether the dataset is in the file that `on_full` gave.
+    /// Whether the dataset was too large for memory, and is at best in its file.
     #[getter]
-    fn in_file(&self) -> bool {
-        self.in_file
+    fn is_large(&self) -> bool {
+        self.is_large
     }
 
-    /// The number of the error at which writing that file ended.
+    /// The descriptor of its file, and the name where it has one: the caller's from now on. None without a file.
+    fn take_file(&self) -> Option<(RawFd, Option<PathBuf>)> {
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        file.take().map(|file| {
+            let (file, name) = file.give_away();
+            (file.into_raw_fd(), name)
+        })
+    }
+
+    /// The number of the error because of which its file is not whole.
     #[getter]
     fn errno(&self) -> Option<i32> {
         self.errno
@@ -548,4 +586,23 @@ impl Received {
             Err(PyErr::fetch(slf.py()))
         }
     }
+}
+
+/// Preamble, `DICM` and File Meta Information (PS3.10 section 7.1) for a received dataset.
+#[pyfunction]
+#[pyo3(signature = (sop_class_uid, sop_instance_uid, transfer_syntax_uid, source_ae_title = ""))]
+pub fn part10_prefix<'py>(
+    py: Python<'py>,
+    sop_class_uid: &str,
+    sop_instance_uid: &str,
+    transfer_syntax_uid: &str,
+    source_ae_title: &str,
+) -> Bound<'py, PyBytes> {
+    let made = prefix(
+        sop_class_uid,
+        sop_instance_uid,
+        transfer_syntax_uid,
+        source_ae_title,
+    );
+    PyBytes::new(py, &made)
 }
