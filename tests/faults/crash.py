@@ -66,6 +66,7 @@ class Node(Base):
 #: Where a node that stores, processes, sends and deletes can be killed. How often a thread makes
 #: each of them in a round is up to chance; a call that does not come is no kill.
 CALLS = {
+    "write": 30,
     "writev": 8,
     "fsync": 16,
     "linkat": 8,

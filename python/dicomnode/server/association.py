@@ -603,7 +603,7 @@ class AssociationServer:
                 return self._refuse(uid, _DOES_NOT_MATCH, f"{name} differs from the request")
         accept = self._reception.accept
         if accept is not None and not accept(
-            LazyDataset(prefix + received.data if growing is None else growing.path)
+            LazyDataset(prefix + received.data if apart is None else apart.path)
         ):
             return self._refuse(uid, _REFUSED, "refused by filter")
         chunks = (prefix, received.data) if growing is None else ()

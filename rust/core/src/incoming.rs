@@ -8,7 +8,7 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use rustix::fs::{Mode, OFlags, open, statvfs, unlink};
+use rustix::fs::{CWD, Mode, OFlags, openat, statvfs, unlink};
 use rustix::io::{Errno, write};
 
 use crate::meta::prefix;
@@ -54,7 +54,7 @@ impl Incoming {
 
     fn open(&self) -> Result<Growing, Errno> {
         let (flags, mode) = (OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR);
-        match open(&self.folder, flags | OFlags::TMPFILE, mode) {
+        match openat(CWD, &self.folder, flags | OFlags::TMPFILE, mode) {
             Ok(file) => Ok(Growing { file, name: None }),
             // A file system that has no such files.
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT | Errno::INVAL) => self.open_named(),
@@ -67,7 +67,7 @@ impl Incoming {
         let [first, second] = [0, 1].map(random);
         let name = self.folder.join(format!("{first:016x}{second:016x}.part"));
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::CREATE | OFlags::EXCL;
-        let file = open(&name, flags, Mode::RUSR | Mode::WUSR)?;
+        let file = openat(CWD, &name, flags, Mode::RUSR | Mode::WUSR)?;
         Ok(Growing {
             file,
             name: Some(Name(name)),

@@ -112,7 +112,7 @@ impl Receiver {
     #[new]
     #[pyo3(signature = (
         contexts, pdu, dataset, memory, socket = None, digest_size = 32, folder = None,
-        least_free = 0, title = String::new(),
+        least_free = 0, title = "",
     ))]
     #[expect(clippy::too_many_arguments, reason = "they have names in Python")]
     fn new(
@@ -124,7 +124,7 @@ impl Receiver {
         digest_size: usize,
         folder: Option<PathBuf>,
         least_free: u64,
-        title: String,
+        title: &str,
     ) -> PyResult<Self> {
         let kind = kind_of(digest_size)?;
         let socket = match socket {
@@ -144,7 +144,7 @@ impl Receiver {
         let incoming = folder.map(|folder| Incoming {
             folder,
             least_free,
-            title,
+            title: title.to_owned(),
             syntaxes: contexts,
         });
         Ok(Receiver {
