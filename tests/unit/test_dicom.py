@@ -5,9 +5,11 @@ import gzip
 import io
 import os
 import pickle
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy
 import pydicom
@@ -570,6 +572,23 @@ def test_an_unknown_character_set_keeps_the_identifier_readable(charset: str) ->
     raw = encode_raw(make_series(1, 2, 2)[0])
     raw = raw.replace(b"ISO_IR 192", charset.ljust(10).encode())
     assert identifier_of(scan(raw), 0x00100020) == "PHANTOM-1"
+
+
+@given(
+    st.binary(min_size=1, max_size=64).map(lambda raw: bytes(32 + one % 95 for one in raw)),
+    st.sampled_from(
+        ["", "ISO_IR 6", "ISO_IR 13", "ISO_IR 100", "ISO_IR 192", "GB18030", "\\ISO 2022 IR 87"]
+    ),
+)
+def test_an_identifier_of_plain_text_is_what_pydicom_reads(value: bytes, charset: str) -> None:
+    value += b" " * (len(value) % 2)
+    raw = encode_raw(make_series(1, 2, 2, patient_id="I" * len(value))[0])
+    old, new = b"\x0a\x00ISO_IR 192", charset.encode() + b" " * (len(charset) % 2)
+    raw = raw.replace(old, len(new).to_bytes(2, "little") + new)
+    header = scan(raw.replace(b"I" * len(value), value))
+    found = identifier_of(header, 0x00100020)
+    with mock.patch.object(dicom, "_PLAIN_TEXT", re.compile(b"(?!)")):
+        assert found == identifier_of(header, 0x00100020)
 
 
 # Writing

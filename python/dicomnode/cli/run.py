@@ -1,6 +1,7 @@
 """`dicomnode run`: from a file that a user wrote to a node that is open, until it is stopped."""
 
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -33,6 +34,8 @@ def run_pipeline(where: str, settings: Mapping[str, Any]) -> None:
         for attribute, value in settings.items():
             if value is not None:
                 setattr(node, attribute, value)
+        # What was imported stays, and need not be looked at whenever garbage is collected.
+        gc.freeze()
         supervisor = notifier(os.environ)
 
         def notify(word: str) -> None:

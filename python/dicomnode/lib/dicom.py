@@ -70,6 +70,8 @@ LAYOUT_TAGS: Final = (
 _IMAGE_SEQUENCES: Final = (0x00283000, 0x52009229, 0x52009230)
 # What is a name as it is.
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
+# Text that is the same in every character set of DICOM: in some of them a backslash or a tilde is not.
+_PLAIN_TEXT: Final = re.compile(rb"[ -\[\]-}]+")
 # Values longer than this stay in the file until they are asked for.
 _DEFER_BYTES: Final = 16 * 1024
 
@@ -332,6 +334,11 @@ def identifier_of(header: Header, tag: int) -> str:
     Bytes that are not of the character set that the object names stay apart, as `\\xNN`: two
     patients whose identifiers differ only in such bytes must not become one.
     """
+    found = header.get(tag)
+    if found is not None and (found[0] in ("LO", "SH") or (not found[0] and tag == 0x00100020)):
+        plain = found[1].strip(b" \0")
+        if _PLAIN_TEXT.fullmatch(plain) is not None:
+            return plain.decode("ascii")
     element = header_element(header, tag)
     if element is None or element.value is None:
         return ""
@@ -339,7 +346,6 @@ def identifier_of(header: Header, tag: int) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         value = "\\".join(str(part) for part in value)
     text = str(value)
-    found = header.get(tag)
     if "\N{REPLACEMENT CHARACTER}" in text and found is not None:
         text = found[1].decode("ascii", "backslashreplace")
     if not text.strip(" \0\\"):

@@ -4,7 +4,6 @@ The bytes that arrive are scanned, routed and stored as they are; nothing decode
 nothing of a case is processed here. 0x0000 is answered after storage has kept its promise.
 """
 
-import contextlib
 import errno
 import logging
 import os
@@ -13,7 +12,7 @@ import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -136,6 +135,36 @@ class _Visit:
             self.touched.setdefault(identifier, set()).add(case_id)
 
 
+class _Working:
+    """The threads that store an image or end an association, and how deep they are in it."""
+
+    def __init__(self) -> None:
+        self._busy: Counter[int | None] = Counter()
+        self._idle = threading.Condition(threading.Lock())
+
+    def __enter__(self) -> None:
+        with self._idle:
+            self._busy[threading.get_ident()] += 1
+
+    def __exit__(self, *error: object) -> None:
+        thread = threading.get_ident()
+        with self._idle:
+            self._busy[thread] -= 1
+            if not self._busy[thread]:
+                del self._busy[thread]
+                self._idle.notify_all()
+
+    def __contains__(self, thread: int | None) -> bool:
+        with self._idle:
+            return thread in self._busy
+
+    def wait(self, seconds: float) -> None:
+        """Until there is none but this one."""
+        own = threading.get_ident()
+        with self._idle:
+            self._idle.wait_for(lambda: not any(one != own for one in self._busy), seconds)
+
+
 @dataclass(frozen=True)
 class Reception:
     """What an association server needs to know about its node."""
@@ -175,9 +204,7 @@ class AssociationServer:
         self._visits: dict[Association, _Visit] = {}
         self._numbers = count(1)
         self._lock = threading.Lock()
-        # The threads that store an image or end an association, and how deep they are in it.
-        self._busy: Counter[int] = Counter()
-        self._idle = threading.Condition(self._lock)
+        self._working = _Working()
         limits = reception.limits
         self._ae = NodeEntity(reception.ae_title, limits.associations_per_address)
         self._ae.require_called_aet = reception.require_called_aet
@@ -257,15 +284,11 @@ class AssociationServer:
         server.end_all(seconds / 2)
         for association in list(self._visits):
             self._end(association)
-        own = threading.get_ident()
-        with self._idle:
-            left = max(0.0, end - time.monotonic())
-            self._idle.wait_for(lambda: not any(k != own for k in self._busy), left)
+        self._working.wait(max(0.0, end - time.monotonic()))
 
     def is_busy(self, thread: threading.Thread) -> bool:
         """Whether a thread is storing an image or ending an association, where user code runs."""
-        with self._lock:
-            return thread.ident in self._busy
+        return thread.ident in self._working
 
     def is_open_for(self, case_id: int) -> bool:
         """Whether an association that brought images to a case is open."""
@@ -289,21 +312,6 @@ class AssociationServer:
                     found.append(one)
         return found
 
-    @contextlib.contextmanager
-    def _working(self) -> Iterator[None]:
-        """What `close` waits for."""
-        thread = threading.get_ident()
-        with self._lock:
-            self._busy[thread] += 1
-        try:
-            yield
-        finally:
-            with self._idle:
-                self._busy[thread] -= 1
-                if not self._busy[thread]:
-                    del self._busy[thread]
-                    self._idle.notify_all()
-
     # Events
 
     def _on_open(self, event: Any) -> None:
@@ -325,7 +333,7 @@ class AssociationServer:
         # What is kept of it must not keep the event, and all that was sent with it.
         association = event.assoc
         calling = str(association.requestor.ae_title or "").strip()
-        with self._working(), self._about(association):
+        with self._working, self._about(association):
             try:
                 if event.action_type != REQUEST:
                     return _NO_SUCH_ACTION, None
@@ -346,7 +354,7 @@ class AssociationServer:
     def _on_report(self, event: Any) -> tuple[int, None]:
         """A peer that was asked for storage commitment reports."""
         calling = str(event.assoc.requestor.ae_title or "").strip()
-        with self._working(), self._about(event.assoc):
+        with self._working, self._about(event.assoc):
             try:
                 _check_dataset(event.request.EventInformation, event.context)
                 return self._reception.committing.reported(event.event_information, calling), None
@@ -415,7 +423,7 @@ class AssociationServer:
         self._end(event.assoc)
 
     def _end(self, association: Association) -> None:
-        with self._working():
+        with self._working:
             with self._lock:
                 visit = self._visits.get(association)
                 if visit is None or visit.is_ending:
@@ -502,7 +510,7 @@ class AssociationServer:
         with self._lock:
             # Without a visit the connection has closed while this image was on its way.
             visit = self._visits.get(association) or _Visit(over=True)
-        with self._working(), self._about(association):
+        with self._working, self._about(association):
             prefix = self._prefix(association, received)
             growing = self._storage.arrived(received.take_file(), len(prefix) + received.size)
             try:

@@ -19,6 +19,7 @@ import sqlite3
 import sys
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -161,7 +162,7 @@ class Completeness:
         self._claiming: set[Hashable] = set()
         self._looked: dict[int, Looked] = {}
         # SOPInstanceUID -> the identifier that it came under first.
-        self._owners: dict[str, str] = {}
+        self._owners: OrderedDict[str, str] = OrderedDict()
         # The key of a look is the identifier of an open case, or the number of one that takes no images.
         self._looks = loop.crew("look", _MOST_LOOKS)
         self._told: set[Hashable] = set()
@@ -195,7 +196,7 @@ class Completeness:
             # One text for all images of a case, instead of one for each.
             owner = self._owners.setdefault(uid, sys.intern(identifier))
             if len(self._owners) > _MOST_OWNERS:
-                del self._owners[next(iter(self._owners))]
+                self._owners.popitem(last=False)
         if was_kept or owner != identifier:
             self._note(identifier, uid, owner != identifier)
 

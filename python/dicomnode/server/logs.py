@@ -12,9 +12,9 @@ import re
 import sqlite3
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from datetime import time as time_of_day
@@ -46,6 +46,18 @@ class Scope:
     #: Tells what may not be in a log, when it is asked the first time.
     patient: Callable[[], frozenset[str]] | None = None
     _words: frozenset[str] | None = None
+    _token: "Token[Scope] | None" = None
+
+    def __enter__(self) -> "Scope":
+        self._token = _scope.set(self)
+        if self.patient is not None:
+            _active.add(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _active.discard(self)
+        if self._token is not None:
+            _scope.reset(self._token)
 
     def hide(self, text: str) -> str:
         """A text without what is known of the patient that this is about."""
@@ -65,28 +77,19 @@ _active: set[Scope] = set()
 _scope: ContextVar[Scope] = ContextVar("dicomnode_scope", default=_NOTHING)
 
 
-@contextmanager
 def about(
     *,
     association: int | None = None,
     case: int | None = None,
     patient: Callable[[], frozenset[str]] | None = None,
-) -> Iterator[Scope]:
+) -> Scope:
     """What is logged inside, in this thread, is about these; what is None stays as it is outside."""
     outer = _scope.get()
-    scope = Scope(
+    return Scope(
         outer.association if association is None else association,
         outer.case if case is None else case,
         outer.patient if patient is None else patient,
     )
-    token = _scope.set(scope)
-    if patient is not None:
-        _active.add(scope)
-    try:
-        yield scope
-    finally:
-        _active.discard(scope)
-        _scope.reset(token)
 
 
 def current() -> Scope:

@@ -144,10 +144,12 @@ class Ledger:
             self._db.close()
 
     @contextmanager
-    def transaction(self, durable: bool = True) -> Iterator[sqlite3.Connection]:
+    def transaction(
+        self, durable: bool = True, is_single: bool = False
+    ) -> Iterator[sqlite3.Connection]:
         """Changes that become durable together, or not at all. For this package.
 
-        Raises OutOfResources where the ledger cannot be written.
+        A single statement is a transaction by itself, and costs less than one with a begin and an end. Raises OutOfResources where the ledger cannot be written.
         """
         with self._lock:
             try:
@@ -155,6 +157,9 @@ class Ledger:
                 if wanted != self._synchronous:
                     self._db.execute(f"PRAGMA synchronous = {wanted}")
                     self._synchronous = wanted
+                if is_single:
+                    yield self._db
+                    return
                 self._db.execute("BEGIN IMMEDIATE")
                 try:
                     yield self._db
@@ -508,17 +513,18 @@ class Ledger:
 
     def _write(self, batch: list[_Waiting]) -> None:
         trouble: OutOfResources | None = OutOfResources("the ledger was not written")
+        rows = [
+            (one.case_id, r.input, r.uid, r.file, r.size, r.digest, r.damaged)
+            for one in batch
+            for r in one.rows
+        ]
         try:
-            with self.transaction() as db:
+            with self.transaction(is_single=len(rows) == 1) as db:
                 db.executemany(
                     "INSERT OR REPLACE INTO instances "
                     "(case_id, input, uid, file, size, digest, damaged) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    [
-                        (one.case_id, r.input, r.uid, r.file, r.size, r.digest, r.damaged)
-                        for one in batch
-                        for r in one.rows
-                    ],
+                    rows,
                 )
         except OutOfResources as error:
             trouble = error

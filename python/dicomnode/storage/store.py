@@ -26,7 +26,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -298,23 +298,12 @@ class Storage:
 
     # Receiving
 
-    @contextmanager
-    def holding(self, identifier: str) -> Iterator[threading.Condition]:
+    def holding(self, identifier: str) -> AbstractContextManager[threading.Condition]:
         """Nothing is added to, or sealed of, the cases of this identifier meanwhile.
 
         No code of a user runs while this is held: it could wait for ever.
         """
-        with self._guard:
-            held = self._locks.setdefault(identifier, _Held())
-            held.users += 1
-        try:
-            with held.turn:
-                yield held.turn
-        finally:
-            with self._guard:
-                held.users -= 1
-                if not held.users:
-                    del self._locks[identifier]
+        return _Holding(self._guard, self._locks, identifier)
 
     def add(
         self,
@@ -877,6 +866,34 @@ class _Held:
 
     turn: threading.Condition = field(default_factory=threading.Condition)
     users: int = 0
+
+
+class _Holding:
+    """Has the lock of one identifier, which is there as long as somebody wants it."""
+
+    def __init__(self, guard: threading.Lock, locks: dict[str, _Held], identifier: str) -> None:
+        self._guard, self._locks, self._identifier = guard, locks, identifier
+
+    def __enter__(self) -> threading.Condition:
+        with self._guard:
+            self._held = self._locks.setdefault(self._identifier, _Held())
+            self._held.users += 1
+        try:
+            self._held.turn.acquire()
+        except BaseException:
+            self._leave()
+            raise
+        return self._held.turn
+
+    def __exit__(self, *error: object) -> None:
+        self._held.turn.release()
+        self._leave()
+
+    def _leave(self) -> None:
+        with self._guard:
+            self._held.users -= 1
+            if not self._held.users:
+                del self._locks[self._identifier]
 
 
 def _let_go(storage: "weakref.ref[Storage]") -> None:
