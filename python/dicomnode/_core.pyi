@@ -99,6 +99,10 @@ class Receiver:
         """Bytes of the dataset that is arriving which are in memory."""
 
     @property
+    def is_arriving(self) -> bool:
+        """Whether an image has begun to arrive, or has arrived and nothing was read since."""
+
+    @property
     def is_large(self) -> bool:
         """Whether the dataset that is arriving is too large for memory."""
 

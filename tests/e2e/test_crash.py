@@ -74,6 +74,7 @@ def test_s1_nothing_is_lost_or_doubled_by_ten_kills(
 
 #: The nth call of the thread that keeps the images.
 STEPS = [
+    # This one by whoever keeps a result.
     ("writev", 2),
     ("write", 1),
     ("write", 2),

@@ -157,6 +157,29 @@ def test_s3_images_are_refused_while_the_disk_is_full_and_taken_again(
     assert not list((root / ".dicomnode" / "incoming").iterdir())
 
 
+@pytest.mark.parametrize("rows", [16, 1600])
+def test_s3_on_a_full_disk_only_what_would_be_new_is_refused_for_it(
+    rows: int, tmp_path: Path
+) -> None:
+    class Filtering(counting(9)):  # type: ignore[misc]
+        def filter(self, dataset: Dataset) -> bool:
+            return bool(dataset.InstanceNumber != 3)
+
+    first, second, third = make_series(3, rows, rows)
+    other = make_series(1, rows, rows, seed=5)[0]
+    other.SOPInstanceUID = other.file_meta.MediaStorageSOPInstanceUID = first.SOPInstanceUID
+    with running_node(Filtering, root_data_directory=tmp_path) as node:
+        assert statuses(send(address_of(node), [first])) == [0x0000]
+    full = Limits(free_bytes=1 << 60)
+    with running_node(Filtering, root_data_directory=tmp_path, limits=full) as node:
+        found = statuses(send(address_of(node), [first, other, second, third]))
+        # A large one has no file, and cannot be looked at.
+        assert found == ([0x0000, 0x0111, 0xA700, 0xB006] if rows == 16 else [0xA700] * 4)
+    with running_node(Filtering, root_data_directory=tmp_path) as node:
+        found = statuses(send(address_of(node), [first, other, second, third]))
+        assert found == [0x0000, 0x0111, 0x0000, 0xB006]
+
+
 def test_s3_results_wait_for_room_and_are_kept_without_help(
     small_disk: Callable[..., Disk], capfd: pytest.CaptureFixture[str]
 ) -> None:

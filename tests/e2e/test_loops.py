@@ -73,7 +73,7 @@ def test_d6_the_newest_results_are_known_and_no_more_than_that(
             send(address_of(node), make_series(2, 8, 8, patient_id=f"P{k}"))
             wait_for_cases(node, State.DONE, k + 1)
         assert node._storage is not None
-        assert 4 <= sum(map(len, node._storage.outbox._made)) <= 8
+        assert 4 <= sum(one.count for one in node._storage.outbox._made) <= 8
         returned = [read(one.source) for one in archive.received[-2:]]  # type: ignore[attr-defined]
         assert [one.status for one in send(address_of(node), returned)] == [0xB006, 0xB006]
 

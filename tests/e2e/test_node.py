@@ -365,6 +365,25 @@ def test_filter_sees_a_dataset_and_refuses() -> None:
         assert sorted(one.InstanceNumber for one in data["ct"]) == [1, 2, 4, 5, 6, 7, 8, 9]
 
 
+def test_what_filter_keeps_of_a_large_image_is_never_another_one(tmp_path: Path) -> None:
+    kept: list[Dataset] = []
+
+    class Keeping(recorder(ct=Eight)):  # type: ignore[misc]
+        def filter(self, dataset: Dataset) -> bool:
+            kept.append(dataset)
+            return bool(dataset.PatientID)
+
+    series = make_series(2, 1600, 1600) + make_series(1, 16, 16)
+    with running_node(Keeping, root_data_directory=tmp_path) as node:
+        send(address_of(node), series)
+        # Of a large one what was read stays, and nothing else can be.
+        for one in kept[:2]:
+            assert one.PatientID == "PHANTOM-1"
+            with pytest.raises(OSError, match="during the call only"):
+                one.PixelData  # noqa: B018
+        assert kept[2].PixelData == series[2].PixelData
+
+
 def test_result_without_new_uids_is_reported() -> None:
     class Twice(PlusOne):
         def process(self, input_data: dict[str, Any]) -> Iterable[Dataset]:

@@ -264,6 +264,37 @@ def test_a_disk_that_gets_full_is_told(tmp_path: Path) -> None:
         subprocess.run(["umount", tmp_path], check=True)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+def test_what_has_to_stay_free_does_while_images_arrive(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", tmp_path], check=True)
+    try:
+        for memory in (1 << 20, 1 << 24):
+            receiver = in_files(tmp_path, memory, least_free=2 << 20)
+            session = wire.store("1.2.3", DATA * 700)
+            for start in range(0, len(session), 50_000):
+                found = receiver.offer(session[start : start + 50_000])
+                status = os.statvfs(tmp_path)
+                assert status.f_bavail * status.f_frsize >= 2 << 20
+            assert isinstance(found, Received) and found.errno == errno.ENOSPC
+            assert found.take_file() is None
+            assert bytes(memoryview(found)) == (b"" if found.is_large else DATA * 700)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_an_image_counts_as_arriving_until_it_is_dealt_with(tmp_path: Path) -> None:
+    session = wire.store("1.2.3", DATA * 5)
+    for receiver in (in_files(tmp_path), in_files(tmp_path, 5000)):
+        assert not receiver.is_arriving
+        assert receiver.offer(session[:60]) is None and not receiver.is_arriving
+        assert receiver.offer(session[60:20_000]) is None and receiver.is_arriving
+        assert receiver.offer(session[20_000:]) is not None and receiver.is_arriving
+        assert receiver.offer(b"") is None and not receiver.is_arriving
+        assert receiver.offer(session[:20_000]) is None and receiver.is_arriving
+        receiver.close()
+        assert not receiver.is_arriving
+
+
 @pytest.mark.parametrize("uid", ["", "x", "1.2/../3", "1" * 65])
 def test_what_has_no_uid_has_no_file(uid: str, tmp_path: Path) -> None:
     for data in (DATA, DATA * 50):

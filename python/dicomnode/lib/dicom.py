@@ -135,6 +135,13 @@ class LazyDataset(FileDataset):
         return self._uids
 
 
+def forget_source(dataset: LazyDataset) -> None:
+    """From now on what was not read of a dataset is an OSError: another file may have its path soon."""
+    for name in ("_source", "filename"):
+        if name in dataset.__dict__:
+            dataset.__dict__[name] = "an image that was there during the call only"
+
+
 def _read(dataset: LazyDataset) -> None:
     read = _dcmread(dataset.source, _DEFER_BYTES)
     if read.file_meta.get("TransferSyntaxUID") == _DEFLATED:

@@ -31,6 +31,7 @@ from dicomnode.lib.dicom import (
     Header,
     LazyDataset,
     Received,
+    forget_source,
     header_text,
     is_uid,
     part10_prefix,
@@ -586,7 +587,7 @@ class AssociationServer:
             or visit.size > limits.association_bytes
         ):
             return self._refuse(uid, _OUT_OF_RESOURCES, "too many images in one association")
-        if received.errno is not None or (received.is_large and growing is None):
+        if received.is_large and growing is None:
             self._storage.disk.check_room(received.size)
             raise OutOfResources(
                 "cannot write: " + errno.errorcode.get(received.errno or 0, "no file for it")
@@ -610,10 +611,15 @@ class AssociationServer:
             if header_text(header, tag) != wanted:
                 return self._refuse(uid, _DOES_NOT_MATCH, f"{name} differs from the request")
         accept = self._reception.accept
-        if accept is not None and not accept(
-            LazyDataset(prefix + received.data if apart is None else apart.path)
-        ):
-            return self._refuse(uid, _REFUSED, "refused by filter")
+        if accept is not None:
+            offered = LazyDataset(prefix + received.data if apart is None else apart.path)
+            try:
+                is_accepted = accept(offered)
+            finally:
+                if apart is not None:
+                    forget_source(offered)
+            if not is_accepted:
+                return self._refuse(uid, _REFUSED, "refused by filter")
         chunks = (prefix, received.data) if growing is None else ()
         return self._keep(
             header,

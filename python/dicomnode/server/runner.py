@@ -87,6 +87,7 @@ class Runner:
         # Cases whose results found no room; and those of them that the ledger still has as PROCESSING.
         self._put_offs: dict[int, _PutOff] = {}
         self._claimed: dict[int, str] = {}
+        self._putting_back = threading.Lock()
         self._failures = Failures(storage, logger, meters)
         self._loop = Loop(storage, logger, self._is_postponed)
         self._completeness = Completeness(
@@ -250,15 +251,17 @@ class Runner:
 
     def _put_back(self) -> None:
         """PROCESSING -> READY for what was put off; later, where the ledger has no room either."""
-        with self._lock:
-            claimed = list(self._claimed.items())
-        for case_id, told in claimed:
-            try:
-                self._storage.ledger.put_back(case_id, told)
-            except NoRoom:
-                return
+        # One after the other: what was put back may be claimed again a moment later.
+        with self._putting_back:
             with self._lock:
-                self._claimed.pop(case_id, None)
+                claimed = list(self._claimed.items())
+            for case_id, told in claimed:
+                try:
+                    self._storage.ledger.put_back(case_id, told)
+                except NoRoom:
+                    return
+                with self._lock:
+                    self._claimed.pop(case_id, None)
 
     def _is_put_off(self, case_id: int) -> bool:
         put_off = self._put_offs.get(case_id)

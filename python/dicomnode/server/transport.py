@@ -523,9 +523,9 @@ class NodeAssociation(Association):
 
     @property
     def is_arriving(self) -> bool:
-        """Whether the half of an image is here."""
+        """Whether an image is here, or a part of one, that was not answered."""
         receiver = self.provider.receiver
-        return receiver is not None and (receiver.is_large or receiver.arriving > 0)
+        return receiver is not None and receiver.is_arriving
 
     @property
     def is_in(self) -> bool:

@@ -53,7 +53,10 @@ class Disk:
 
     def has_room(self, size: int) -> bool:
         """Whether so many bytes leave as much free as has to stay so."""
-        return self._folder is None or self.free_bytes() - size >= self.floor()
+        if self._folder is None:
+            return True
+        floor = self.floor()
+        return self.free_bytes() - size >= floor
 
     def floor(self) -> int:
         """Images are taken as long as so many bytes are free, which includes what a start needs."""

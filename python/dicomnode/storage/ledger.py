@@ -82,7 +82,7 @@ OVER = (State.DONE, State.EXPIRED)
 _UNCLAIMED = (State.RECEIVING, State.READY, State.FAILED)
 # Of the tables in ledger.sql; a ledger of another version is left alone.
 _VERSION = 2
-# So many results are known when they come back; the node holds a number for each in memory.
+# So many results are known when they come back.
 MOST_MADE = 200_000
 # SQLite counts no further.
 _MOST = 1 << 63

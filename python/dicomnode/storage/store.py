@@ -389,8 +389,9 @@ class Storage:
         """The file of an image of so many bytes, given its descriptor and its name, which another hand wrote
         in `incoming`.
         """
-        if file is None or not isinstance(self._instances, FileInstances):
+        if file is None:
             return None
+        assert isinstance(self._instances, FileInstances)
         return self._instances.written(*file, size)
 
     def _lacking(self, case: OpenCase, names: tuple[str, ...], instance: Instance) -> list[str]:

@@ -43,13 +43,22 @@ impl Incoming {
         let Some((_, syntax)) = known else {
             return Ok(None);
         };
+        let mut growing = self.open()?;
+        self.write(&mut growing, &prefix(class, uid, syntax, &self.title))?;
+        Ok(Some(growing))
+    }
+
+    /// Write all of a part.
+    ///
+    /// # Errors
+    /// Where that fails, and some of it may be written; `NOSPC` where too little would be free after it.
+    pub fn write(&self, growing: &mut Growing, bytes: &[u8]) -> Result<(), Errno> {
         let disk = statvfs(&self.folder)?;
-        if disk.f_bavail.saturating_mul(disk.f_frsize) < self.least_free {
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        if free.saturating_sub(bytes.len() as u64) < self.least_free {
             return Err(Errno::NOSPC);
         }
-        let mut growing = self.open()?;
-        growing.write(&prefix(class, uid, syntax, &self.title))?;
-        Ok(Some(growing))
+        growing.write(bytes)
     }
 
     fn open(&self) -> Result<Growing, Errno> {
@@ -89,11 +98,7 @@ pub struct Growing {
 }
 
 impl Growing {
-    /// Write all.
-    ///
-    /// # Errors
-    /// Where that fails; some of it may be written.
-    pub fn write(&mut self, bytes: &[u8]) -> Result<(), Errno> {
+    fn write(&mut self, bytes: &[u8]) -> Result<(), Errno> {
         let mut left = bytes;
         while !left.is_empty() {
             match write(&self.file, left) {

@@ -2,7 +2,7 @@
 //!
 //! The problem: most of what a node receives is P-DATA-TF (PS3.8 section 9.3.5) that carries C-STORE
 //! requests (PS3.7 section 9.1.1), and nothing in it may be trusted. [`Receiver`] takes bytes as they
-//! come and gives whole requests, with the SHA-256 of a dataset that was taken in parts; every other
+//! come and gives whole requests, with the digest of a dataset that was taken in parts; every other
 //! message and PDU is passed on as it came. It reads nothing itself: [`Receiver::room`] and [`Receiver::filled`] put bytes
 //! in, [`Receiver::step`] takes requests out. What it holds is bounded by [`Limits`].
 
@@ -189,8 +189,8 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// `contexts` are the IDs of the accepted presentation contexts; `kind` is the digest of large
-    /// datasets.
+    /// `contexts` are the IDs of the accepted presentation contexts; `kind` is that of the
+    /// digests.
     #[must_use]
     pub fn new(contexts: Vec<u8>, limits: Limits, kind: Kind) -> Self {
         Receiver {

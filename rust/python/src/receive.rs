@@ -39,6 +39,7 @@ pub struct Receiver {
     kind: Kind,
     spare: Spare,
     arriving: AtomicUsize,
+    is_arriving: AtomicBool,
     is_large: AtomicBool,
     total: AtomicU64,
 }
@@ -66,7 +67,7 @@ struct Kept {
 }
 
 impl Kept {
-    /// Write what has come and is not written yet; after a failure nothing more is.
+    /// Write what has come and is not written yet; after a failure nothing is kept.
     fn write(&mut self, incoming: Option<&Incoming>, store: &core::Store) {
         let Some(incoming) = incoming else {
             return;
@@ -79,9 +80,10 @@ impl Kept {
             }
         }
         if let Some(file) = &mut self.file
-            && self.errno.is_none()
-            && let Err(error) = file.write(&store.dataset[self.written..])
+            && let Err(error) = incoming.write(file, &store.dataset[self.written..])
         {
+            // What it took is free again at once.
+            self.file = None;
             self.errno = Some(error.raw_os_error());
         }
         self.written = store.dataset.len();
@@ -157,6 +159,7 @@ impl Receiver {
             kind,
             spare: Spare::default(),
             arriving: AtomicUsize::new(0),
+            is_arriving: AtomicBool::new(false),
             is_large: AtomicBool::new(false),
             total: AtomicU64::new(0),
         })
@@ -166,6 +169,12 @@ impl Receiver {
     #[getter]
     fn arriving(&self) -> usize {
         self.arriving.load(Ordering::Relaxed)
+    }
+
+    /// Whether an image has begun to arrive, or has arrived and nothing was read since.
+    #[getter]
+    fn is_arriving(&self) -> bool {
+        self.is_arriving.load(Ordering::Relaxed)
     }
 
     /// Whether the dataset that is arriving is too large for memory.
@@ -200,6 +209,7 @@ impl Receiver {
         let mut state = self.lock();
         state.socket = None;
         state.kept = Kept::default();
+        self.is_arriving.store(false, Ordering::Relaxed);
         self.is_large.store(false, Ordering::Relaxed);
     }
 
@@ -243,7 +253,7 @@ impl Receiver {
         self.run(py, || {
             let mut guard = self.lock();
             let state = &mut *guard;
-            self.lend(state);
+            self.begin(state);
             while !left.is_empty() {
                 let room = state.parser.room();
                 let count = room.len().min(left.len());
@@ -258,7 +268,10 @@ impl Receiver {
 }
 
 impl Receiver {
-    fn lend(&self, state: &mut State) {
+    /// What was whole is dealt with.
+    fn begin(&self, state: &mut State) {
+        let has_more = state.parser.arriving().is_some();
+        self.is_arriving.store(has_more, Ordering::Relaxed);
         let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
         if spare.capacity() > 0 {
             state.parser.lend(std::mem::take(&mut spare));
@@ -304,7 +317,7 @@ impl Receiver {
         end: Instant,
     ) -> Result<Outcome> {
         let before = self.total.load(Ordering::Relaxed);
-        self.lend(state);
+        self.begin(state);
         loop {
             if let Some(outcome) = self.step(state)? {
                 return Ok(outcome);
@@ -351,6 +364,9 @@ impl Receiver {
         loop {
             let step = parser.step()?;
             let held = parser.arriving().map_or(0, |one| one.dataset.len());
+            if parser.arriving().is_some() || matches!(step, core::Step::Store(_)) {
+                self.is_arriving.store(true, Ordering::Relaxed);
+            }
             self.arriving.store(held, Ordering::Relaxed);
             match step {
                 core::Step::Hungry => {
