@@ -24,6 +24,7 @@ __all__ = [
     "digest",
     "is_dicom",
     "jpeg_has_simd",
+    "link",
     "load",
     "part10_prefix",
     "scan",
@@ -64,6 +65,12 @@ class Header:
 
     @property
     def big_endian(self) -> bool: ...
+
+def link(descriptor: int, folder: str, name: str, flush: bool) -> bool:
+    """Give an open file a name in a folder, also one without any; false where the name is taken.
+
+    With `flush` the name is durable then, or not there. Raises OSError.
+    """
 
 def part10_prefix(
     sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, source_ae_title: str = ""

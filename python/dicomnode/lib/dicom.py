@@ -34,6 +34,7 @@ from dicomnode._core import Received as Received
 from dicomnode._core import Receiver as Receiver
 from dicomnode._core import digest as digest
 from dicomnode._core import is_dicom as is_dicom
+from dicomnode._core import link as link
 from dicomnode._core import part10_prefix as part10_prefix
 from dicomnode._core import scan as scan
 from dicomnode.errors import InvalidDataset, InvalidDicom

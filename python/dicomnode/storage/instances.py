@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from dicomnode.errors import NoRoom, OutOfResources
-from dicomnode.lib.dicom import Source
+from dicomnode.lib.dicom import Source, link
 
 Buffer = bytes | memoryview
 
 # What is kept of an instance in memory besides its bytes, at most: its names and its row in the ledger.
 KEPT_BESIDES = 4096
+# A folder that became empty may go at the moment at which something is put into it.
+_MOST_TRIES = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,50 +169,37 @@ class FileInstances:
 
     def place(self, staged: Staged, folder: str, names: Iterable[str]) -> str:
         try:
-            place = self._open_folder(folder)
-            try:
-                return self._link(staged.descriptor, place, names)
-            finally:
-                _close(place)
+            for name in names:
+                if self._link(staged.descriptor, folder, name):
+                    return name
         except OSError as error:
             raise out_of_resources(error) from error
+        raise ValueError("no name is free")
 
-    def _open_folder(self, folder: str) -> int:
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        if folder in self._made:
+    def _link(self, descriptor: int, folder: str, name: str) -> bool:
+        # Joined by hand, because it is asked for each image.
+        directory = f"{self._root}/{folder}"
+        for _ in range(_MOST_TRIES):
+            if folder not in self._made:
+                self._make(folder)
             try:
-                return os.open(self._root / folder, flags)
+                return link(descriptor, directory, name, self._flush)
             except FileNotFoundError:
                 # It was removed, since it was empty.
                 self._made.discard(folder)
+        raise FileNotFoundError(errno.ENOENT, "is removed again and again", directory)
+
+    def _make(self, folder: str) -> None:
         # Who finds a folder that another thread makes waits until it is durable.
         with self._making:
             directory = self._root / folder
             make_folder(directory, self._flush)
-            descriptor = os.open(directory, flags)
             if self._flush and folder not in self._made:
                 # It may be there because a node made it that was killed before it had flushed it.
                 while directory != self._root:
                     directory = directory.parent
                     flush_folder(directory)
             self._made.add(folder)
-            return descriptor
-
-    def _link(self, descriptor: int, place: int, names: Iterable[str]) -> str:
-        for name in names:
-            try:
-                # Given a folder for its source, `link` follows the name to the file that has none.
-                os.link(f"/proc/self/fd/{descriptor}", name, src_dir_fd=place, dst_dir_fd=place)
-            except FileExistsError:
-                continue
-            if self._flush:
-                try:
-                    os.fsync(place)
-                except OSError:
-                    os.unlink(name, dir_fd=place)
-                    raise
-            return name
-        raise ValueError("no name is free")
 
     @contextmanager
     def placed(self, folder: str, name: str) -> Iterator[Staged]:

@@ -332,7 +332,9 @@ class Storage:
                 known.generation += 1
                 on_added(known.id)
                 return known.id
-            self.disk.check_room(sum(map(len, instance.chunks)))
+            if instance.growing is None:
+                # Whoever wrote that has looked.
+                self.disk.check_room(sum(map(len, instance.chunks)))
             case = self._open_case(identifier)
             self._arriving.setdefault(identifier, set()).add(uid)
         rows: list[InstanceRow] = []

@@ -5,10 +5,10 @@
 //! has the [`Growing`] file writes the rest, and either links it to its place or drops it.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::os::fd::{OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, Mode, OFlags, openat, statvfs, unlink};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, fsync, linkat, openat, statvfs, unlink, unlinkat};
 use rustix::io::{Errno, write};
 
 use crate::meta::prefix;
@@ -129,10 +129,32 @@ impl Drop for Name {
     }
 }
 
+/// Give an open file a name in a folder, also one without any; false where the name is taken. With `flush` the
+/// name is durable then, or not there.
+///
+/// # Errors
+/// Where that fails.
+pub fn link(descriptor: RawFd, folder: &Path, name: &str, flush: bool) -> Result<bool, Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let place = openat(CWD, folder, flags, Mode::empty())?;
+    let file = format!("/proc/self/fd/{descriptor}");
+    match linkat(&place, file, &place, name, AtFlags::SYMLINK_FOLLOW) {
+        Ok(()) => {}
+        Err(Errno::EXIST) => return Ok(false),
+        Err(error) => return Err(error),
+    }
+    if flush && let Err(error) = fsync(&place) {
+        let _ = unlinkat(&place, name, AtFlags::empty());
+        return Err(error);
+    }
+    Ok(true)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::fs;
+    use std::os::fd::AsRawFd;
 
     use crate::testing::TemporaryFile;
 
@@ -176,7 +198,13 @@ mod tests {
         assert_eq!(names(), 1);
         drop(growing);
         assert_eq!(names(), 0);
-        let (_, name) = incoming(&folder).open_named().unwrap().give_away();
+        let (file, name) = incoming(&folder).open_named().unwrap().give_away();
+        for flush in [false, true] {
+            let place = format!("placed-{flush}");
+            let link = || link(file.as_raw_fd(), folder.path(), &place, flush);
+            assert_eq!((link(), link()), (Ok(true), Ok(false)));
+            fs::remove_file(folder.path().join(place)).unwrap();
+        }
         assert_eq!(names(), 1);
         assert!(name.unwrap().starts_with(folder.path()));
     }

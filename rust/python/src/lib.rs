@@ -27,7 +27,7 @@ mod _core {
     #[pymodule_export]
     use crate::image::{Image, load, scan_images, stack};
     #[pymodule_export]
-    use crate::receive::{Received, Receiver, part10_prefix};
+    use crate::receive::{Received, Receiver, link, part10_prefix};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

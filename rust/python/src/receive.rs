@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use dicomnode_core::digest::Kind;
-use dicomnode_core::incoming::{Growing, Incoming};
+use dicomnode_core::incoming::{self, Growing, Incoming};
 use dicomnode_core::meta::prefix;
 use dicomnode_core::receive as core;
 use dicomnode_core::{Error, Result};
@@ -602,6 +602,23 @@ impl Received {
             Err(PyErr::fetch(slf.py()))
         }
     }
+}
+
+/// Give an open file a name in a folder, also one without any; false where the name is taken.
+///
+/// With `flush` the name is durable then, or not there. Raises OSError.
+#[pyfunction]
+pub fn link(
+    py: Python<'_>,
+    descriptor: c_int,
+    folder: PathBuf,
+    name: &str,
+    flush: bool,
+) -> PyResult<bool> {
+    detached(py, || {
+        incoming::link(descriptor, &folder, name, flush)
+            .map_err(|error| Error::io(&folder, error.into()))
+    })
 }
 
 /// Preamble, `DICM` and File Meta Information (PS3.10 section 7.1) for a received dataset.
