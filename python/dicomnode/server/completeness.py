@@ -16,10 +16,8 @@ ready, late or too old.
 import logging
 import math
 import sqlite3
-import sys
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -35,6 +33,7 @@ from dicomnode.server.eager import EagerDecoding
 from dicomnode.server.input import AbstractInput, Datasets, waits_for
 from dicomnode.server.logs import about, current
 from dicomnode.server.loop import Failures, Loop
+from dicomnode.server.owners import Owners
 from dicomnode.storage.ledger import OVER, Case, State
 from dicomnode.storage.store import Contents, Storage
 
@@ -55,8 +54,6 @@ _KEEP_SECONDS = 60.0
 _ARRIVING_SECONDS = 1.0
 # Before a case is deleted the log tells so, at least this part of its time before, or a day.
 _NOTICE_PART, _NOTICE_SECONDS = 0.1, 24 * 3600.0
-# Of so many images at most the node knows which identifier they came under.
-_MOST_OWNERS = 50_000
 
 
 @dataclass(frozen=True)
@@ -161,8 +158,7 @@ class Completeness:
         self._wanted: list[int] = []
         self._claiming: set[Hashable] = set()
         self._looked: dict[int, Looked] = {}
-        # SOPInstanceUID -> the identifier that it came under first.
-        self._owners: OrderedDict[str, str] = OrderedDict()
+        self._owners = Owners()
         # The key of a look is the identifier of an open case, or the number of one that takes no images.
         self._looks = loop.crew("look", _MOST_LOOKS)
         self._told: set[Hashable] = set()
@@ -182,8 +178,8 @@ class Completeness:
                 self._plan_look(identifier, clock, now)
             else:
                 self._plan_look(identifier, clock, now - kept + self._patience.next(kept))
-        for uid, identifier in self._storage.waits.identifiers_of_images()[-_MOST_OWNERS:]:
-            self._owners.setdefault(uid, sys.intern(identifier))
+        for uid, identifier in self._storage.waits.identifiers_of_images():
+            self._owners.is_other(uid, identifier)
 
     def arrived(self, identifier: str, uid: str) -> None:
         """An image was stored: the clock of its case starts anew. Raises nothing."""
@@ -193,12 +189,9 @@ class Completeness:
             clock.since, clock.warned = now, math.inf
             self._plan_look(identifier, clock, now + self._patience.next(0.0))
             was_kept, clock.kept = clock.kept, 0.0
-            # One text for all images of a case, instead of one for each.
-            owner = self._owners.setdefault(uid, sys.intern(identifier))
-            if len(self._owners) > _MOST_OWNERS:
-                self._owners.popitem(last=False)
-        if was_kept or owner != identifier:
-            self._note(identifier, uid, owner != identifier)
+            is_other = self._owners.is_other(uid, identifier)
+        if was_kept or is_other:
+            self._note(identifier, uid, is_other)
 
     def _plan_look(self, identifier: str, clock: _Clock, moment: float) -> None:
         """Look at a case at a moment, or before it."""
