@@ -107,7 +107,7 @@ class Receiver:
 
     @property
     def is_arriving(self) -> bool:
-        """Whether an image has begun to arrive, or has arrived and nothing was read since."""
+        """Whether an image has begun to arrive, or has arrived and is not answered."""
 
     @property
     def is_large(self) -> bool:
@@ -120,6 +120,9 @@ class Receiver:
     @property
     def is_within(self) -> bool:
         """Whether a message has begun and is not whole."""
+
+    def answered(self) -> None:
+        """The image that has arrived is answered."""
 
     def discard(self, errno: int) -> None:
         """Keep no more of a dataset that is too large for memory; the request then tells `errno`."""

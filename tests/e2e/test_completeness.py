@@ -24,6 +24,7 @@ from dicomnode.lib.grinders import numpy_grinder
 from dicomnode.server.association import AssociationServer
 from dicomnode.server.eager import EagerDecoding
 from dicomnode.server.input import AbstractInput
+from dicomnode.server.limits import Limits
 from dicomnode.server.node import AbstractPipeline
 from dicomnode.storage.ledger import Case, Ledger
 from dicomnode.storage.waits import Waits
@@ -881,3 +882,24 @@ def test_c8_it_is_known_after_a_restart_where_the_first_is_kept(tmp_path: Path) 
     with running_node(Counting, root_data_directory=tmp_path) as node:
         send_all(node, series)
         assert is_told(node, "came under another identifier before", 2)
+
+
+def test_a_filter_that_hangs_holds_up_its_case_for_a_while_only() -> None:
+    hang = threading.Event()
+
+    class Hanging(Counting):
+        def filter(self, dataset: Dataset) -> bool:
+            if dataset.InstanceNumber == 4:
+                hang.wait(60)
+            return True
+
+    limits = Limits(stall_seconds=1.0)
+    with running_node(Hanging, quiet_seconds=0.3, limits=limits) as node:
+        sender = threading.Thread(target=send, args=(address_of(node), make_series(4)), daemon=True)
+        sender.start()
+        try:
+            wait_for_cases(node, State.DONE)
+            assert node.seen == [3]
+        finally:
+            hang.set()
+            sender.join(30)

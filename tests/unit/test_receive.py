@@ -289,6 +289,8 @@ def test_an_image_counts_as_arriving_until_it_is_dealt_with(tmp_path: Path) -> N
         assert receiver.offer(session[:60]) is None and not receiver.is_arriving
         assert receiver.offer(session[60:20_000]) is None and receiver.is_arriving
         assert receiver.offer(session[20_000:]) is not None and receiver.is_arriving
+        receiver.answered()
+        assert not receiver.is_arriving
         assert receiver.offer(b"") is None and not receiver.is_arriving
         assert receiver.offer(session[:20_000]) is None and receiver.is_arriving
         receiver.close()

@@ -3,10 +3,12 @@
 import logging
 import sqlite3
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -583,3 +585,34 @@ def test_results_are_known_as_ours_before_anybody_can_send_them_or_not_kept(
     assert known == [True]
     (row,) = storage.ledger.results(number)
     assert storage.result(number, row) == b"result"
+
+
+def test_rows_that_cannot_be_listed_leave_nobody_without_an_error() -> None:
+    ledger = Ledger(None)
+    case = ledger.open_case("P", "P")
+    outcomes: list[str] = []
+
+    class Broken:
+        @property
+        def input(self) -> str:
+            raise MemoryError
+
+    def add(row: Any) -> None:
+        try:
+            ledger.add_instances(case.id, [row])
+        except (OutOfResources, MemoryError) as error:
+            outcomes.append(type(error).__name__)
+        else:
+            outcomes.append("told as stored")
+
+    good = InstanceRow("ct", "1.2.3", "file", 1, b"")
+    threads = [threading.Thread(target=add, args=[row]) for row in (Broken(), good)]
+    with ledger._lock:
+        for k, thread in enumerate(threads, 1):
+            thread.start()
+            while len(ledger._queue) < k:
+                time.sleep(0.01)
+    for thread in threads:
+        thread.join(10)
+    assert sorted(outcomes) == ["MemoryError", "OutOfResources"]
+    assert not ledger.instances(case.id)

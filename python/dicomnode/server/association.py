@@ -296,7 +296,7 @@ class AssociationServer:
         return bool(self._brought_to(case_id))
 
     def is_arriving_for(self, case_id: int) -> bool:
-        """Whether the half of a further object is here on such an association."""
+        """Whether a further image, or a part of one, is here on such an association."""
         return any(
             isinstance(one, NodeAssociation) and one.is_arriving
             for one in self._brought_to(case_id)

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import ipaddress
 import logging
+import math
 import os
 import queue
 import select
@@ -290,6 +291,8 @@ class _Provider(DULServiceProvider):
         # When the message that is arriving began, and how much had arrived by then; and when last
         # something came, and how much by then.
         self._began: tuple[float, int] | None = None
+        # Since when an image is whole that is not answered.
+        self._whole = math.inf
         self._last: tuple[float, int] = (0.0, 0)
         self._run_loop_delay = 0.0
         self._idle_timer = _Timer(limits.idle_seconds)
@@ -302,6 +305,16 @@ class _Provider(DULServiceProvider):
         """Bytes in memory of the image that is arriving."""
         receiver = self.receiver
         return 0 if receiver is None else receiver.arriving
+
+    @property
+    def is_arriving(self) -> bool:
+        """Whether an image is here, or a part of one, that was not answered.
+
+        One that is whole for long does not count: code of a user may hang with it.
+        """
+        receiver = self.receiver
+        is_stuck = time.monotonic() - self._whole > self.limits.stall_seconds
+        return receiver is not None and receiver.is_arriving and not is_stuck
 
     @property
     def is_reading(self) -> bool:
@@ -370,9 +383,12 @@ class _Provider(DULServiceProvider):
                 self._began = None
                 # Its sender is not idle, also where it never pauses so that this loop would end.
                 self._idle_timer.restart()
+                self._whole = time.monotonic()
                 response = self._service.store(self._association, found)
                 if self.socket is not None:
                     self.socket.send(response)
+                receiver.answered()
+                self._whole = math.inf
                 if self._has_other_work:
                     return
                 # The next image, without the way through pynetdicom's loop.
@@ -524,8 +540,7 @@ class NodeAssociation(Association):
     @property
     def is_arriving(self) -> bool:
         """Whether an image is here, or a part of one, that was not answered."""
-        receiver = self.provider.receiver
-        return receiver is not None and receiver.is_arriving
+        return self.provider.is_arriving
 
     @property
     def is_in(self) -> bool:

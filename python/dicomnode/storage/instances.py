@@ -180,14 +180,14 @@ class FileInstances:
         # Joined by hand, because it is asked for each image.
         directory = f"{self._root}/{folder}"
         for _ in range(_MOST_TRIES):
-            if folder not in self._made:
-                self._make(folder)
             try:
+                if folder not in self._made:
+                    self._make(folder)
                 return link(descriptor, directory, name, self._flush)
             except FileNotFoundError:
-                # It was removed, since it was empty.
+                # It was removed, or one above it, since it was empty.
                 self._made.discard(folder)
-        raise FileNotFoundError(errno.ENOENT, "is removed again and again", directory)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), directory)
 
     def _make(self, folder: str) -> None:
         # Who finds a folder that another thread makes waits until it is durable.

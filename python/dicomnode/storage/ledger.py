@@ -513,12 +513,12 @@ class Ledger:
 
     def _write(self, batch: list[_Waiting]) -> None:
         trouble: OutOfResources | None = OutOfResources("the ledger was not written")
-        rows = [
-            (one.case_id, r.input, r.uid, r.file, r.size, r.digest, r.damaged)
-            for one in batch
-            for r in one.rows
-        ]
         try:
+            rows = [
+                (one.case_id, r.input, r.uid, r.file, r.size, r.digest, r.damaged)
+                for one in batch
+                for r in one.rows
+            ]
             with self.transaction(is_single=len(rows) == 1) as db:
                 db.executemany(
                     "INSERT OR REPLACE INTO instances "

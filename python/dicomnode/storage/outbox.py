@@ -157,9 +157,10 @@ class Outbox:
 
     def remember(self, uids: Iterable[str]) -> None:
         """Know results that are to be kept."""
-        results = list(uids)
         with self._remembering:
             newest, _ = self._made
+            # A case that is processed again has the same ones.
+            results = [uid for uid in uids if uid not in newest]
             if newest.count + len(results) > MOST_MADE:
                 self._made = _Seen(), newest
             self._made[0].add(results)

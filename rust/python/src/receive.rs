@@ -171,7 +171,7 @@ impl Receiver {
         self.arriving.load(Ordering::Relaxed)
     }
 
-    /// Whether an image has begun to arrive, or has arrived and nothing was read since.
+    /// Whether an image has begun to arrive, or has arrived and is not answered.
     #[getter]
     fn is_arriving(&self) -> bool {
         self.is_arriving.load(Ordering::Relaxed)
@@ -193,6 +193,11 @@ impl Receiver {
     #[getter]
     fn is_within(&self) -> bool {
         self.lock().parser.is_within()
+    }
+
+    /// The image that has arrived is answered.
+    fn answered(&self) {
+        self.begin(&mut self.lock());
     }
 
     /// Keep no more of a dataset that is too large for memory; the request then tells `errno`.
