@@ -1,6 +1,7 @@
 """Nodes that are killed, at random and at each step of keeping an image (S1, S2); `make crash` does more."""
 
 import hashlib
+import os
 import re
 import signal
 import subprocess
@@ -23,6 +24,8 @@ from dicomnode.storage.ledger import Ledger
 from dicomnode.testing import StoringNode, make_series, running_node
 
 NODE = """
+print("PID", os.getpid(), flush=True)
+
 class Four(Two):
     eager = False
     image_grinder = many_meta_grinder(list_grinder, numpy_grinder)
@@ -179,8 +182,9 @@ def traced(
             thread.start()
         for thread in threads:
             thread.join(60)
-        node.process.terminate()
-        node.until("closed")
+        # Not strace, which would let the node go on alone.
+        os.kill(int(node.until(r"PID (\d+)")), signal.SIGTERM)
+        node.ended()
     return answers
 
 
