@@ -25,15 +25,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from pynetdicom import AE
+from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dul import DULServiceProvider
 from pynetdicom.fsm import InvalidEventError
-from pynetdicom.pdu import A_ABORT_RQ
+from pynetdicom.pdu import A_ABORT_RQ, A_ASSOCIATE_RQ
 from pynetdicom.presentation import PresentationContext
 from pynetdicom.timer import Timer
 from pynetdicom.transport import (
@@ -52,6 +53,8 @@ from dicomnode.server.negotiation import plain_request
 _LOOK_SECONDS = 0.5
 # A request for an association with 128 contexts of 50 transfer syntaxes has some 400 KiB.
 _MOST_NEGOTIATION = 1 << 20
+# Requests that are no larger are known again.
+_MOST_KNOWN = 1 << 13
 # Messages that are no C-STORE and wait to be served; more are not read.
 _MOST_WAITING = 4
 # Connections beyond the associations, and how long one may take to ask before others need its place.
@@ -275,6 +278,17 @@ def _wait(client: socket.socket, wake: _Wake, seconds: float) -> bool:
     return client.fileno() in found
 
 
+@lru_cache(maxsize=64)
+def _request(pdu: bytes) -> A_ASSOCIATE_RQ:
+    """A request for an association, decoded: a sender asks with the same bytes each time.
+
+    Nobody changes it. Raises InvalidDicom, and whatever else comes of the bytes.
+    """
+    request = A_ASSOCIATE_RQ()
+    request.decode(plain_request(pdu))
+    return request
+
+
 class _Provider(DULServiceProvider):
     """The upper layer service; in the state of an established association the core reads."""
 
@@ -409,9 +423,12 @@ class _Provider(DULServiceProvider):
             self.event_queue.put("Evt17")
 
     def _decode_pdu(self, bytestream: bytearray) -> tuple[Any, str]:
-        if bytestream[0] == _ASSOCIATE_REQUEST:
-            bytestream = bytearray(plain_request(bytes(bytestream)))
-        return super()._decode_pdu(bytestream)
+        if bytestream[0] != _ASSOCIATE_REQUEST:
+            return super()._decode_pdu(bytestream)
+        decode = _request if len(bytestream) <= _MOST_KNOWN else _request.__wrapped__
+        request = decode(bytes(bytestream))
+        evt.trigger(self.assoc, evt.EVT_PDU_RECV, {"pdu": request})
+        return request, "Evt6"
 
     def _new_receiver(self) -> Receiver:
         limits = self.limits
@@ -547,6 +564,9 @@ class NodeAssociation(Association):
         """Whether it is established or is about to be."""
         return self.was_let_in and not (self.is_rejected or self.is_released or self.is_aborted)
 
+    def _bind_defaults(self) -> None:
+        """Nothing: it gets all handlers of its server."""
+
     def keep_no_more(self, number: int) -> None:
         """Read an image too large for memory to its end, and keep nothing of it; `number` is of an error."""
         receiver = self.provider.receiver
@@ -616,12 +636,10 @@ class _Handler(RequestHandler):
         association.acceptor.supported_contexts = server.contexts
         association.requestor.address_info = self.remote
         association.set_socket(_Socket(association, self.request))
-        for event, bound in server._handlers.items():
-            if isinstance(bound, tuple):
-                association.bind(event, *bound)
-            else:
-                for function, arguments in bound:
-                    association.bind(event, function, arguments)
+        association._handlers = {
+            event: list(bound) if isinstance(bound, list) else bound
+            for event, bound in server._handlers.items()
+        }
         server.add(self.request, association)
         return association
 
@@ -674,6 +692,20 @@ class Server(ThreadedAssociationServer):
         # Oldest first.
         self._connections: dict[socket.socket, _Connection] = {}
         super().__init__(ae, address, ae.ae_title, _Contexts(contexts), tls, handlers, _Handler)
+
+    def _bind_defaults(self) -> None:
+        """Without pynetdicom's own log of all that comes, which costs as much where nobody reads it."""
+        super()._bind_defaults()
+        if not logging.getLogger("pynetdicom").isEnabledFor(logging.DEBUG):
+            for event in (evt.EVT_DIMSE_RECV, evt.EVT_DIMSE_SENT, evt.EVT_PDU_RECV, evt.EVT_PDU_SENT):
+                self._handlers.pop(event, None)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Make an association; a handshake takes as long as the peer likes, and a thread of its own."""
+        if isinstance(request, ssl.SSLSocket):
+            super().process_request(request, client_address)
+        else:
+            self.process_request_thread(request, client_address)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         assert self.socket is not None
