@@ -69,7 +69,7 @@ class Header:
 def link(descriptor: int, folder: str, name: str, flush: bool) -> bool:
     """Give an open file a name in a folder, also one without any; false where the name is taken.
 
-    With `flush` the name is durable then, or not there. Raises OSError.
+    With `flush` the file is durable before it has the name, and the name then, or it is not there. Raises OSError.
     """
 
 def part10_prefix(
@@ -120,6 +120,12 @@ class Receiver:
     @property
     def is_within(self) -> bool:
         """Whether a message has begun and is not whole."""
+
+    def answer(self, response: bytes) -> int:
+        """Send the answer to the image that has arrived, as far as the socket takes it at once; how many bytes.
+
+        After the whole of it, or `answered`, the image counts as answered.
+        """
 
     def answered(self) -> None:
         """The image that has arrived is answered."""

@@ -77,11 +77,10 @@ def test_s1_nothing_is_lost_or_doubled_by_ten_kills(
 
 #: The nth call of the thread that keeps the images.
 STEPS = [
-    # This one by whoever keeps a result.
+    # Also by whoever keeps a result.
+    ("writev", 1),
     ("writev", 2),
-    ("write", 1),
-    ("write", 2),
-    ("write", 5),
+    ("writev", 4),
     ("fsync", 1),
     ("fsync", 3),
     ("fsync", 6),
@@ -169,7 +168,7 @@ def traced(
 ) -> list[list[Response]]:
     """Send each batch over an association of its own, all at once; what was answered."""
     prefix = [strace, "-f", "--seccomp-bpf", "-y", "-qqq", "-s", "4200", "-o", str(trace), "-e"]
-    prefix += ["trace=write,fsync,fdatasync,linkat,pwrite64,sendto"]
+    prefix += ["trace=writev,fsync,fdatasync,linkat,pwrite64,sendto"]
     answers: list[list[Response]] = []
     with Command("run", node_file, prefix=prefix) as node:
         address = node.address("NODE")
@@ -211,17 +210,17 @@ def test_s2_nothing_is_acknowledged_before_it_is_durable(
 
 
 def _is_in_order(uid: str, calls: list[Call], wal: list[Call], durability: str) -> None:
-    # What comes before the dataset has its UID, too; of a large one more is written after that.
+    # Of a large one more is written after that.
     written = next(
-        c for c in calls if c.name == "write" and "incoming/#" in c.text and uid in c.text
+        c for c in calls if c.name == "writev" and "incoming/#" in c.text and uid in c.text
     )
     mine = [one for one in calls if one.thread == written.thread and one.begin > written.end]
-    descriptor = re.search(r"write\((\d+)<", written.text)
+    descriptor = re.search(r"writev\((\d+)<", written.text)
     assert descriptor is not None
     linked = next(one for one in mine if one.name == "linkat")
-    rest = [one for one in mine if one.name == "write" and f"write({descriptor[1]}<" in one.text]
-    last = max((one.end for one in rest if one.end < linked.begin), default=0)
-    assert last
+    rest = [one for one in mine if one.name == "writev" and f"writev({descriptor[1]}<" in one.text]
+    # A small one comes at once, with what comes before its dataset.
+    last = max((one.end for one in rest if one.end < linked.begin), default=written.end)
     assert f"/proc/self/fd/{descriptor[1]}" in linked.text and "Image_CT_" in linked.text
     # The answer is the next that this thread says to its sender.
     answer = next(one for one in mine if one.name == "sendto" and one.begin > linked.end)
@@ -248,10 +247,10 @@ def _is_in_order(uid: str, calls: list[Call], wal: list[Call], durability: str) 
 
 
 FAULTS = [
-    ("write", "ENOSPC", 1),
-    ("write", "ENOSPC", 2),
-    ("write", "EDQUOT", 3),
-    ("write", "EIO", 4),
+    ("writev", "ENOSPC", 1),
+    ("writev", "ENOSPC", 2),
+    ("writev", "EDQUOT", 3),
+    ("writev", "EIO", 2),
     ("statfs", "EIO", 1),
     ("statfs", "EIO", 2),
     ("fsync", "EIO", 1),

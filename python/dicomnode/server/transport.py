@@ -399,9 +399,11 @@ class _Provider(DULServiceProvider):
                 self._idle_timer.restart()
                 self._whole = time.monotonic()
                 response = self._service.store(self._association, found)
-                if self.socket is not None:
-                    self.socket.send(response)
-                receiver.answered()
+                sent = receiver.answer(response)
+                if sent < len(response):
+                    if self.socket is not None:
+                        self.socket.send(response[sent:])
+                    receiver.answered()
                 self._whole = math.inf
                 if self._has_other_work:
                     return

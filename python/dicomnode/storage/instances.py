@@ -28,7 +28,7 @@ _MOST_TRIES = 10
 
 @dataclass(frozen=True, eq=False)
 class Staged:
-    """Bytes that are safe but not yet in any folder."""
+    """Bytes that are whole but not yet in any folder."""
 
     size: int
     descriptor: int = -1
@@ -41,9 +41,8 @@ class Growing:
     Nothing is left of it when the process ends, unless it was placed before.
     """
 
-    def __init__(self, folder: Path, flush: bool) -> None:
+    def __init__(self, folder: Path) -> None:
         """Raises OSError."""
-        self._flush = flush
         self._name: Path | None = None
         #: How many bytes it has to have.
         self.size = 0
@@ -58,11 +57,10 @@ class Growing:
             self.descriptor = os.open(self._name, flags | os.O_CREAT | os.O_EXCL, 0o600)
 
     @classmethod
-    def written(cls, descriptor: int, name: Path | None, size: int, flush: bool) -> Self:
+    def written(cls, descriptor: int, name: Path | None, size: int) -> Self:
         """One of so many bytes, written by another hand."""
         growing = cls.__new__(cls)
-        growing.descriptor, growing._name = descriptor, name
-        growing.size, growing._flush = size, flush
+        growing.descriptor, growing._name, growing.size = descriptor, name, size
         return growing
 
     @property
@@ -82,8 +80,6 @@ class Growing:
     def staged(self) -> Staged:
         """The file once it is whole. Raises OutOfResources, also where it has not all its bytes."""
         try:
-            if self._flush:
-                os.fsync(self.descriptor)
             found = os.fstat(self.descriptor).st_size
         except OSError as error:
             raise out_of_resources(error) from error
@@ -153,12 +149,12 @@ class FileInstances:
 
     def written(self, descriptor: int, name: Path | None, size: int) -> Growing:
         """A file of so many bytes that another hand has written to the folder of incoming ones."""
-        return Growing.written(descriptor, name, size, self._flush)
+        return Growing.written(descriptor, name, size)
 
     @contextmanager
     def staging(self, chunks: Iterable[Buffer]) -> Iterator[Staged]:
         try:
-            growing = Growing(self._incoming, self._flush)
+            growing = Growing(self._incoming)
         except OSError as error:
             raise out_of_resources(error) from error
         try:

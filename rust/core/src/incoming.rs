@@ -5,14 +5,18 @@
 //! has the [`Growing`] file writes the rest, and either links it to its place or drops it.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::os::fd::{OwnedFd, RawFd};
+use std::io::IoSlice;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, fsync, linkat, openat, statvfs, unlink, unlinkat};
-use rustix::io::{Errno, write};
+use rustix::io::{Errno, writev};
 
 use crate::meta::prefix;
 use crate::receive::Store;
+
+/// So much of a file is written at once while the rest is on its way.
+const PART: u64 = 128 << 10;
 
 /// Where the files of an association begin, and with what.
 pub struct Incoming {
@@ -43,44 +47,63 @@ impl Incoming {
         let Some((_, syntax)) = known else {
             return Ok(None);
         };
-        let mut growing = self.open()?;
-        self.write(&mut growing, &prefix(class, uid, syntax, &self.title))?;
-        Ok(Some(growing))
+        let head = prefix(class, uid, syntax, &self.title);
+        let (file, name) = self.open()?;
+        Ok(Some(Growing {
+            file,
+            name,
+            size: head.len() as u64,
+            head,
+        }))
     }
 
-    /// Write all of a part.
+    /// Write what has come: all of it where it `is_last`, else whole parts of the file. How many bytes.
     ///
     /// # Errors
     /// Where that fails, and some of it may be written; `NOSPC` where too little would be free after it.
-    pub fn write(&self, growing: &mut Growing, bytes: &[u8]) -> Result<(), Errno> {
+    pub fn write(
+        &self,
+        growing: &mut Growing,
+        bytes: &[u8],
+        is_last: bool,
+    ) -> Result<usize, Errno> {
+        let count = if is_last {
+            bytes.len()
+        } else {
+            // The page cache takes what begins and ends at large powers of two in fewer, larger pages.
+            let rest = usize::try_from((growing.size + bytes.len() as u64) % PART).unwrap_or(0);
+            bytes.len().saturating_sub(rest)
+        };
+        if count == 0 && !is_last {
+            return Ok(0);
+        }
         let disk = statvfs(&self.folder)?;
         let free = disk.f_bavail.saturating_mul(disk.f_frsize);
-        if free.saturating_sub(bytes.len() as u64) < self.least_free {
+        let wanted = (growing.head.len() + count) as u64;
+        if free.saturating_sub(wanted) < self.least_free {
             return Err(Errno::NOSPC);
         }
-        growing.write(bytes)
+        growing.write(&bytes[..count])?;
+        Ok(count)
     }
 
-    fn open(&self) -> Result<Growing, Errno> {
+    fn open(&self) -> Result<(OwnedFd, Option<Name>), Errno> {
         let (flags, mode) = (OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR);
         match openat(CWD, &self.folder, flags | OFlags::TMPFILE, mode) {
-            Ok(file) => Ok(Growing { file, name: None }),
+            Ok(file) => Ok((file, None)),
             // A file system that has no such files.
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT | Errno::INVAL) => self.open_named(),
             Err(error) => Err(error),
         }
     }
 
-    fn open_named(&self) -> Result<Growing, Errno> {
+    fn open_named(&self) -> Result<(OwnedFd, Option<Name>), Errno> {
         let random = |_| RandomState::new().build_hasher().finish();
         let [first, second] = [0, 1].map(random);
         let name = self.folder.join(format!("{first:016x}{second:016x}.part"));
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::CREATE | OFlags::EXCL;
         let file = openat(CWD, &name, flags, Mode::RUSR | Mode::WUSR)?;
-        Ok(Growing {
-            file,
-            name: Some(Name(name)),
-        })
+        Ok((file, Some(Name(name))))
     }
 }
 
@@ -95,18 +118,31 @@ fn uid_of(value: &[u8]) -> Option<&str> {
 pub struct Growing {
     file: OwnedFd,
     name: Option<Name>,
+    /// What comes before the dataset, until it is written.
+    head: Vec<u8>,
+    /// Bytes that are written, and those of the head.
+    size: u64,
 }
 
 impl Growing {
+    /// Write the head, if that is to be written yet, and these bytes.
     fn write(&mut self, bytes: &[u8]) -> Result<(), Errno> {
-        let mut left = bytes;
-        while !left.is_empty() {
-            match write(&self.file, left) {
-                Ok(count) => left = &left[count..],
+        let head = std::mem::take(&mut self.head);
+        let whole = head.len() + bytes.len();
+        let mut written = 0;
+        while written < whole {
+            let behind = written.saturating_sub(head.len());
+            let left = [
+                IoSlice::new(head.get(written..).unwrap_or_default()),
+                IoSlice::new(&bytes[behind..]),
+            ];
+            match writev(&self.file, &left) {
+                Ok(count) => written += count,
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error),
             }
         }
+        self.size += bytes.len() as u64;
         Ok(())
     }
 
@@ -130,14 +166,17 @@ impl Drop for Name {
 }
 
 /// Give an open file a name in a folder, also one without any; false where the name is taken. With `flush` the
-/// name is durable then, or not there.
+/// file is durable before it has the name, and the name then, or it is not there.
 ///
 /// # Errors
 /// Where that fails.
-pub fn link(descriptor: RawFd, folder: &Path, name: &str, flush: bool) -> Result<bool, Errno> {
+pub fn link(opened: BorrowedFd<'_>, folder: &Path, name: &str, flush: bool) -> Result<bool, Errno> {
+    if flush {
+        fsync(opened)?;
+    }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let place = openat(CWD, folder, flags, Mode::empty())?;
-    let file = format!("/proc/self/fd/{descriptor}");
+    let file = format!("/proc/self/fd/{}", opened.as_raw_fd());
     match linkat(&place, file, &place, name, AtFlags::SYMLINK_FOLLOW) {
         Ok(()) => {}
         Err(Errno::EXIST) => return Ok(false),
@@ -154,7 +193,7 @@ pub fn link(descriptor: RawFd, folder: &Path, name: &str, flush: bool) -> Result
 mod tests {
     use super::*;
     use std::fs;
-    use std::os::fd::AsRawFd;
+    use std::os::fd::AsFd;
 
     use crate::testing::TemporaryFile;
 
@@ -192,16 +231,25 @@ mod tests {
     #[test]
     fn a_name_goes_with_its_file_unless_somebody_else_has_it() {
         let folder = Folder::new();
-        let mut growing = incoming(&folder).open_named().unwrap();
+        let made = || {
+            let (file, name) = incoming(&folder).open_named().unwrap();
+            Growing {
+                file,
+                name,
+                head: b"he".to_vec(),
+                size: 2,
+            }
+        };
+        let mut growing = made();
         growing.write(b"whole").unwrap();
         let names = || fs::read_dir(folder.path()).unwrap().count();
         assert_eq!(names(), 1);
         drop(growing);
         assert_eq!(names(), 0);
-        let (file, name) = incoming(&folder).open_named().unwrap().give_away();
+        let (file, name) = made().give_away();
         for flush in [false, true] {
             let place = format!("placed-{flush}");
-            let link = || link(file.as_raw_fd(), folder.path(), &place, flush);
+            let link = || link(file.as_fd(), folder.path(), &place, flush);
             assert_eq!((link(), link()), (Ok(true), Ok(false)));
             fs::remove_file(folder.path().join(place)).unwrap();
         }
@@ -221,8 +269,44 @@ mod tests {
         };
         assert!(wanted.begin(&store).unwrap().is_some());
         wanted.least_free = u64::MAX;
-        assert_eq!(wanted.begin(&store).err(), Some(Errno::NOSPC));
+        assert_eq!(
+            wanted.begin(&store).map(|_| ()),
+            Ok(()),
+            "nothing is written before there is something to write"
+        );
+        let mut growing = wanted.begin(&store).unwrap().unwrap();
+        assert_eq!(wanted.write(&mut growing, b"", true), Err(Errno::NOSPC));
         store.sop_instance_uid = b"1/2".to_vec();
         assert!(wanted.begin(&store).unwrap().is_none());
+    }
+
+    #[test]
+    fn parts_end_where_large_pages_do_and_the_last_one_anywhere() {
+        let folder = Folder::new();
+        let wanted = incoming(&folder);
+        let store = Store {
+            context: 3,
+            sop_class_uid: b"1.2.840.10008.5.1.4.1.1.2".to_vec(),
+            sop_instance_uid: b"1.2.3".to_vec(),
+            ..Store::default()
+        };
+        let bytes: Vec<u8> = (0..300_000_u32).map(|one| one.to_le_bytes()[0]).collect();
+        let mut growing = wanted.begin(&store).unwrap().unwrap();
+        let head = growing.head.clone();
+        let mut done = 0;
+        for end in [1000, 130_000, 131_072, 262_144, 262_145] {
+            done += wanted
+                .write(&mut growing, &bytes[done..end], false)
+                .unwrap();
+            assert_eq!(
+                done,
+                (head.len() + end) / 131_072 * 131_072 - usize::from(end > 130_000) * head.len()
+            );
+        }
+        done += wanted.write(&mut growing, &bytes[done..], true).unwrap();
+        assert_eq!(done, bytes.len());
+        let (file, _) = growing.give_away();
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        assert_eq!(fs::read(path).unwrap(), [head, bytes].concat());
     }
 }

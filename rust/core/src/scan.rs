@@ -332,6 +332,12 @@ impl Header {
         &self.layout
     }
 
+    /// Whether every value is found without reading a file.
+    #[must_use]
+    pub fn is_in_memory(&self) -> bool {
+        !matches!(self.held, Held::Windows { .. })
+    }
+
     /// VR and raw value of a top-level element, except pixel data and values of undefined length.
     ///
     /// `whole` is the object that was scanned, where it was bytes. A long value of a file, which

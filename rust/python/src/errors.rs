@@ -10,7 +10,16 @@ use pyo3::types::PyType;
 
 /// Run `work` without the interpreter; its errors, and even a panic, become exceptions.
 pub fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) -> PyResult<T> {
-    match py.detach(|| catch_unwind(AssertUnwindSafe(work))) {
+    told(py, py.detach(|| catch_unwind(AssertUnwindSafe(work))))
+}
+
+/// The same with the interpreter, for what takes less time than to let go of it.
+pub fn attached<T>(py: Python<'_>, work: impl FnOnce() -> Result<T>) -> PyResult<T> {
+    told(py, catch_unwind(AssertUnwindSafe(work)))
+}
+
+fn told<T>(py: Python<'_>, outcome: std::thread::Result<Result<T>>) -> PyResult<T> {
+    match outcome {
         Ok(outcome) => outcome.map_err(|error| exception(py, error)),
         Err(_) => {
             static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();

@@ -8,8 +8,11 @@ use dicomnode_core::scan as core;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString};
 
-use crate::errors::detached;
+use crate::errors::{attached, detached};
 use crate::memory::Owner;
+
+/// So many bytes are scanned before the interpreter would be back, whatever they are.
+const MOST_AT_ONCE: usize = 1 << 20;
 
 /// Where every top-level element of one object lies (PS3.10 section 7, PS3.5 section 7).
 ///
@@ -55,7 +58,12 @@ impl Header {
         tag: u32,
     ) -> PyResult<Option<(Bound<'py, PyString>, Bound<'py, PyBytes>)>> {
         let whole = self.owner.bytes(py);
-        let found = detached(py, || self.header.value(tag, whole))?;
+        let value = || self.header.value(tag, whole);
+        let found = if self.header.is_in_memory() {
+            attached(py, value)?
+        } else {
+            detached(py, value)?
+        };
         Ok(found.map(|(entry, value): (_, Cow<'_, [u8]>)| {
             (PyString::new(py, entry.vr()), PyBytes::new(py, &value))
         }))
@@ -79,7 +87,15 @@ pub fn scan(
 ) -> PyResult<Header> {
     let owner = Owner::of_source(source)?;
     let given = owner.source(py);
-    let header = detached(py, || core::scan(given, transfer_syntax))?;
+    let is_small = owner
+        .bytes(py)
+        .is_some_and(|bytes| bytes.len() <= MOST_AT_ONCE);
+    let work = || core::scan(given, transfer_syntax);
+    let header = if is_small {
+        attached(py, work)?
+    } else {
+        detached(py, work)?
+    };
     Ok(Header { header, owner })
 }
 

@@ -4,7 +4,7 @@ use std::ffi::c_int;
 use std::os::fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -20,7 +20,7 @@ use pyo3::types::{PyBytes, PyMemoryView};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::set_tcp_quickack;
-use rustix::net::{RecvFlags, recv};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use crate::digest::kind_of;
 use crate::errors::detached;
@@ -39,7 +39,7 @@ pub struct Receiver {
     kind: Kind,
     spare: Spare,
     arriving: AtomicUsize,
-    is_arriving: AtomicBool,
+    is_arriving: Arriving,
     is_large: AtomicBool,
     total: AtomicU64,
 }
@@ -51,6 +51,41 @@ struct State {
     /// None where images are kept in memory.
     incoming: Option<Incoming>,
     kept: Kept,
+}
+
+/// How many images are arriving, over all associations.
+static IMAGES: AtomicUsize = AtomicUsize::new(0);
+
+/// Whether all processors have an image to work on. A SHA-256 is made by the reading thread then: in a thread of its own
+/// it is ready sooner where a processor is idle, and costs more.
+fn is_crowded() -> bool {
+    static PROCESSORS: OnceLock<usize> = OnceLock::new();
+    let count = || std::thread::available_parallelism().map_or(1, usize::from);
+    IMAGES.load(Ordering::Relaxed) >= *PROCESSORS.get_or_init(count)
+}
+
+/// Whether an image is arriving; counted among all.
+#[derive(Default)]
+struct Arriving(AtomicBool);
+
+impl Arriving {
+    fn get(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn set(&self, is_arriving: bool) {
+        match (self.0.swap(is_arriving, Ordering::Relaxed), is_arriving) {
+            (false, true) => IMAGES.fetch_add(1, Ordering::Relaxed),
+            (true, false) => IMAGES.fetch_sub(1, Ordering::Relaxed),
+            _ => 0,
+        };
+    }
+}
+
+impl Drop for Arriving {
+    fn drop(&mut self) {
+        self.set(false);
+    }
 }
 
 /// What of the dataset that is arriving is in a file.
@@ -67,10 +102,11 @@ struct Kept {
 }
 
 impl Kept {
-    /// Write what has come and is not written yet; after a failure nothing is kept.
-    fn write(&mut self, incoming: Option<&Incoming>, store: &core::Store) {
+    /// Write what has come and is not written yet, whole parts of it where it is not the last; after a
+    /// failure nothing is kept. Whether anything was to be written.
+    fn write(&mut self, incoming: Option<&Incoming>, store: &core::Store, is_last: bool) -> bool {
         let Some(incoming) = incoming else {
-            return;
+            return false;
         };
         if !self.is_begun {
             self.is_begun = true;
@@ -79,14 +115,21 @@ impl Kept {
                 Err(error) => self.errno = Some(error.raw_os_error()),
             }
         }
-        if let Some(file) = &mut self.file
-            && let Err(error) = incoming.write(file, &store.dataset[self.written..])
-        {
-            // What it took is free again at once.
-            self.file = None;
-            self.errno = Some(error.raw_os_error());
+        let Some(file) = &mut self.file else {
+            return false;
+        };
+        match incoming.write(file, &store.dataset[self.written..], is_last) {
+            Ok(count) => {
+                self.written += count;
+                count > 0
+            }
+            Err(error) => {
+                // What it took is free again at once.
+                self.file = None;
+                self.errno = Some(error.raw_os_error());
+                false
+            }
         }
-        self.written = store.dataset.len();
     }
 }
 
@@ -95,9 +138,6 @@ type Spare = Arc<Mutex<core::Bytes>>;
 
 /// More is not held for the next dataset.
 const MOST_SPARE: usize = 8 << 20;
-
-/// So much of a dataset is written at once while the rest is on its way.
-const PART: usize = 128 << 10;
 
 /// After so many bytes the caller looks how much memory is taken.
 const MOST_UNSEEN: u64 = 32 << 20;
@@ -159,7 +199,7 @@ impl Receiver {
             kind,
             spare: Spare::default(),
             arriving: AtomicUsize::new(0),
-            is_arriving: AtomicBool::new(false),
+            is_arriving: Arriving::default(),
             is_large: AtomicBool::new(false),
             total: AtomicU64::new(0),
         })
@@ -174,7 +214,7 @@ impl Receiver {
     /// Whether an image has begun to arrive, or has arrived and is not answered.
     #[getter]
     fn is_arriving(&self) -> bool {
-        self.is_arriving.load(Ordering::Relaxed)
+        self.is_arriving.get()
     }
 
     /// Whether the dataset that is arriving is too large for memory.
@@ -193,6 +233,20 @@ impl Receiver {
     #[getter]
     fn is_within(&self) -> bool {
         self.lock().parser.is_within()
+    }
+
+    /// Send the answer to the image that has arrived, as far as the socket takes it at once; how many bytes.
+    ///
+    /// After the whole of it, or `answered`, the image counts as answered.
+    fn answer(&self, response: &[u8]) -> usize {
+        let mut state = self.lock();
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        let socket = state.socket.as_ref();
+        let sent = socket.map_or(0, |one| send(one, response, flags).unwrap_or(0));
+        if sent == response.len() {
+            self.begin(&mut state);
+        }
+        sent
     }
 
     /// The image that has arrived is answered.
@@ -214,7 +268,7 @@ impl Receiver {
         let mut state = self.lock();
         state.socket = None;
         state.kept = Kept::default();
-        self.is_arriving.store(false, Ordering::Relaxed);
+        self.is_arriving.set(false);
         self.is_large.store(false, Ordering::Relaxed);
     }
 
@@ -276,7 +330,7 @@ impl Receiver {
     /// What was whole is dealt with.
     fn begin(&self, state: &mut State) {
         let has_more = state.parser.arriving().is_some();
-        self.is_arriving.store(has_more, Ordering::Relaxed);
+        self.is_arriving.set(has_more);
         let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
         if spare.capacity() > 0 {
             state.parser.lend(std::mem::take(&mut spare));
@@ -370,27 +424,24 @@ impl Receiver {
             let step = parser.step()?;
             let held = parser.arriving().map_or(0, |one| one.dataset.len());
             if parser.arriving().is_some() || matches!(step, core::Step::Store(_)) {
-                self.is_arriving.store(true, Ordering::Relaxed);
+                self.is_arriving.set(true);
             }
             self.arriving.store(held, Ordering::Relaxed);
             match step {
                 core::Step::Hungry => {
                     if let Some(store) = parser.arriving()
-                        && incoming.is_some()
-                        && held >= kept.written + PART
+                        && held > 0
+                        && kept.write(incoming, store, false)
+                        && (self.kind == Kind::Blake3 || is_crowded())
                     {
-                        kept.write(incoming, store);
-                        if self.kind == Kind::Blake3 {
-                            // The other kind takes too long to keep the sender waiting.
-                            parser.digest_along();
-                        }
+                        parser.digest_along();
                     }
                     return Ok(None);
                 }
                 core::Step::Pass(pdu) => return Ok(Some(Outcome::Pass(pdu))),
                 core::Step::Full => {
                     if let Some(store) = parser.arriving() {
-                        kept.write(incoming, store);
+                        kept.write(incoming, store, true);
                     }
                     kept.is_large = true;
                     self.is_large.store(true, Ordering::Relaxed);
@@ -399,7 +450,7 @@ impl Receiver {
                     parser.lend(held);
                 }
                 core::Step::Store(mut store) => {
-                    kept.write(incoming, &store);
+                    kept.write(incoming, &store, true);
                     if kept.is_large {
                         self.is_large.store(false, Ordering::Relaxed);
                         parser.lend(std::mem::take(&mut store.dataset));
@@ -527,8 +578,12 @@ impl Received {
     /// The digest of the dataset.
     #[getter]
     fn digest<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        let lock = || self.digest.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Hash::Known(digest) = &*lock() {
+            return PyBytes::new(py, digest);
+        }
         let digest = py.detach(|| {
-            let mut hash = self.digest.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut hash = lock();
             let digest = match std::mem::replace(&mut *hash, Hash::Known(Vec::new())) {
                 Hash::Known(digest) => digest,
                 // A thread that died leaves the work to this one.
@@ -611,7 +666,7 @@ impl Received {
 
 /// Give an open file a name in a folder, also one without any; false where the name is taken.
 ///
-/// With `flush` the name is durable then, or not there. Raises OSError.
+/// With `flush` the file is durable before it has the name, and the name then, or it is not there. Raises OSError.
 #[pyfunction]
 pub fn link(
     py: Python<'_>,
@@ -620,8 +675,13 @@ pub fn link(
     name: &str,
     flush: bool,
 ) -> PyResult<bool> {
+    if descriptor < 0 {
+        return Err(PyValueError::new_err("expected an open descriptor"));
+    }
     detached(py, || {
-        incoming::link(descriptor, &folder, name, flush)
+        // SAFETY: the caller keeps it open meanwhile.
+        let opened = unsafe { BorrowedFd::borrow_raw(descriptor) };
+        incoming::link(opened, &folder, name, flush)
             .map_err(|error| Error::io(&folder, error.into()))
     })
 }
