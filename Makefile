@@ -27,6 +27,7 @@ lint: $(VENV)/developed docs ## Check format, types, imports, the stub and the d
 	. $(BIN)/activate && cargo clippy --workspace --all-targets --quiet -- -D warnings
 
 bench: $(VENV)/benched ## Measure speed beside the peers and print a table
+	. $(BIN)/activate && cargo build --release --quiet --package dicomnode-core --example receive_floor
 	$(BIN)/python -m benchmarks
 
 fuzz: $(VENV)/fuzzed ## Fuzz each target for SECONDS (600), or only TARGET

@@ -25,6 +25,8 @@ from benchmarks.series import paths_of
 from benchmarks.timing import Row, Table, cpu_seconds, memory_mb, scratch
 
 _SLOW_SECONDS = 20.0
+#: Built by `make bench`.
+FLOOR = Path(__file__).parent.parent / "target/release/examples/receive_floor"
 #: What dcmtk's programs log, and how, with a clock.
 LOG = """log4cplus.rootLogger = INFO, console
 log4cplus.appender.console = log4cplus::ConsoleAppender
@@ -149,6 +151,28 @@ class Storescp(Receiver):
         return sum(1 for _ in folder.iterdir())
 
 
+class Floor(Receiver):
+    """The same bytes, digest, files and flushes in Rust, and nothing else: rust/core/examples."""
+
+    def __init__(self, durability: str) -> None:
+        super().__init__(f'floor: Rust, as durable as "{durability}", no more than that')
+        self._durability = durability
+
+    def start(self, folder: Path) -> tuple["subprocess.Popen[str]", int]:
+        process = subprocess.Popen(
+            [str(FLOOR), str(folder), self._durability],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        return process, int(process.stdout.readline())
+
+    def count(self, process: "subprocess.Popen[str]", folder: Path) -> int:
+        del process
+        return sum(1 for _ in folder.glob("patient/images/*.dcm"))
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that nobody uses now."""
     probes = [socket.socket() for _ in range(count)]
@@ -179,6 +203,8 @@ def receivers() -> list[Receiver]:
         Python("pynetdicom alone, our socket settings, stores nothing", "tuned"),
         Python("pynetdicom alone, defaults, stores nothing", "bare"),
     ]
+    if FLOOR.exists():
+        found += [Floor("power"), Floor("process")]
     if program("Orthanc") is not None:
         found.append(Orthanc("Orthanc, defaults, TCP_NODELAY=1"))
     if program("storescp") is not None:

@@ -497,6 +497,36 @@ def test_n16_garbage_in_place_of_a_request_ends_the_connection() -> None:
             peer.socket.close()
 
 
+@pytest.mark.parametrize(
+    ("data", "trouble"),
+    [
+        (
+            b"\x16\x03\x01\0\xfa\x01" + bytes(250),
+            "begins with a TLS handshake, and this port takes no TLS",
+        ),
+        (b"GET / HTTP/1.1\r\n\r\n", "it speaks HTTP"),
+        (b"\xff" * 6, "it begins with ff ff ff ff ff ff, which no PDU of DICOM does"),
+        (pdu(0x01, bytes(20)), "a request for an association of 26 bytes"),
+        (
+            wire.request(contexts=[(1, wire.CT, [wire.EXPLICIT])] * 2),
+            "presentation context 1 twice",
+        ),
+    ],
+)
+def test_n16_the_log_tells_once_what_is_no_request(
+    data: bytes, trouble: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with node_of() as node, caplog.at_level(logging.INFO, "dicomnode"):
+        with Raw(node) as peer:
+            peer.send(data)
+            # It gets the reason to the end, not a connection that is reset.
+            assert [one[0] for one in peer.until_the_end()] == [wire.ABORT]
+        serves(node)
+    ours = [one for one in caplog.records if one.name.startswith("dicomnode")]
+    told = [one.getMessage() for one in ours if one.levelno >= logging.ERROR]
+    assert len(told) == 1 and trouble in told[0] and "127.0.0.1" in told[0], told
+
+
 ENDS: dict[str, Callable[[Raw], object]] = {
     "abort": lambda peer: peer.send(pdu(wire.ABORT, bytes(4))),
     "close": lambda peer: peer.socket.close(),

@@ -63,6 +63,10 @@ _MOMENT = 2.0
 _ESTABLISHED = "Sta6"
 _CLOSING = "Sta13"
 _IDLE = "Sta1"
+# Of pynetdicom's events: an unrecognised or invalid PDU.
+_NOT_UNDERSTOOD = "Evt19"
+# Type, reserved, and length of a PDU (PS3.8 section 9.3.1).
+_PDU_HEAD = 6
 _ASSOCIATE_REQUEST = 0x01
 _RELEASE_REQUEST = 0x05
 
@@ -171,6 +175,8 @@ class _Socket(AssociationSocket):
 
     def __init__(self, association: "NodeAssociation", client: socket.socket) -> None:
         self._provider = association.provider
+        #: The first bytes of the last PDU.
+        self.head = b""
         super().__init__(association, client_socket=client)
 
     @property
@@ -227,8 +233,11 @@ class _Socket(AssociationSocket):
             client.settimeout(left)
             read = client.recv_into(view[count:])
             if not read:
-                return whole[:count]
+                break
             count += read
+        del view, whole[count:]
+        if nr_bytes == _PDU_HEAD:
+            self.head = bytes(whole)
         return whole
 
     def send(self, bytestream: bytes) -> None:
@@ -278,6 +287,17 @@ def _wait(client: socket.socket, wake: _Wake, seconds: float) -> bool:
     return client.fileno() in found
 
 
+def _no_dicom(head: bytes) -> str:
+    """What else it may be, by its first bytes."""
+    if head[:2] == b"\x16\x03":
+        return (
+            "it begins with a TLS handshake, and this port takes no TLS: set `tls` of the pipeline"
+        )
+    if head.split(b" ")[0] in (b"GET", b"POST", b"HEAD", b"PUT", b"OPTION"):
+        return "it speaks HTTP, and this port takes DICOM"
+    return f"it begins with {head.hex(' ')}, which no PDU of DICOM does (PS3.8 section 9.3)"
+
+
 @lru_cache(maxsize=64)
 def _request(pdu: bytes) -> A_ASSOCIATE_RQ:
     """A request for an association, decoded: a sender asks with the same bytes each time.
@@ -302,6 +322,8 @@ class _Provider(DULServiceProvider):
         self.receiver: Receiver | None = None
         #: The peer broke the protocol: what it still sends is not looked at.
         self.is_aborting = False
+        # Why its request for an association is not understood.
+        self._trouble = ""
         # When the message that is arriving began, and how much had arrived by then; and when last
         # something came, and how much by then.
         self._began: tuple[float, int] | None = None
@@ -388,7 +410,7 @@ class _Provider(DULServiceProvider):
 
     def _read_pdu_data(self) -> None:
         if self.state_machine.current_state != _ESTABLISHED:
-            super()._read_pdu_data()
+            self._negotiate()
             return
         try:
             receiver = self.receiver or self._new_receiver()
@@ -420,15 +442,28 @@ class _Provider(DULServiceProvider):
         except InvalidDicom as error:
             self._association.complain(str(error))
             self.is_aborting = True
-            self.event_queue.put("Evt19")
+            self.event_queue.put(_NOT_UNDERSTOOD)
         except OSError:
             self.event_queue.put("Evt17")
+
+    def _negotiate(self) -> None:
+        """Read what is no part of an established association, and tell once where it is not understood."""
+        super()._read_pdu_data()
+        if self.is_aborting or _NOT_UNDERSTOOD not in self.event_queue.queue:
+            return
+        self.is_aborting = True
+        head = self.socket.head if isinstance(self.socket, _Socket) else b""
+        self._association.complain(self._trouble or _no_dicom(head))
 
     def _decode_pdu(self, bytestream: bytearray) -> tuple[Any, str]:
         if bytestream[0] != _ASSOCIATE_REQUEST:
             return super()._decode_pdu(bytestream)
         decode = _request if len(bytestream) <= _MOST_KNOWN else _request.__wrapped__
-        request = decode(bytes(bytestream))
+        try:
+            request = decode(bytes(bytestream))
+        except InvalidDicom as error:
+            self._trouble = str(error)
+            raise
         evt.trigger(self.assoc, evt.EVT_PDU_RECV, {"pdu": request})
         return request, "Evt6"
 
@@ -699,7 +734,12 @@ class Server(ThreadedAssociationServer):
         """Without pynetdicom's own log of all that comes, which costs as much where nobody reads it."""
         super()._bind_defaults()
         if not logging.getLogger("pynetdicom").isEnabledFor(logging.DEBUG):
-            for event in (evt.EVT_DIMSE_RECV, evt.EVT_DIMSE_SENT, evt.EVT_PDU_RECV, evt.EVT_PDU_SENT):
+            for event in (
+                evt.EVT_DIMSE_RECV,
+                evt.EVT_DIMSE_SENT,
+                evt.EVT_PDU_RECV,
+                evt.EVT_PDU_SENT,
+            ):
                 self._handlers.pop(event, None)
 
     def process_request(self, request: Any, client_address: Any) -> None:
