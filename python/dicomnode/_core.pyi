@@ -66,10 +66,11 @@ class Header:
     @property
     def big_endian(self) -> bool: ...
 
-def link(descriptor: int, folder: str, name: str, flush: bool) -> bool:
-    """Give an open file a name in a folder, also one without any; false where the name is taken.
+def link(descriptor: int, size: int, folder: str, name: str, flush: bool) -> bool:
+    """Give an open file of `size` bytes a name in a folder, also one without any; false where the name is taken.
 
-    With `flush` the file is durable before it has the name, and the name then, or it is not there. Raises OSError.
+    With `flush` the file is durable before it has the name, and the name then, or it is not there. Raises
+    OSError, EIO where it has another size.
     """
 
 def part10_prefix(
@@ -176,8 +177,11 @@ class Received:
     def is_large(self) -> bool:
         """Whether the dataset was too large for memory, and is at best in its file."""
 
-    def take_file(self) -> tuple[int, Path | None] | None:
-        """The descriptor of its file, and the name where it has one: the caller's from now on. None without a file."""
+    @property
+    def file(self) -> tuple[int, int] | None:
+        """The descriptor of its file, which goes with this object unless it was linked, and how many bytes it has to
+        have. None without a file.
+        """
 
     @property
     def errno(self) -> int | None:

@@ -23,7 +23,7 @@ from tests.e2e import wire
 from tests.e2e.wire import pdu, value
 
 from dicomnode.errors import InvalidDicom
-from dicomnode.lib.dicom import Received, Receiver, digest, part10_prefix
+from dicomnode.lib.dicom import Received, Receiver, digest, link, part10_prefix
 
 DATA = bytes(k * 7 % 251 for k in range(5000))
 
@@ -182,13 +182,11 @@ def in_files(folder: Path, memory: int = 100_000, size: int = 32, least_free: in
 
 
 def file_of(received: Received | bytes) -> bytes:
-    """What is in its file, which is closed then."""
+    """What is in its file."""
     assert isinstance(received, Received)
-    descriptor, name = received.take_file() or (-1, None)
-    assert name is None and received.take_file() is None
-    with os.fdopen(descriptor, "rb") as file:
-        file.seek(0)
-        return file.read()
+    descriptor, size = received.file or (-1, -1)
+    assert os.fstat(descriptor).st_size == size
+    return os.pread(descriptor, size, 0)
 
 
 @pytest.mark.parametrize("chunk", [100, 4096, 65_536, 1 << 20])
@@ -218,7 +216,15 @@ def test_a_dataset_is_in_its_file_and_little_of_a_large_one_in_memory(
     assert file_of(received) == expected
     assert most <= memory + chunk
     assert receiver.total == len(session) and not receiver.is_within and not receiver.is_large
+    descriptor, size = received.file or (-1, -1)
+    with pytest.raises(OSError, match=r"\[Errno 5\]"):
+        link(descriptor, size - 1, str(tmp_path), "too-short", False)
     assert not list(tmp_path.iterdir())
+    assert link(descriptor, size, str(tmp_path), "image.dcm", False)
+    del received, found, one
+    # It is closed when nobody has the image, and what was linked stays.
+    assert not Path(f"/proc/self/fd/{descriptor}").exists()
+    assert (tmp_path / "image.dcm").read_bytes() == expected
 
 
 def test_each_dataset_has_a_file_of_its_own(tmp_path: Path) -> None:
@@ -243,7 +249,7 @@ def test_what_cannot_be_written_is_told_and_read_to_its_end(tmp_path: Path) -> N
         found = everything(split(large + small, [3, 130_000]), receiver)
         assert [one.errno for one in found] == [number] * 2  # type: ignore[union-attr]
         assert [one.size for one in found] == [len(DATA) * 50, len(DATA)]  # type: ignore[union-attr]
-        assert [one.take_file() for one in found] == [None] * 2  # type: ignore[union-attr]
+        assert [one.file for one in found] == [None] * 2  # type: ignore[union-attr]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
@@ -260,6 +266,7 @@ def test_a_disk_that_gets_full_is_told(tmp_path: Path) -> None:
             other = receiver.offer(small)
             assert isinstance(other, Received) and other.errno is None
             assert file_of(other).endswith(DATA)
+            del other
     finally:
         subprocess.run(["umount", tmp_path], check=True)
 
@@ -276,7 +283,7 @@ def test_what_has_to_stay_free_does_while_images_arrive(tmp_path: Path) -> None:
                 status = os.statvfs(tmp_path)
                 assert status.f_bavail * status.f_frsize >= 2 << 20
             assert isinstance(found, Received) and found.errno == errno.ENOSPC
-            assert found.take_file() is None
+            assert found.file is None
             assert bytes(memoryview(found)) == (b"" if found.is_large else DATA * 700)
     finally:
         subprocess.run(["umount", tmp_path], check=True)
@@ -301,7 +308,7 @@ def test_an_image_counts_as_arriving_until_it_is_dealt_with(tmp_path: Path) -> N
 def test_what_has_no_uid_has_no_file(uid: str, tmp_path: Path) -> None:
     for data in (DATA, DATA * 50):
         (one,) = everything([wire.store(uid, data)], in_files(tmp_path))
-        assert isinstance(one, Received) and one.take_file() is None
+        assert isinstance(one, Received) and one.file is None
         assert one.errno is None and one.size == len(data)
 
 
@@ -309,7 +316,7 @@ def test_without_a_folder_a_large_dataset_is_read_and_dropped() -> None:
     large = grouped(message(3, wire.store_command("1.2.3"), DATA * 50, []), [9])
     (one,) = everything([large], Receiver(BOTH[1:], 1 << 20, 1 << 24, 100_000))
     assert isinstance(one, Received)
-    assert one.is_large and one.errno is None and one.take_file() is None
+    assert one.is_large and one.errno is None and one.file is None
     assert memoryview(one).nbytes == 0 and one.size == len(DATA) * 50
 
 
@@ -320,7 +327,7 @@ def test_no_more_of_a_large_dataset_is_kept_than_wanted(tmp_path: Path) -> None:
     receiver.discard(errno.ENOSPC)
     one = receiver.offer(session[200_000:])
     assert isinstance(one, Received) and one.is_large and one.errno == errno.ENOSPC
-    assert one.take_file() is None
+    assert one.file is None
     receiver.offer(session[:200_000])
     receiver.close()
     assert not receiver.is_large

@@ -53,7 +53,7 @@ from dicomnode.server.transport import (
     Server,
     is_within,
 )
-from dicomnode.storage.instances import Growing
+from dicomnode.storage.instances import Arrived
 from dicomnode.storage.layout import digest_of, digest_of_file
 from dicomnode.storage.store import DuplicateInstance, Instance, Storage
 
@@ -512,28 +512,18 @@ class AssociationServer:
             # Without a visit the connection has closed while this image was on its way.
             visit = self._visits.get(association) or _Visit(over=True)
         with self._working, self._about(association):
-            prefix = self._prefix(association, received)
-            growing = self._storage.arrived(received.take_file(), len(prefix) + received.size)
-            try:
-                status, comment = self._answered(association, received, prefix, growing, visit)
-            finally:
-                if growing is not None:
-                    growing.discard()
+            status, comment = self._answered(association, received, visit)
             return received.response(status, comment[:64])
 
     def _answered(
         self,
         association: Association,
         received: Received,
-        prefix: bytes,
-        growing: Growing | None,
         visit: _Visit,
     ) -> tuple[int, str]:
         uid = received.sop_instance_uid
         try:
-            status, comment, identifier, case_id = self._store(
-                association, received, prefix, growing, visit
-            )
+            status, comment, identifier, case_id = self._store(association, received, visit)
         except OutOfResources as error:
             self._logger.error("%s not stored: %s", uid, error)
             status, comment, identifier, case_id = _OUT_OF_RESOURCES, "out of resources", "", 0
@@ -569,8 +559,6 @@ class AssociationServer:
         self,
         association: Association,
         received: Received,
-        prefix: bytes,
-        growing: Growing | None,
         visit: _Visit,
     ) -> tuple[int, str, str, int]:
         """Status, comment, and identifier and number of the case where the image was stored."""
@@ -587,7 +575,9 @@ class AssociationServer:
             or visit.size > limits.association_bytes
         ):
             return self._refuse(uid, _OUT_OF_RESOURCES, "too many images in one association")
-        if received.is_large and growing is None:
+        file = received.file
+        arrived = None if file is None else Arrived(*file)
+        if received.is_large and arrived is None:
             self._storage.disk.check_room(received.size)
             raise OutOfResources(
                 "cannot write: " + errno.errorcode.get(received.errno or 0, "no file for it")
@@ -595,8 +585,8 @@ class AssociationServer:
         syntax = str(context.transfer_syntax[0])
         self._reception.meters.bytes_received.add(received.size)
         # What is too large for memory is read from its file.
-        apart = growing if received.is_large else None
-        if _begins_with_meta(received, apart, len(prefix)):
+        apart = arrived if received.is_large else None
+        if _begins_with_meta(received, apart):
             return self._refuse(uid, _NOT_UNDERSTOOD, "dataset begins with file meta information")
         try:
             header = scan(received, syntax) if apart is None else scan(apart.path)
@@ -612,7 +602,9 @@ class AssociationServer:
                 return self._refuse(uid, _DOES_NOT_MATCH, f"{name} differs from the request")
         accept = self._reception.accept
         if accept is not None:
-            offered = LazyDataset(prefix + received.data if apart is None else apart.path)
+            offered = LazyDataset(
+                self._prefix(association, received) + received.data if apart is None else apart.path
+            )
             try:
                 is_accepted = accept(offered)
             finally:
@@ -620,7 +612,9 @@ class AssociationServer:
                     forget_source(offered)
             if not is_accepted:
                 return self._refuse(uid, _REFUSED, "refused by filter")
-        chunks = (prefix, received.data) if growing is None else ()
+        chunks: tuple[bytes | memoryview, ...] = ()
+        if arrived is None:
+            chunks = self._prefix(association, received), received.data
         return self._keep(
             header,
             Instance(
@@ -628,7 +622,7 @@ class AssociationServer:
                 _file_stem(header, uid),
                 chunks,
                 partial(_digest_of, received, apart),
-                growing,
+                arrived,
             ),
             visit,
         )
@@ -684,17 +678,20 @@ class AssociationServer:
         return status, comment, "", 0
 
 
-def _begins_with_meta(received: Received, apart: Growing | None, start: int) -> bool:
-    """Whether a dataset, in a file apart from `start` on, begins with group 0002.
+def _begins_with_meta(received: Received, apart: Arrived | None) -> bool:
+    """Whether a dataset, at the end of a file apart, begins with group 0002.
 
     Readers take that for more of the file meta information: in the file another transfer syntax would
     count than the one that it came in, also the deflated one, which is not taken.
     """
-    head = received.data[:2] if apart is None else os.pread(apart.descriptor, 2, start)
-    return bytes(head) == b"\x02\x00"
+    if apart is None:
+        head = bytes(received.data[:2])
+    else:
+        head = os.pread(apart.descriptor, 2, apart.size - received.size)
+    return head == b"\x02\x00"
 
 
-def _digest_of(received: Received, apart: Growing | None, size: int) -> bytes:
+def _digest_of(received: Received, apart: Arrived | None, size: int) -> bytes:
     """A digest of the dataset; what was received comes with one of the kind that is kept."""
     if len(received.digest) == size:
         return received.digest

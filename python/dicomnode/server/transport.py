@@ -421,6 +421,8 @@ class _Provider(DULServiceProvider):
                 self._idle_timer.restart()
                 self._whole = time.monotonic()
                 response = self._service.store(self._association, found)
+                # Its file is closed, and its memory is that of the next one.
+                found = None
                 sent = receiver.answer(response)
                 if sent < len(response):
                     if self.socket is not None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol
 
 from dicomnode.errors import NoRoom, OutOfResources
 from dicomnode.lib.dicom import Source, link
@@ -35,65 +35,17 @@ class Staged:
     data: bytes = b""
 
 
-class Growing:
-    """A file without a name that is written by whoever has its `descriptor`; `discard` it in the end.
+@dataclass(frozen=True)
+class Arrived:
+    """A whole file, as yet without a name where it is to stay, that belongs to whoever wrote it."""
 
-    Nothing is left of it when the process ends, unless it was placed before.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Raises OSError."""
-        self._name: Path | None = None
-        #: How many bytes it has to have.
-        self.size = 0
-        flags = os.O_RDWR | os.O_CLOEXEC
-        try:
-            self.descriptor = os.open(folder, flags | os.O_TMPFILE, 0o600)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
-                raise
-            # A file system that has no such files.
-            self._name = folder / f"{secrets.token_hex(16)}.part"
-            self.descriptor = os.open(self._name, flags | os.O_CREAT | os.O_EXCL, 0o600)
-
-    @classmethod
-    def written(cls, descriptor: int, name: Path | None, size: int) -> Self:
-        """One of so many bytes, written by another hand."""
-        growing = cls.__new__(cls)
-        growing.descriptor, growing._name, growing.size = descriptor, name, size
-        return growing
+    descriptor: int
+    size: int
 
     @property
     def path(self) -> str:
         """By what it can be read, as long as it is open."""
         return f"/proc/self/fd/{self.descriptor}"
-
-    def write(self, parts: list[Buffer]) -> None:
-        """Write all of these. Raises OutOfResources."""
-        size = sum(map(len, parts))
-        self.size += size
-        try:
-            _write_parts(self.descriptor, parts, size)
-        except OSError as error:
-            raise out_of_resources(error) from error
-
-    def staged(self) -> Staged:
-        """The file once it is whole. Raises OutOfResources, also where it has not all its bytes."""
-        try:
-            found = os.fstat(self.descriptor).st_size
-        except OSError as error:
-            raise out_of_resources(error) from error
-        if found != self.size:
-            raise OutOfResources(f"cannot write: {found} of {self.size} bytes are in the file")
-        return Staged(found, self.descriptor)
-
-    def discard(self) -> None:
-        """Close the file; where it was placed it stays."""
-        if self.descriptor >= 0:
-            _close(self.descriptor)
-            if self._name is not None:
-                self._name.unlink(missing_ok=True)
-        self.descriptor = -1
 
 
 class Instances(Protocol):
@@ -147,39 +99,54 @@ class FileInstances:
         self._made: set[str] = set()
         self._making = threading.Lock()
 
-    def written(self, descriptor: int, name: Path | None, size: int) -> Growing:
-        """A file of so many bytes that another hand has written to the folder of incoming ones."""
-        return Growing.written(descriptor, name, size)
-
     @contextmanager
     def staging(self, chunks: Iterable[Buffer]) -> Iterator[Staged]:
+        name, parts = None, list(chunks)
+        size = sum(map(len, parts))
         try:
-            growing = Growing(self._incoming)
+            descriptor, name = self._open()
         except OSError as error:
             raise out_of_resources(error) from error
         try:
-            growing.write(list(chunks))
-            yield growing.staged()
+            try:
+                _write_parts(descriptor, parts, size)
+            except OSError as error:
+                raise out_of_resources(error) from error
+            yield Staged(size, descriptor)
         finally:
-            growing.discard()
+            _close(descriptor)
+            if name is not None:
+                name.unlink(missing_ok=True)
+
+    def _open(self) -> tuple[int, Path | None]:
+        """A file without a name, or with one that is to be deleted in the end. Raises OSError."""
+        flags = os.O_RDWR | os.O_CLOEXEC
+        try:
+            return os.open(self._incoming, flags | os.O_TMPFILE, 0o600), None
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
+                raise
+        # A file system that has no such files.
+        name = self._incoming / f"{secrets.token_hex(16)}.part"
+        return os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600), name
 
     def place(self, staged: Staged, folder: str, names: Iterable[str]) -> str:
         try:
             for name in names:
-                if self._link(staged.descriptor, folder, name):
+                if self._link(staged, folder, name):
                     return name
         except OSError as error:
             raise out_of_resources(error) from error
         raise ValueError("no name is free")
 
-    def _link(self, descriptor: int, folder: str, name: str) -> bool:
+    def _link(self, staged: Staged, folder: str, name: str) -> bool:
         # Joined by hand, because it is asked for each image.
         directory = f"{self._root}/{folder}"
         for _ in range(_MOST_TRIES):
             try:
                 if folder not in self._made:
                     self._make(folder)
-                return link(descriptor, directory, name, self._flush)
+                return link(staged.descriptor, staged.size, directory, name, self._flush)
             except FileNotFoundError:
                 # It was removed, or one above it, since it was empty.
                 self._made.discard(folder)

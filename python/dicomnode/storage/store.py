@@ -45,11 +45,12 @@ from dicomnode.lib.expected import series_of
 from dicomnode.storage.commitments import Commitments
 from dicomnode.storage.disk import Disk
 from dicomnode.storage.instances import (
+    Arrived,
     Buffer,
     FileInstances,
-    Growing,
     Instances,
     MemoryInstances,
+    Staged,
     flush_below,
     flush_folder,
     make_folder,
@@ -83,14 +84,14 @@ class Instance:
 
     `digest_of` gives the digest, of so many bytes, of the dataset without the file meta, so that a resend
     in another association counts as the same; it is asked for as late as possible. Where it is in a file
-    already, that is `growing`, and there are no `chunks`.
+    already, that is `arrived`, and there are no `chunks`.
     """
 
     sop_instance_uid: str
     name: str
     chunks: Sequence[Buffer]
     digest_of: Callable[[int], bytes]
-    growing: Growing | None = None
+    arrived: Arrived | None = None
 
 
 class DuplicateInstance(Exception):
@@ -332,7 +333,7 @@ class Storage:
                 known.generation += 1
                 on_added(known.id)
                 return known.id
-            if instance.growing is None:
+            if instance.arrived is None:
                 # Whoever wrote that has looked.
                 self.disk.check_room(sum(map(len, instance.chunks)))
             case = self._open_case(identifier)
@@ -358,11 +359,11 @@ class Storage:
         self, case: OpenCase, names: Iterable[str], instance: Instance
     ) -> list[InstanceRow]:
         """Make an instance durable in these inputs: its files, their folders, then the rows."""
-        growing, uid = instance.growing, instance.sop_instance_uid
+        arrived, uid = instance.arrived, instance.sop_instance_uid
         kept = (
             self._instances.staging(instance.chunks)
-            if growing is None
-            else contextlib.nullcontext(growing.staged())
+            if arrived is None
+            else contextlib.nullcontext(Staged(arrived.size, arrived.descriptor))
         )
         with kept as staged:
             rows: list[InstanceRow] = []
@@ -386,15 +387,6 @@ class Storage:
     def incoming(self) -> Path | None:
         """Where files of images begin; None where they are kept in memory."""
         return None if self.root is None else self.root / OWN / "incoming"
-
-    def arrived(self, file: tuple[int, Path | None] | None, size: int) -> Growing | None:
-        """The file of an image of so many bytes, given its descriptor and its name, which another hand wrote
-        in `incoming`.
-        """
-        if file is None:
-            return None
-        assert isinstance(self._instances, FileInstances)
-        return self._instances.written(*file, size)
 
     def _lacking(self, case: OpenCase, names: tuple[str, ...], instance: Instance) -> list[str]:
         """The inputs that do not hold this instance yet, or hold it damaged.

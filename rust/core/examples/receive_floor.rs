@@ -155,11 +155,11 @@ fn serve(mut peer: TcpStream, root: &Path, number: usize, flush: bool, log: &Log
                         .take()
                         .unwrap_or_else(|| kind.of(&store.dataset)),
                 );
-                let (descriptor, _) = file.give_away();
                 let name = format!("Image_CT_{number}_{count}.dcm");
                 count += 1;
                 link(
-                    descriptor.as_fd(),
+                    file.as_fd(),
+                    file.start() + store.size,
                     &root.join("patient/images"),
                     &name,
                     flush,

@@ -6,10 +6,12 @@
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::IoSlice;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, fsync, linkat, openat, statvfs, unlink, unlinkat};
+use rustix::fs::{
+    AtFlags, CWD, Mode, OFlags, fstat, fsync, linkat, openat, statvfs, unlink, unlinkat,
+};
 use rustix::io::{Errno, writev};
 
 use crate::meta::prefix;
@@ -51,7 +53,8 @@ impl Incoming {
         let (file, name) = self.open()?;
         Ok(Some(Growing {
             file,
-            name,
+            _name: name,
+            start: head.len() as u64,
             size: head.len() as u64,
             head,
         }))
@@ -114,12 +117,13 @@ fn uid_of(value: &[u8]) -> Option<&str> {
     std::str::from_utf8(value).ok().filter(|_| fits)
 }
 
-/// A file without a name, or with one that goes when this does.
+/// A file without a name, or with one that goes when this does; where it was linked it stays.
 pub struct Growing {
     file: OwnedFd,
-    name: Option<Name>,
+    _name: Option<Name>,
     /// What comes before the dataset, until it is written.
     head: Vec<u8>,
+    start: u64,
     /// Bytes that are written, and those of the head.
     size: u64,
 }
@@ -146,33 +150,44 @@ impl Growing {
         Ok(())
     }
 
-    /// The descriptor and the name, which are the caller's from now on.
+    /// How many bytes come before the dataset.
     #[must_use]
-    pub fn give_away(self) -> (OwnedFd, Option<PathBuf>) {
-        let name = self.name.map(|mut name| std::mem::take(&mut name.0));
-        (self.file, name)
+    pub fn start(&self) -> u64 {
+        self.start
     }
 }
 
-/// Empty once somebody else has it.
+impl AsFd for Growing {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
 struct Name(PathBuf);
 
 impl Drop for Name {
     fn drop(&mut self) {
-        if !self.0.as_os_str().is_empty() {
-            let _ = unlink(&self.0);
-        }
+        let _ = unlink(&self.0);
     }
 }
 
-/// Give an open file a name in a folder, also one without any; false where the name is taken. With `flush` the
-/// file is durable before it has the name, and the name then, or it is not there.
+/// Give an open file of `size` bytes a name in a folder, also one without any; false where the name is taken. With
+/// `flush` the file is durable before it has the name, and the name then, or it is not there.
 ///
 /// # Errors
-/// Where that fails.
-pub fn link(opened: BorrowedFd<'_>, folder: &Path, name: &str, flush: bool) -> Result<bool, Errno> {
+/// Where that fails; `IO` where it has another size.
+pub fn link(
+    opened: BorrowedFd<'_>,
+    size: u64,
+    folder: &Path,
+    name: &str,
+    flush: bool,
+) -> Result<bool, Errno> {
     if flush {
         fsync(opened)?;
+    }
+    if u64::try_from(fstat(opened)?.st_size) != Ok(size) {
+        return Err(Errno::IO);
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let place = openat(CWD, folder, flags, Mode::empty())?;
@@ -193,7 +208,6 @@ pub fn link(opened: BorrowedFd<'_>, folder: &Path, name: &str, flush: bool) -> R
 mod tests {
     use super::*;
     use std::fs;
-    use std::os::fd::AsFd;
 
     use crate::testing::TemporaryFile;
 
@@ -229,32 +243,31 @@ mod tests {
     }
 
     #[test]
-    fn a_name_goes_with_its_file_unless_somebody_else_has_it() {
+    fn a_name_goes_with_its_file_and_what_is_linked_stays() {
         let folder = Folder::new();
-        let made = || {
-            let (file, name) = incoming(&folder).open_named().unwrap();
-            Growing {
-                file,
-                name,
-                head: b"he".to_vec(),
-                size: 2,
-            }
+        let (file, name) = incoming(&folder).open_named().unwrap();
+        let mut growing = Growing {
+            file,
+            _name: name,
+            head: b"he".to_vec(),
+            start: 2,
+            size: 2,
         };
-        let mut growing = made();
         growing.write(b"whole").unwrap();
         let names = || fs::read_dir(folder.path()).unwrap().count();
         assert_eq!(names(), 1);
-        drop(growing);
-        assert_eq!(names(), 0);
-        let (file, name) = made().give_away();
         for flush in [false, true] {
             let place = format!("placed-{flush}");
-            let link = || link(file.as_fd(), folder.path(), &place, flush);
-            assert_eq!((link(), link()), (Ok(true), Ok(false)));
-            fs::remove_file(folder.path().join(place)).unwrap();
+            let link = |size| link(growing.as_fd(), size, folder.path(), &place, flush);
+            assert_eq!(link(6), Err(Errno::IO));
+            assert_eq!((link(7), link(7)), (Ok(true), Ok(false)));
         }
-        assert_eq!(names(), 1);
-        assert!(name.unwrap().starts_with(folder.path()));
+        drop(growing);
+        assert_eq!(names(), 2);
+        assert_eq!(
+            fs::read(folder.path().join("placed-true")).unwrap(),
+            b"hewhole"
+        );
     }
 
     #[test]
@@ -305,8 +318,8 @@ mod tests {
         }
         done += wanted.write(&mut growing, &bytes[done..], true).unwrap();
         assert_eq!(done, bytes.len());
-        let (file, _) = growing.give_away();
-        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        assert_eq!(growing.start(), head.len() as u64);
+        let path = format!("/proc/self/fd/{}", growing.as_fd().as_raw_fd());
         assert_eq!(fs::read(path).unwrap(), [head, bytes].concat());
     }
 }

@@ -1,7 +1,7 @@
 //! `Receiver` and `Received`: what arrives over an association, read without the interpreter.
 
 use std::ffi::c_int;
-use std::os::fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -360,7 +360,7 @@ impl Receiver {
                     dataset,
                     is_large: kept.is_large,
                     errno: kept.errno,
-                    file: Mutex::new(kept.file),
+                    file: kept.file,
                     spare: Arc::clone(&self.spare),
                 };
                 Ok(Some(Bound::new(py, received)?.into_any()))
@@ -503,7 +503,7 @@ pub struct Received {
     digest: Mutex<Hash>,
     is_large: bool,
     errno: Option<i32>,
-    file: Mutex<Option<Growing>>,
+    file: Option<Growing>,
     spare: Spare,
 }
 
@@ -539,6 +539,12 @@ impl Hash {
 
 impl Drop for Received {
     fn drop(&mut self) {
+        if let Some(file) = self.file.take()
+            && self.is_large
+        {
+            // Where it was not linked, the system takes its time to free it.
+            Python::attach(|py| py.detach(|| drop(file)));
+        }
         let held = std::mem::take(&mut self.dataset);
         let Ok(memory) = Arc::try_unwrap(held) else {
             return;
@@ -603,13 +609,12 @@ impl Received {
         self.is_large
     }
 
-    /// The descriptor of its file, and the name where it has one: the caller's from now on. None without a file.
-    fn take_file(&self) -> Option<(RawFd, Option<PathBuf>)> {
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        file.take().map(|file| {
-            let (file, name) = file.give_away();
-            (file.into_raw_fd(), name)
-        })
+    /// The descriptor of its file, which goes with this object unless it was linked, and how many bytes it has
+    /// to have. None without a file.
+    #[getter]
+    fn file(&self) -> Option<(RawFd, u64)> {
+        let file = self.file.as_ref()?;
+        Some((file.as_fd().as_raw_fd(), file.start() + self.store.size))
     }
 
     /// The number of the error because of which its file is not whole.
@@ -664,13 +669,15 @@ impl Received {
     }
 }
 
-/// Give an open file a name in a folder, also one without any; false where the name is taken.
+/// Give an open file of `size` bytes a name in a folder, also one without any; false where the name is taken.
 ///
-/// With `flush` the file is durable before it has the name, and the name then, or it is not there. Raises OSError.
+/// With `flush` the file is durable before it has the name, and the name then, or it is not there. Raises
+/// OSError, EIO where it has another size.
 #[pyfunction]
 pub fn link(
     py: Python<'_>,
     descriptor: c_int,
+    size: u64,
     folder: PathBuf,
     name: &str,
     flush: bool,
@@ -681,7 +688,7 @@ pub fn link(
     detached(py, || {
         // SAFETY: the caller keeps it open meanwhile.
         let opened = unsafe { BorrowedFd::borrow_raw(descriptor) };
-        incoming::link(opened, &folder, name, flush)
+        incoming::link(opened, size, &folder, name, flush)
             .map_err(|error| Error::io(&folder, error.into()))
     })
 }
