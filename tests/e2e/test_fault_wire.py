@@ -21,6 +21,7 @@ from pydicom.uid import AllTransferSyntaxes
 from tests.e2e import wire
 from tests.e2e.wire import Raw, pdu, serves, unharmed, value
 
+from dicomnode.server import transport
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.limits import Limits
 from dicomnode.server.node import AbstractPipeline
@@ -495,6 +496,29 @@ def test_n16_garbage_in_place_of_a_request_ends_the_connection() -> None:
             found = [one[0] for one in peer.until_the_end()]
             assert set(found) <= {wire.ACCEPT, wire.REJECT, wire.ABORT, wire.DATA}, data
             peer.socket.close()
+
+
+def test_n16_a_request_that_is_known_again_is_that_of_its_own_sender(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    kept = transport._request.cache_info().maxsize
+    assert kept is not None
+    many = [(2 * k + 1, wire.CT, (wire.EXPLICIT,) * 40) for k in range(100)]
+    with node_of() as node, caplog.at_level(logging.INFO, "dicomnode"):
+        everyone = ["ONE", "TWO", "ONE", "TWO", *(f"S{k}" for k in range(kept)), "ONE"]
+        for calling in everyone:
+            with Raw(node).open(wire.request(calling=calling)) as peer:
+                peer.release()
+        before = transport._request.cache_info()
+        assert before.hits >= 2 and before.currsize == kept
+        # What is large is decoded each time, and pushes nothing out.
+        for _ in range(2):
+            with Raw(node).open(wire.request(contexts=many)) as peer:
+                peer.release()
+        assert transport._request.cache_info() == before
+    opened = [one.split("'")[1] for one in caplog.messages if one.endswith(" opened")]
+    # The friend is that of `unharmed`.
+    assert [one for one in opened if one not in ("FRIEND", "RAW")] == everyone
 
 
 @pytest.mark.parametrize(
