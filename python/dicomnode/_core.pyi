@@ -70,7 +70,7 @@ def link(descriptor: int, size: int, folder: str, name: str, flush: bool) -> boo
     """Give an open file of `size` bytes a name in a folder, also one without any; false where the name is taken.
 
     With `flush` the file is durable before it has the name, and the name then, or it is not there. Raises
-    OSError, EIO where it has another size.
+    OSError, also where it has another size.
     """
 
 def part10_prefix(
@@ -179,9 +179,10 @@ class Received:
 
     @property
     def file(self) -> tuple[int, int] | None:
-        """The descriptor of its file, which goes with this object unless it was linked, and how many bytes it has to
-        have. None without a file.
-        """
+        """The descriptor of its file, until `close`, and how many bytes it has to have. None without a file."""
+
+    def close(self) -> None:
+        """Close its file; unless it was linked nothing is left of it."""
 
     @property
     def errno(self) -> int | None:

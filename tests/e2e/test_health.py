@@ -1,7 +1,9 @@
 """`/healthz` and `/metrics`: what they tell, when they say that a node is not well, who can hurt them."""
 
+import errno
 import json
 import logging
+import os
 import re
 import socket
 import sqlite3
@@ -244,6 +246,22 @@ def test_s5_a_node_whose_folder_is_gone_says_so_and_recovers(
         assert status == 503 and "No such file" in told
         assert str(tmp_path) not in told
         (tmp_path / "elsewhere").rename(incoming)
+        assert get(node.health_port, "/healthz")[0] == 200
+
+
+def test_s4_a_node_whose_disk_does_not_flush_says_so_and_recovers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dicomnode.server.health._TRY_SECONDS", 0.0)
+
+    def fails(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with running_node(Node, root_data_directory=tmp_path) as node:
+        with monkeypatch.context() as broken:
+            broken.setattr("dicomnode.storage.instances.os.fsync", fails)
+            status, told = get(node.health_port, "/healthz")
+        assert status == 503 and "EIO" in told
         assert get(node.health_port, "/healthz")[0] == 200
 
 

@@ -65,8 +65,7 @@ _CLOSING = "Sta13"
 _IDLE = "Sta1"
 # Of pynetdicom's events: an unrecognised or invalid PDU.
 _NOT_UNDERSTOOD = "Evt19"
-# Type, reserved, and length of a PDU (PS3.8 section 9.3.1).
-_PDU_HEAD = 6
+_PDU_TYPES = [bytes([number]) for number in range(0x01, 0x08)]
 _ASSOCIATE_REQUEST = 0x01
 _RELEASE_REQUEST = 0x05
 
@@ -175,7 +174,7 @@ class _Socket(AssociationSocket):
 
     def __init__(self, association: "NodeAssociation", client: socket.socket) -> None:
         self._provider = association.provider
-        #: The first bytes of the last PDU.
+        #: The first bytes of a PDU.
         self.head = b""
         super().__init__(association, client_socket=client)
 
@@ -221,8 +220,10 @@ class _Socket(AssociationSocket):
         Raises OSError where there are more than a negotiation has, or not all within the time.
         """
         client = self.socket
+        if nr_bytes > _MOST_NEGOTIATION:
+            self._provider.trouble = f"a PDU of {nr_bytes} bytes before there is an association"
         if client is None or nr_bytes > _MOST_NEGOTIATION:
-            raise OSError(f"a PDU of {nr_bytes} bytes before there is an association")
+            raise OSError("nothing is read")
         whole = bytearray(nr_bytes)
         view, count = memoryview(whole), 0
         end = time.monotonic() + self._provider.limits.stall_seconds
@@ -236,8 +237,7 @@ class _Socket(AssociationSocket):
                 break
             count += read
         del view, whole[count:]
-        if nr_bytes == _PDU_HEAD:
-            self.head = bytes(whole)
+        self.head = self.head or bytes(whole)
         return whole
 
     def send(self, bytestream: bytes) -> None:
@@ -287,14 +287,16 @@ def _wait(client: socket.socket, wake: _Wake, seconds: float) -> bool:
     return client.fileno() in found
 
 
-def _no_dicom(head: bytes) -> str:
-    """What else it may be, by its first bytes."""
+def _no_request(head: bytes) -> str:
+    """What a PDU that is not understood may be, by its first bytes."""
     if head[:2] == b"\x16\x03":
         return (
             "it begins with a TLS handshake, and this port takes no TLS: set `tls` of the pipeline"
         )
     if head.split(b" ")[0] in (b"GET", b"POST", b"HEAD", b"PUT", b"OPTION"):
         return "it speaks HTTP, and this port takes DICOM"
+    if head[:1] in _PDU_TYPES:
+        return f"its PDU of type 0x{head[:1].hex()} cannot be decoded"
     return f"it begins with {head.hex(' ')}, which no PDU of DICOM does (PS3.8 section 9.3)"
 
 
@@ -322,8 +324,8 @@ class _Provider(DULServiceProvider):
         self.receiver: Receiver | None = None
         #: The peer broke the protocol: what it still sends is not looked at.
         self.is_aborting = False
-        # Why its request for an association is not understood.
-        self._trouble = ""
+        #: Why its request for an association is not understood.
+        self.trouble = ""
         # When the message that is arriving began, and how much had arrived by then; and when last
         # something came, and how much by then.
         self._began: tuple[float, int] | None = None
@@ -397,16 +399,20 @@ class _Provider(DULServiceProvider):
             if self.socket is not None:
                 self.socket.send(abort.encode())
         finally:
-            receiver, self.receiver = self.receiver, None
-            if receiver is not None:
-                receiver.close()
-            if self.socket is not None:
-                self.socket.close()
-            self.wake.close()
-            self._association.forget()
-            self._service.closed(self._association)
-            # The thread that waits for a peer which has left without a word need not wait longer.
-            self.to_user_queue.put(None)
+            self.end()
+
+    def end(self) -> None:
+        """Let go of all that belongs to the connection."""
+        receiver, self.receiver = self.receiver, None
+        if receiver is not None:
+            receiver.close()
+        if self.socket is not None:
+            self.socket.close()
+        self.wake.close()
+        self._association.forget()
+        self._service.closed(self._association)
+        # The thread that waits for a peer which has left without a word need not wait longer.
+        self.to_user_queue.put(None)
 
     def _read_pdu_data(self) -> None:
         if self.state_machine.current_state != _ESTABLISHED:
@@ -421,7 +427,7 @@ class _Provider(DULServiceProvider):
                 self._idle_timer.restart()
                 self._whole = time.monotonic()
                 response = self._service.store(self._association, found)
-                # Its file is closed, and its memory is that of the next one.
+                # Its memory is that of the next one.
                 found = None
                 sent = receiver.answer(response)
                 if sent < len(response):
@@ -450,12 +456,16 @@ class _Provider(DULServiceProvider):
 
     def _negotiate(self) -> None:
         """Read what is no part of an established association, and tell once where it is not understood."""
+        assert isinstance(self.socket, _Socket)
+        self.socket.head = b""
         super()._read_pdu_data()
-        if self.is_aborting or _NOT_UNDERSTOOD not in self.event_queue.queue:
+        if _NOT_UNDERSTOOD in self.event_queue.queue:
+            self.trouble = self.trouble or _no_request(self.socket.head)
+        elif not self.trouble:
             return
-        self.is_aborting = True
-        head = self.socket.head if isinstance(self.socket, _Socket) else b""
-        self._association.complain(self._trouble or _no_dicom(head))
+        if not self.is_aborting:
+            self.is_aborting = True
+            self._association.complain(self.trouble)
 
     def _decode_pdu(self, bytestream: bytearray) -> tuple[Any, str]:
         if bytestream[0] != _ASSOCIATE_REQUEST:
@@ -464,7 +474,7 @@ class _Provider(DULServiceProvider):
         try:
             request = decode(bytes(bytestream))
         except InvalidDicom as error:
-            self._trouble = str(error)
+            self.trouble = str(error)
             raise
         evt.trigger(self.assoc, evt.EVT_PDU_RECV, {"pdu": request})
         return request, "Evt6"
@@ -628,6 +638,9 @@ class NodeAssociation(Association):
             self.complain(f"what came cannot be handled ({type(error).__name__})")
             self.cut_off()
             self.kill()
+            if self.provider.ident is None:
+                # There was no thread for it, which would do that in its end.
+                self.provider.end()
 
     def forget(self) -> None:
         """The connection has ended."""
@@ -657,7 +670,7 @@ class _Contexts(list[PresentationContext]):
 
 
 class _Handler(RequestHandler):
-    """Makes an association of a connection, in a thread of its own."""
+    """Makes an association of a connection."""
 
     server: "Server"
 
@@ -733,9 +746,11 @@ class Server(ThreadedAssociationServer):
         super().__init__(ae, address, ae.ae_title, _Contexts(contexts), tls, handlers, _Handler)
 
     def _bind_defaults(self) -> None:
-        """Without pynetdicom's own log of all that comes, which costs as much where nobody reads it."""
+        """Without pynetdicom's own log of all that comes, where nobody reads it when the node opens: it costs
+        as much.
+        """
         super()._bind_defaults()
-        if not logging.getLogger("pynetdicom").isEnabledFor(logging.DEBUG):
+        if not logging.getLogger("pynetdicom").isEnabledFor(logging.INFO):
             for event in (
                 evt.EVT_DIMSE_RECV,
                 evt.EVT_DIMSE_SENT,
@@ -859,9 +874,11 @@ class Server(ThreadedAssociationServer):
                 client.shutdown(socket.SHUT_RDWR)
 
     def complain(self, association: Association, trouble: str) -> None:
-        """Tell why an association is aborted."""
+        """Tell why an association is aborted; also strangers that have none."""
+        level = logging.ERROR if getattr(association, "was_let_in", False) else logging.WARNING
         with about(association=getattr(association, "number", None)):
-            self._logger.error(
+            self._logger.log(
+                level,
                 "association with %r at %s is aborted: %s",
                 str(association.requestor.ae_title or "").strip(),
                 association.requestor.address,

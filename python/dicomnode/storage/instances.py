@@ -57,6 +57,9 @@ class Instances(Protocol):
         Raises OutOfResources; then nothing is kept.
         """
 
+    def flush(self, staged: Staged) -> None:
+        """As `place` does it before anything has a name. Raises OutOfResources."""
+
     def place(self, staged: Staged, folder: str, names: Iterable[str]) -> str:
         """Put staged bytes into a folder under the first of `names` that is free, and tell it.
 
@@ -117,6 +120,13 @@ class FileInstances:
             _close(descriptor)
             if name is not None:
                 name.unlink(missing_ok=True)
+
+    def flush(self, staged: Staged) -> None:
+        if self._flush:
+            try:
+                os.fsync(staged.descriptor)
+            except OSError as error:
+                raise out_of_resources(error) from error
 
     def _open(self) -> tuple[int, Path | None]:
         """A file without a name, or with one that is to be deleted in the end. Raises OSError."""
@@ -257,6 +267,9 @@ class MemoryInstances:
             self._places[staged] = 1
         return staged
 
+    def flush(self, staged: Staged) -> None:
+        pass
+
     def place(self, staged: Staged, folder: str, names: Iterable[str]) -> str:
         with self._lock:
             for name in names:
@@ -395,5 +408,7 @@ def _write_all(descriptor: int, data: Buffer) -> None:
 
 
 def out_of_resources(error: OSError) -> NoRoom:
-    reason = errno.errorcode.get(error.errno or 0, "unknown")
+    if error.errno is None:
+        return NoRoom(f"cannot write: {error}")
+    reason = errno.errorcode.get(error.errno, "unknown")
     return NoRoom(f"cannot write: {reason} ({error.strerror})")

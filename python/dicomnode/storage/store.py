@@ -436,7 +436,9 @@ class Storage:
     def probe(self) -> None:
         """Keep and let go a few bytes as those of an image. Raises OutOfResources."""
         self.disk.check_room(0)
-        with self._instances.staging([b"probe"]), self.ledger.transaction(durable=False):
+        with self._instances.staging([b"probe"]) as staged:
+            self._instances.flush(staged)
+        with self.ledger.transaction(durable=False):
             pass
 
     # From RECEIVING to PROCESSING

@@ -5,12 +5,12 @@
 //! has the [`Growing`] file writes the rest, and either links it to its place or drops it.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io::IoSlice;
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, CWD, Mode, OFlags, fstat, fsync, linkat, openat, statvfs, unlink, unlinkat,
+    AtFlags, CWD, Mode, OFlags, fstat, fsync, linkat, openat, statat, statvfs, unlink, unlinkat,
 };
 use rustix::io::{Errno, writev};
 
@@ -53,7 +53,7 @@ impl Incoming {
         let (file, name) = self.open()?;
         Ok(Some(Growing {
             file,
-            _name: name,
+            name,
             start: head.len() as u64,
             size: head.len() as u64,
             head,
@@ -120,7 +120,7 @@ fn uid_of(value: &[u8]) -> Option<&str> {
 /// A file without a name, or with one that goes when this does; where it was linked it stays.
 pub struct Growing {
     file: OwnedFd,
-    _name: Option<Name>,
+    name: Option<Name>,
     /// What comes before the dataset, until it is written.
     head: Vec<u8>,
     start: u64,
@@ -150,6 +150,12 @@ impl Growing {
         Ok(())
     }
 
+    /// Whether it has a name, which has to be deleted.
+    #[must_use]
+    pub fn has_name(&self) -> bool {
+        self.name.is_some()
+    }
+
     /// How many bytes come before the dataset.
     #[must_use]
     pub fn start(&self) -> u64 {
@@ -175,31 +181,37 @@ impl Drop for Name {
 /// `flush` the file is durable before it has the name, and the name then, or it is not there.
 ///
 /// # Errors
-/// Where that fails; `IO` where it has another size.
+/// Where that fails, or it has another size.
 pub fn link(
     opened: BorrowedFd<'_>,
     size: u64,
     folder: &Path,
     name: &str,
     flush: bool,
-) -> Result<bool, Errno> {
-    if flush {
-        fsync(opened)?;
-    }
-    if u64::try_from(fstat(opened)?.st_size) != Ok(size) {
-        return Err(Errno::IO);
-    }
+) -> io::Result<bool> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let place = openat(CWD, folder, flags, Mode::empty())?;
+    if flush {
+        // A flush for each name that is taken would be one for each image of that name.
+        if statat(&place, name, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
+            return Ok(false);
+        }
+        fsync(opened)?;
+    }
+    let found = fstat(opened)?.st_size;
+    if u64::try_from(found) != Ok(size) {
+        let trouble = format!("{found} of {size} bytes are in the file");
+        return Err(io::Error::other(trouble));
+    }
     let file = format!("/proc/self/fd/{}", opened.as_raw_fd());
     match linkat(&place, file, &place, name, AtFlags::SYMLINK_FOLLOW) {
         Ok(()) => {}
         Err(Errno::EXIST) => return Ok(false),
-        Err(error) => return Err(error),
+        Err(error) => return Err(error.into()),
     }
     if flush && let Err(error) = fsync(&place) {
         let _ = unlinkat(&place, name, AtFlags::empty());
-        return Err(error);
+        return Err(error.into());
     }
     Ok(true)
 }
@@ -248,7 +260,7 @@ mod tests {
         let (file, name) = incoming(&folder).open_named().unwrap();
         let mut growing = Growing {
             file,
-            _name: name,
+            name,
             head: b"he".to_vec(),
             start: 2,
             size: 2,
@@ -259,8 +271,9 @@ mod tests {
         for flush in [false, true] {
             let place = format!("placed-{flush}");
             let link = |size| link(growing.as_fd(), size, folder.path(), &place, flush);
-            assert_eq!(link(6), Err(Errno::IO));
-            assert_eq!((link(7), link(7)), (Ok(true), Ok(false)));
+            let trouble = link(6).unwrap_err().to_string();
+            assert_eq!(trouble, "7 of 6 bytes are in the file");
+            assert_eq!((link(7).unwrap(), link(7).unwrap()), (true, false));
         }
         drop(growing);
         assert_eq!(names(), 2);

@@ -11,7 +11,9 @@ use pyo3::types::{PyBytes, PyString};
 use crate::errors::{attached, detached};
 use crate::memory::Owner;
 
-/// So many bytes are scanned before the interpreter would be back, whatever they are.
+/// Deflated Explicit VR Little Endian: a few bytes may become many.
+const DEFLATED: &str = "1.2.840.10008.1.2.1.99";
+/// So many bytes take milliseconds at most, and as a rule far less than to let go of the interpreter beside others.
 const MOST_AT_ONCE: usize = 1 << 20;
 
 /// Where every top-level element of one object lies (PS3.10 section 7, PS3.5 section 7).
@@ -87,11 +89,12 @@ pub fn scan(
 ) -> PyResult<Header> {
     let owner = Owner::of_source(source)?;
     let given = owner.source(py);
+    let is_plain = transfer_syntax.is_some_and(|syntax| syntax != DEFLATED);
     let is_small = owner
         .bytes(py)
         .is_some_and(|bytes| bytes.len() <= MOST_AT_ONCE);
     let work = || core::scan(given, transfer_syntax);
-    let header = if is_small {
+    let header = if is_plain && is_small {
         attached(py, work)?
     } else {
         detached(py, work)?

@@ -360,7 +360,7 @@ impl Receiver {
                     dataset,
                     is_large: kept.is_large,
                     errno: kept.errno,
-                    file: kept.file,
+                    file: Mutex::new(kept.file),
                     spare: Arc::clone(&self.spare),
                 };
                 Ok(Some(Bound::new(py, received)?.into_any()))
@@ -503,7 +503,7 @@ pub struct Received {
     digest: Mutex<Hash>,
     is_large: bool,
     errno: Option<i32>,
-    file: Option<Growing>,
+    file: Mutex<Option<Growing>>,
     spare: Spare,
 }
 
@@ -539,12 +539,6 @@ impl Hash {
 
 impl Drop for Received {
     fn drop(&mut self) {
-        if let Some(file) = self.file.take()
-            && self.is_large
-        {
-            // Where it was not linked, the system takes its time to free it.
-            Python::attach(|py| py.detach(|| drop(file)));
-        }
         let held = std::mem::take(&mut self.dataset);
         let Ok(memory) = Arc::try_unwrap(held) else {
             return;
@@ -609,12 +603,27 @@ impl Received {
         self.is_large
     }
 
-    /// The descriptor of its file, which goes with this object unless it was linked, and how many bytes it has
-    /// to have. None without a file.
+    /// The descriptor of its file, until `close`, and how many bytes it has to have. None without a file.
     #[getter]
     fn file(&self) -> Option<(RawFd, u64)> {
-        let file = self.file.as_ref()?;
+        let file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = file.as_ref()?;
         Some((file.as_fd().as_raw_fd(), file.start() + self.store.size))
+    }
+
+    /// Close its file; unless it was linked nothing is left of it.
+    fn close(&self, py: Python<'_>) {
+        let file = self
+            .file
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(file) = file
+            && (self.is_large || file.has_name())
+        {
+            // The system takes its time to free it, or to delete the name.
+            py.detach(|| drop(file));
+        }
     }
 
     /// The number of the error because of which its file is not whole.
@@ -672,7 +681,7 @@ impl Received {
 /// Give an open file of `size` bytes a name in a folder, also one without any; false where the name is taken.
 ///
 /// With `flush` the file is durable before it has the name, and the name then, or it is not there. Raises
-/// OSError, EIO where it has another size.
+/// OSError, also where it has another size.
 #[pyfunction]
 pub fn link(
     py: Python<'_>,
@@ -689,7 +698,7 @@ pub fn link(
         // SAFETY: the caller keeps it open meanwhile.
         let opened = unsafe { BorrowedFd::borrow_raw(descriptor) };
         incoming::link(opened, size, &folder, name, flush)
-            .map_err(|error| Error::io(&folder, error.into()))
+            .map_err(|error| Error::io(Path::new(name), error))
     })
 }
 
