@@ -48,14 +48,20 @@ def test_a_revision_with_other_content_leaves_the_earlier_case(tmp_path: Path) -
     with running_node(Failing, input={"ct": FourOrEight}, root_data_directory=tmp_path) as node:
         send_all(node, series[:7])
         wait_for_cases(node, State.FAILED)
-        kept = {path.read_bytes() for path in tmp_path.glob("*/*/*.dcm")}
+
+        def files() -> set[bytes]:
+            return {path.read_bytes() for path in tmp_path.glob("*/*/*.dcm")}
+
+        kept = files()
         # The first image again, changed: two contents were answered 0x0000 under one UID.
         series[0].SeriesDescription = "corrected"
         send_all(node, [series[0], series[7]])
         wait_for_cases(node, State.DONE)
         assert node.seen == [7, 8]
         assert [case.state for case in node.cases()] == [State.FAILED, State.DONE]
-        assert {path.read_bytes() for path in tmp_path.glob("*/*/*.dcm")} == kept
+        # Those of a case that is done are deleted after that.
+        assert node.wait(lambda: len(list(tmp_path.glob("*/*/*.dcm"))) == 7, 10)
+        assert files() == kept
 
 
 def test_a_case_that_holds_nothing_repeats_no_other(tmp_path: Path) -> None:
