@@ -460,9 +460,15 @@ class Workers:
         with self._lock:
             if self._is_closed:
                 return False
-            for worker in [one for one in self._idle if not one.is_alive]:
+            dead = [one for one in self._idle if not one.is_alive]
+            for worker in dead:
                 self._idle.remove(worker)
-                self._logger.warning("a worker process without work ended: %s", worker.end())
+        # To read how one has ended may take a while.
+        for worker in dead:
+            self._logger.warning("a worker process without work ended: %s", worker.end())
+        with self._lock:
+            if self._is_closed:
+                return False
             if len(self._idle) + len(self._busy) > self._reserved:
                 self._reserved += 1
                 return True
