@@ -486,6 +486,24 @@ NO_REQUESTS = [
 ]
 
 
+@pytest.mark.parametrize("kind", [transport.NodeAssociation, transport._Provider])
+def test_n12_a_connection_for_which_there_is_no_thread_leaves_nothing(
+    kind: type[threading.Thread], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with node_of() as node:
+        with monkeypatch.context() as short:
+            short.setattr(kind, "start", start)
+            for _ in range(5):
+                with Raw(node) as peer:
+                    peer.send(wire.request())
+                    assert peer.until_the_end() == []
+        serves(node)
+        assert node._server is not None and not node._server._visits
+
+
 def test_n16_garbage_in_place_of_a_request_ends_the_connection() -> None:
     with node_of(limits=Limits(**HASTY)) as node:
         peers = [Raw(node) for _ in NO_REQUESTS]

@@ -673,6 +673,7 @@ class _Handler(RequestHandler):
     """Makes an association of a connection."""
 
     server: "Server"
+    _made: NodeAssociation | None = None
 
     def _create_association(self) -> Association:
         server = self.server
@@ -693,13 +694,20 @@ class _Handler(RequestHandler):
             for event, bound in server._handlers.items()
         }
         server.add(self.request, association)
+        self._made = association
         return association
 
     def handle(self) -> None:
         client = self.request
         if isinstance(client, ssl.SSLSocket):
             client.do_handshake()
-        super().handle()
+        try:
+            super().handle()
+        except RuntimeError:
+            # There is no thread for it, which would do that in its end.
+            if self._made is not None:
+                self._made.provider.end()
+            raise
 
 
 @dataclass(eq=False)
