@@ -501,7 +501,10 @@ def test_n12_a_connection_for_which_there_is_no_thread_leaves_nothing(
                     peer.send(wire.request())
                     assert peer.until_the_end() == []
         serves(node)
-        assert node._server is not None and not node._server._visits
+        server = node._server
+        assert server is not None
+        # That of the last friend ends in a moment.
+        assert node.wait(lambda: not server._visits, 5)
 
 
 def test_n16_garbage_in_place_of_a_request_ends_the_connection() -> None:
