@@ -229,6 +229,29 @@ def test_a_dataset_is_in_its_file_and_little_of_a_large_one_in_memory(
     assert (tmp_path / "image.dcm").read_bytes() == expected
 
 
+@pytest.mark.parametrize("before", [0, 100_000, 300_000, 1_500_000])
+@pytest.mark.parametrize("memory", [400_000, 1 << 24])
+def test_a_digest_is_the_same_where_all_processors_have_images(
+    before: int, memory: int, tmp_path: Path
+) -> None:
+    """From that moment on the reading thread makes it, whatever has come by then."""
+    data = DATA * 400
+    session = wire.store("1.2.3.4", data)
+    receiver = in_files(tmp_path, memory)
+    assert receiver.offer(session[:before]) is None
+    others = [in_files(tmp_path) for _ in range(os.cpu_count() or 1)]
+    for one in others:
+        assert one.offer(session[:20_000]) is None and one.is_arriving
+    received = None
+    for start in range(before, len(session), 50_000):
+        assert received is None
+        received = receiver.offer(session[start : start + 50_000])
+    assert isinstance(received, Received) and received.is_large is (memory < len(data))
+    assert received.digest == digest(data, 32)
+    for one in others:
+        one.close()
+
+
 def test_each_dataset_has_a_file_of_its_own(tmp_path: Path) -> None:
     large = grouped(message(3, wire.store_command("1.2.3"), DATA * 50, [60_000]), [9])
     small = grouped(message(3, wire.store_command("1.2.4"), DATA, []), [9])
