@@ -522,6 +522,7 @@ def test_n16_garbage_in_place_of_a_request_ends_the_connection() -> None:
 def test_n16_a_request_that_is_known_again_is_that_of_its_own_sender(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    transport._request.cache_clear()
     kept = transport._request.cache_info().maxsize
     assert kept is not None
     many = [(2 * k + 1, wire.CT, (wire.EXPLICIT,) * 40) for k in range(100)]
@@ -552,6 +553,8 @@ def test_n16_a_request_that_is_known_again_is_that_of_its_own_sender(
         (b"GET / HTTP/1.1\r\n\r\n", "it speaks HTTP"),
         (b"\xff" * 6, "it begins with ff ff ff ff ff ff, which no PDU of DICOM does"),
         (pdu(0x01, bytes(20)), "a request for an association of 26 bytes"),
+        (pdu(0x01, b"x", 1 << 21), "a PDU of 2097152 bytes before there is an association"),
+        (pdu(wire.RELEASE, bytes(4)), "its first PDU, of type 0x05, is no request"),
         (wire.request(calling=""), "its PDU of type 0x01 cannot be decoded"),
         (pdu(wire.DATA, b"\0\0\0\1\xff\xff"), "its PDU of type 0x04 cannot be decoded"),
         (

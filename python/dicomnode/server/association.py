@@ -511,13 +511,13 @@ class AssociationServer:
         with self._lock:
             # Without a visit the connection has closed while this image was on its way.
             visit = self._visits.get(association) or _Visit(over=True)
-        with self._working, self._about(association):
-            try:
+        try:
+            with self._working, self._about(association):
                 status, comment = self._answered(association, received, visit)
-            finally:
-                # A log may keep an error, with all that it has seen.
-                received.close()
-            return received.response(status, comment[:64])
+        finally:
+            # A log may keep an error, with all that it has seen.
+            received.close()
+        return received.response(status, comment[:64])
 
     def _answered(
         self,

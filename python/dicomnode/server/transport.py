@@ -57,14 +57,19 @@ _MOST_NEGOTIATION = 1 << 20
 _MOST_KNOWN = 1 << 13
 # Messages that are no C-STORE and wait to be served; more are not read.
 _MOST_WAITING = 4
+# So many times 64 KiB are read of a peer that has got our A-ABORT and goes on.
+_MOST_READ_OFF = 64
 # Connections beyond the associations, and how long one may take to ask before others need its place.
 _MOST_SILENT = 32
 _MOMENT = 2.0
 _ESTABLISHED = "Sta6"
 _CLOSING = "Sta13"
 _IDLE = "Sta1"
+_AWAITING = "Sta2"
 # Of pynetdicom's events: an unrecognised or invalid PDU.
 _NOT_UNDERSTOOD = "Evt19"
+# All but a request for an association and an abort.
+_NO_REQUESTS = [bytes([number]) for number in range(0x02, 0x07)]
 _PDU_TYPES = [bytes([number]) for number in range(0x01, 0x08)]
 _ASSOCIATE_REQUEST = 0x01
 _RELEASE_REQUEST = 0x05
@@ -217,13 +222,14 @@ class _Socket(AssociationSocket):
     def recv(self, nr_bytes: int) -> bytearray:
         """So many bytes, or fewer where the connection was closed. For negotiation only.
 
-        Raises OSError where there are more than a negotiation has, or not all within the time.
+        Raises InvalidDicom where there are more than a negotiation has, OSError where not all come within
+        the time.
         """
         client = self.socket
         if nr_bytes > _MOST_NEGOTIATION:
-            self._provider.trouble = f"a PDU of {nr_bytes} bytes before there is an association"
-        if client is None or nr_bytes > _MOST_NEGOTIATION:
-            raise OSError("nothing is read")
+            raise InvalidDicom(f"a PDU of {nr_bytes} bytes before there is an association")
+        if client is None:
+            raise OSError("closed")
         whole = bytearray(nr_bytes)
         view, count = memoryview(whole), 0
         end = time.monotonic() + self._provider.limits.stall_seconds
@@ -269,8 +275,8 @@ def _read_off(client: socket.socket) -> None:
     with contextlib.suppress(OSError):
         if not isinstance(client, ssl.SSLSocket):
             client.shutdown(socket.SHUT_WR)
-        while (left := end - time.monotonic()) > 0:
-            client.settimeout(left)
+        for _ in range(_MOST_READ_OFF):
+            client.settimeout(max(0.001, end - time.monotonic()))
             if not client.recv(1 << 16):
                 return
 
@@ -324,8 +330,8 @@ class _Provider(DULServiceProvider):
         self.receiver: Receiver | None = None
         #: The peer broke the protocol: what it still sends is not looked at.
         self.is_aborting = False
-        #: Why its request for an association is not understood.
-        self.trouble = ""
+        # Why its request for an association is not understood.
+        self._trouble = ""
         # When the message that is arriving began, and how much had arrived by then; and when last
         # something came, and how much by then.
         self._began: tuple[float, int] | None = None
@@ -455,17 +461,22 @@ class _Provider(DULServiceProvider):
             self.event_queue.put("Evt17")
 
     def _negotiate(self) -> None:
-        """Read what is no part of an established association, and tell once where it is not understood."""
+        """Read what is no part of an established association, and tell once what is no request for one."""
         assert isinstance(self.socket, _Socket)
         self.socket.head = b""
-        super()._read_pdu_data()
+        is_first = self.state_machine.current_state == _AWAITING
+        try:
+            super()._read_pdu_data()
+        except InvalidDicom as error:
+            self._trouble = str(error)
+            self.event_queue.put(_NOT_UNDERSTOOD)
         if _NOT_UNDERSTOOD in self.event_queue.queue:
-            self.trouble = self.trouble or _no_request(self.socket.head)
-        elif not self.trouble:
-            return
-        if not self.is_aborting:
+            self._trouble = self._trouble or _no_request(self.socket.head)
+        elif is_first and self.socket.head[:1] in _NO_REQUESTS:
+            self._trouble = f"its first PDU, of type 0x{self.socket.head[:1].hex()}, is no request"
+        if self._trouble and not self.is_aborting and not self._association.was_let_in:
             self.is_aborting = True
-            self._association.complain(self.trouble)
+            self._association.complain(self._trouble)
 
     def _decode_pdu(self, bytestream: bytearray) -> tuple[Any, str]:
         if bytestream[0] != _ASSOCIATE_REQUEST:
@@ -474,7 +485,7 @@ class _Provider(DULServiceProvider):
         try:
             request = decode(bytes(bytestream))
         except InvalidDicom as error:
-            self.trouble = str(error)
+            self._trouble = str(error)
             raise
         evt.trigger(self.assoc, evt.EVT_PDU_RECV, {"pdu": request})
         return request, "Evt6"
@@ -705,7 +716,7 @@ class _Handler(RequestHandler):
             super().handle()
         except RuntimeError:
             # There is no thread for it, which would do that in its end.
-            if self._made is not None:
+            if self._made is not None and self._made.ident is None:
                 self._made.provider.end()
             raise
 

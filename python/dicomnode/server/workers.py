@@ -513,8 +513,12 @@ class Workers:
         with self._lock:
             self._busy.discard(worker)
             self._pause, self._is_missing = 1.0, False
-            self._idle.append(worker)
-        return True
+            is_wanted = not self._is_closed
+            if is_wanted:
+                self._idle.append(worker)
+        if not is_wanted:
+            worker.end()
+        return is_wanted
 
     def _new(self) -> Worker:
         return Worker(self._description, self._limits, self._logger)

@@ -110,6 +110,12 @@ struct Syntax {
     big_pixels: bool,
 }
 
+/// Whether the bytes of a dataset in this transfer syntax are deflated: a few may become many.
+#[must_use]
+pub fn is_deflated(transfer_syntax: &str) -> bool {
+    syntax(transfer_syntax).deflated
+}
+
 fn syntax(uid: &str) -> Syntax {
     let explicit = Encoding {
         implicit: false,

@@ -11,8 +11,6 @@ use pyo3::types::{PyBytes, PyString};
 use crate::errors::{attached, detached};
 use crate::memory::Owner;
 
-/// Deflated Explicit VR Little Endian: a few bytes may become many.
-const DEFLATED: &str = "1.2.840.10008.1.2.1.99";
 /// So many bytes take milliseconds at most, and as a rule far less than to let go of the interpreter beside others.
 const MOST_AT_ONCE: usize = 1 << 20;
 
@@ -89,7 +87,7 @@ pub fn scan(
 ) -> PyResult<Header> {
     let owner = Owner::of_source(source)?;
     let given = owner.source(py);
-    let is_plain = transfer_syntax.is_some_and(|syntax| syntax != DEFLATED);
+    let is_plain = transfer_syntax.is_some_and(|syntax| !core::is_deflated(syntax));
     let is_small = owner
         .bytes(py)
         .is_some_and(|bytes| bytes.len() <= MOST_AT_ONCE);
