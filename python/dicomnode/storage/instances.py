@@ -198,19 +198,22 @@ class FileInstances:
             return None
 
     def remove(self, folder: str, names: Iterable[str]) -> None:
-        directory = self._root / folder
+        # By hand, too: pathlib interns each part of a path, and the interpreter's table of such texts is moved,
+        # megabytes at once, whenever it has been turned over.
+        root, own = str(self._root), str(self._incoming.parent)
+        directory = f"{root}/{folder}"
         self._made.discard(folder)
         for name in names:
             # A folder of that name is somebody else's.
-            with suppress(IsADirectoryError):
-                (directory / name).unlink(missing_ok=True)
+            with suppress(IsADirectoryError, FileNotFoundError):
+                os.unlink(f"{directory}/{name}")  # noqa: PTH108
         # The node's own folders stay, also when they are empty: another thread may need them now.
-        while directory != self._root and directory.parent != self._incoming.parent:
+        while directory != root and os.path.dirname(directory) != own:  # noqa: PTH120
             try:
-                directory.rmdir()
+                os.rmdir(directory)  # noqa: PTH106
             except OSError:
                 return
-            directory = directory.parent
+            directory = os.path.dirname(directory)  # noqa: PTH120
 
     def flush_removed(self, folders: Iterable[str]) -> None:
         flushed: set[Path] = set()
