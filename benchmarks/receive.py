@@ -69,14 +69,7 @@ class Python(Receiver):
 
     def start(self, folder: Path) -> tuple["subprocess.Popen[str]", int]:
         root = str(folder) if self._on_disk else ""
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.receiver", self._kind, root],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        return process, int(process.stdout.readline())
+        return telling_its_port([sys.executable, "-m", "benchmarks.receiver", self._kind, root])
 
     def count(self, process: "subprocess.Popen[str]", folder: Path) -> int:
         if self._on_disk:
@@ -159,18 +152,18 @@ class Floor(Receiver):
         self._durability = durability
 
     def start(self, folder: Path) -> tuple["subprocess.Popen[str]", int]:
-        process = subprocess.Popen(
-            [str(FLOOR), str(folder), self._durability],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        return process, int(process.stdout.readline())
+        return telling_its_port([str(FLOOR), str(folder), self._durability])
 
     def count(self, process: "subprocess.Popen[str]", folder: Path) -> int:
         del process
         return sum(1 for _ in folder.glob("patient/images/*.dcm"))
+
+
+def telling_its_port(command: Sequence[str]) -> tuple["subprocess.Popen[str]", int]:
+    """A program that prints its port, and ends with its standard input."""
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, int(process.stdout.readline())
 
 
 def free_ports(count: int) -> list[int]:

@@ -616,3 +616,19 @@ def test_rows_that_cannot_be_listed_leave_nobody_without_an_error() -> None:
         thread.join(10)
     assert sorted(outcomes) == ["MemoryError", "OutOfResources"]
     assert not ledger.instances(case.id)
+
+
+def test_the_own_folders_stay_also_where_the_root_is_named_by_a_dot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root, own = Path(), Path(".dicomnode")
+    for folder in ("incoming", "outbox"):
+        (own / folder).mkdir(parents=True)
+    kept = FileInstances(root, own / "incoming")
+    for folder in (".dicomnode/outbox/1", "P/ct"):
+        with kept.staging([b"image"]) as staged:
+            assert kept.place(staged, folder, ["one.dcm"]) == "one.dcm"
+        kept.remove(folder, ["one.dcm", "gone.dcm"])
+    assert sorted(one.name for one in own.iterdir()) == ["incoming", "outbox"]
+    assert [one.name for one in tmp_path.iterdir()] == [".dicomnode"]

@@ -200,7 +200,8 @@ class FileInstances:
     def remove(self, folder: str, names: Iterable[str]) -> None:
         # By hand, too: pathlib interns each part of a path, and the interpreter's table of such texts is moved,
         # megabytes at once, whenever it has been turned over.
-        root, own = str(self._root), str(self._incoming.parent)
+        root = str(self._root)
+        own = f"{root}/{self._incoming.parent.relative_to(self._root)}"
         directory = f"{root}/{folder}"
         self._made.discard(folder)
         for name in names:
