@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dicomnode.lib.dimse import echo
-from dicomnode.server import transport
+from dicomnode.server import listener
 from dicomnode.testing import StoringNode, address_of, running_node
 
 
@@ -15,7 +15,7 @@ def test_p10_nobody_waits_for_a_collection_of_all_garbage(monkeypatch: pytest.Mo
     asked: list[Any] = []
     monkeypatch.setattr(gc, "collect", lambda *given: asked.append(given) or 0)
     actions = []
-    real = transport.Server.service_actions
+    real = listener.Server.service_actions
 
     def counted(server: Any) -> None:
         actions.append(server)
@@ -23,7 +23,7 @@ def test_p10_nobody_waits_for_a_collection_of_all_garbage(monkeypatch: pytest.Mo
         for _ in range(100):
             real(server)
 
-    monkeypatch.setattr(transport.Server, "service_actions", counted)
+    monkeypatch.setattr(listener.Server, "service_actions", counted)
     with running_node(StoringNode) as node:
         for _ in range(3):
             echo(address_of(node))

@@ -42,17 +42,11 @@ from dicomnode.lib.dimse import IMPLEMENTATION_UID
 from dicomnode.lib.redaction import patient_words
 from dicomnode.server.commitment import Asking, Committing
 from dicomnode.server.limits import Limits
+from dicomnode.server.listener import Network, NodeEntity, Server, is_within
 from dicomnode.server.logs import Scope, about, hide_patient
 from dicomnode.server.meters import Meters
 from dicomnode.server.routing import Rule, route
-from dicomnode.server.transport import (
-    Keeping,
-    Network,
-    NodeAssociation,
-    NodeEntity,
-    Server,
-    is_within,
-)
+from dicomnode.server.transport import Keeping, NodeAssociation
 from dicomnode.storage.instances import Arrived
 from dicomnode.storage.layout import digest_of, digest_of_file
 from dicomnode.storage.store import DuplicateInstance, Instance, Storage

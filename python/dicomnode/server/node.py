@@ -37,13 +37,13 @@ from dicomnode.server.health import Health
 from dicomnode.server.input import AbstractInput, eager_reading, expected_of
 from dicomnode.server.job import CaseLimits, Place
 from dicomnode.server.limits import Limits
+from dicomnode.server.listener import Network
 from dicomnode.server.logs import Annotating, LogFile, formatter
 from dicomnode.server.meters import Meters
 from dicomnode.server.reference import describe
 from dicomnode.server.routing import compile_rules
 from dicomnode.server.runner import Runner, Work
 from dicomnode.server.threads import Threads
-from dicomnode.server.transport import Network
 from dicomnode.server.workers import Workers
 from dicomnode.storage.layout import OWN
 from dicomnode.storage.ledger import Case

@@ -4,30 +4,25 @@ pynetdicom keeps negotiation, the state machine and every service but one. C-STO
 nearly all that a node receives, are read by the compiled core straight from the socket. Solved here by
 subclassing, with nothing replaced in pynetdicom itself:
 
-- its threads poll; ours wait until something happens;
-- what a stranger can hold is bounded: connections, bytes of a PDU and of a dataset, and how long
-  a PDU and a dataset may take;
-- neither a TLS handshake nor a silent peer keeps the listener from the next one;
+- its threads poll; ours wait until something happens (`waiting.py`);
+- what a stranger can hold is bounded: bytes of a PDU and of a dataset, and how long a PDU and a dataset may take;
 - time is monotonic, so that a corrected clock ends no association.
+
+Which connections come in is the matter of `listener.py`.
 """
 
 import contextlib
-import errno
-import ipaddress
-import logging
 import math
-import os
 import queue
-import select
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
@@ -35,19 +30,13 @@ from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dul import DULServiceProvider
 from pynetdicom.fsm import InvalidEventError
 from pynetdicom.pdu import A_ABORT_RQ, A_ASSOCIATE_RQ
-from pynetdicom.presentation import PresentationContext
-from pynetdicom.timer import Timer
-from pynetdicom.transport import (
-    AssociationSocket,
-    RequestHandler,
-    ThreadedAssociationServer,
-)
+from pynetdicom.transport import AssociationSocket
 
 from dicomnode.errors import InvalidDicom
 from dicomnode.lib.dicom import Received, Receiver
 from dicomnode.server.limits import Limits
-from dicomnode.server.logs import about
 from dicomnode.server.negotiation import plain_request
+from dicomnode.server.waiting import MonotonicTimer, SignallingQueue, Wake, wait_readable
 
 # How long a thread waits at most before it looks at its timers again.
 _LOOK_SECONDS = 0.5
@@ -59,9 +48,6 @@ _MOST_KNOWN = 1 << 13
 _MOST_WAITING = 4
 # So many times 64 KiB are read of a peer that has got our A-ABORT and goes on.
 _MOST_READ_OFF = 64
-# Connections beyond the associations, and how long one may take to ask before others need its place.
-_MOST_SILENT = 32
-_MOMENT = 2.0
 _ESTABLISHED = "Sta6"
 _CLOSING = "Sta13"
 _IDLE = "Sta1"
@@ -73,9 +59,6 @@ _NO_REQUESTS = [bytes([number]) for number in range(0x02, 0x07)]
 _PDU_TYPES = [bytes([number]) for number in range(0x01, 0x08)]
 _ASSOCIATE_REQUEST = 0x01
 _RELEASE_REQUEST = 0x05
-
-
-Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class Service(Protocol):
@@ -108,70 +91,6 @@ class Keeping:
     #: Where their files begin, and how many bytes have to be free there now; None to keep them in memory.
     folder: Path | None = None
     least_free: Callable[[], int] = lambda: 0
-
-
-class _Timer(Timer):
-    """pynetdicom's timer by a clock that nobody sets."""
-
-    @property
-    def remaining(self) -> float:
-        if self.timeout is None:
-            return 1.0
-        if self._start_time is None:
-            return self.timeout
-        end = time.monotonic() if self._end_time is None else self._end_time
-        return self.timeout - (end - self._start_time)
-
-    def start(self) -> None:
-        self._start_time, self._end_time = time.monotonic(), None
-
-    def stop(self) -> None:
-        self._end_time = time.monotonic()
-
-
-class _Wake:
-    """Ends the waiting of another thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.number = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
-    def set(self) -> None:
-        with self._lock, contextlib.suppress(OSError):
-            if self.number >= 0:
-                os.eventfd_write(self.number, 1)
-
-    def wait(self, seconds: float) -> None:
-        poll = select.poll()
-        if self.number >= 0:
-            poll.register(self.number, select.POLLIN)
-        poll.poll(seconds * 1000)
-        self.clear()
-
-    def clear(self) -> None:
-        with contextlib.suppress(OSError):
-            os.eventfd_read(self.number)
-
-    def close(self) -> None:
-        with self._lock:
-            if self.number >= 0:
-                os.close(self.number)
-            self.number = -1
-
-
-class _Signalling(queue.Queue[Any]):
-    """A queue that tells when something was put into it."""
-
-    def __init__(self, tell: Callable[[], None]) -> None:
-        super().__init__()
-        self._tell = tell
-        #: Whether anything was ever put into it.
-        self.is_used = False
-
-    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
-        self.is_used = True
-        super().put(item, block, timeout)
-        self._tell()
 
 
 class _Socket(AssociationSocket):
@@ -207,7 +126,7 @@ class _Socket(AssociationSocket):
             _read_off(client)
             return False
         try:
-            found = _wait(client, provider.wake, 0.0 if closing else _LOOK_SECONDS)
+            found = wait_readable(client, provider.wake, 0.0 if closing else _LOOK_SECONDS)
         except (OSError, ValueError):
             self.event_queue.put("Evt17")
             return False
@@ -281,18 +200,6 @@ def _read_off(client: socket.socket) -> None:
                 return
 
 
-def _wait(client: socket.socket, wake: _Wake, seconds: float) -> bool:
-    """Whether a socket can be read within so many seconds; sooner false where somebody wakes us."""
-    poll = select.poll()
-    poll.register(client, select.POLLIN)
-    if wake.number >= 0:
-        poll.register(wake.number, select.POLLIN)
-    found = {number for number, _ in poll.poll(seconds * 1000)}
-    if wake.number in found:
-        wake.clear()
-    return client.fileno() in found
-
-
 def _no_request(head: bytes) -> str:
     """What a PDU that is not understood may be, by its first bytes."""
     if head[:2] == b"\x16\x03":
@@ -324,7 +231,7 @@ class _Provider(DULServiceProvider):
         super().__init__(association)
         self.daemon = True
         self.limits = limits
-        self.wake = _Wake()
+        self.wake = Wake()
         self._service = service
         self._association = association
         self.receiver: Receiver | None = None
@@ -339,10 +246,10 @@ class _Provider(DULServiceProvider):
         self._whole = math.inf
         self._last: tuple[float, int] = (0.0, 0)
         self._run_loop_delay = 0.0
-        self._idle_timer = _Timer(limits.idle_seconds)
-        self.artim_timer = _Timer(limits.idle_seconds)
-        self.to_provider_queue = _Signalling(self.wake.set)
-        self.to_user_queue: _Signalling = _Signalling(association.tell)
+        self._idle_timer = MonotonicTimer(limits.idle_seconds)
+        self.artim_timer = MonotonicTimer(limits.idle_seconds)
+        self.to_provider_queue = SignallingQueue(self.wake.set)
+        self.to_user_queue: SignallingQueue = SignallingQueue(association.tell)
 
     @property
     def arriving(self) -> int:
@@ -523,7 +430,9 @@ class _Provider(DULServiceProvider):
                 self.wake.clear()
             return found
         found = receiver.offer(b"")
-        if found is not None or not (client.pending() or _wait(client, self.wake, _LOOK_SECONDS)):
+        if found is not None or not (
+            client.pending() or wait_readable(client, self.wake, _LOOK_SECONDS)
+        ):
             return found
         client.settimeout(_LOOK_SECONDS)
         try:
@@ -607,7 +516,9 @@ class NodeAssociation(Association):
         self.acse_timeout = limits.idle_seconds
         self.dimse_timeout = limits.stall_seconds
         self.network_timeout = limits.idle_seconds
-        self._complain: Callable[[str], None] = lambda _: None
+        #: What the listener does where its connection has ended, and where it has to be ended and why.
+        self.on_end: Callable[[], None] = lambda: None
+        self.on_trouble: Callable[[str], None] = lambda _: None
 
     @property
     def arriving(self) -> int:
@@ -626,6 +537,10 @@ class NodeAssociation(Association):
 
     def _bind_defaults(self) -> None:
         """Nothing: it gets all handlers of its server."""
+
+    def use(self, client: socket.socket) -> None:
+        """This is the connection."""
+        self.set_socket(_Socket(self, client))
 
     def keep_no_more(self, number: int) -> None:
         """Read an image too large for memory to its end, and keep nothing of it; `number` is of an error."""
@@ -655,8 +570,7 @@ class NodeAssociation(Association):
 
     def forget(self) -> None:
         """The connection has ended."""
-        if isinstance(self._server, Server):
-            self._server.forget(self)
+        self.on_end()
 
     def tell(self) -> None:
         """Let the thread of the association look what there is to do."""
@@ -664,310 +578,11 @@ class NodeAssociation(Association):
 
     def complain(self, trouble: str) -> None:
         """Why this association is ended."""
-        self._complain(trouble)
+        self.on_trouble(trouble)
 
     def kill(self) -> None:
         self.tell()
         super().kill()
 
 
-class _Contexts(list[PresentationContext]):
-    """pynetdicom copies the contexts for each association, which takes longer than the rest of
-    the negotiation; they are never changed, so all associations may share them.
-    """
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Contexts":
-        return self
-
-
-class _Handler(RequestHandler):
-    """Makes an association of a connection."""
-
-    server: "Server"
-    _made: NodeAssociation | None = None
-
-    def _create_association(self) -> Association:
-        server = self.server
-        association = NodeAssociation(self.ae, server.service, server.limits, server.keeping)
-        association._server = server
-        association.name = "AcceptorThread"
-        association._complain = lambda trouble: server.complain(association, trouble)
-        association.acceptor.maximum_length = self.ae.maximum_pdu_size
-        association.acceptor.ae_title = server.ae_title
-        association.acceptor.address_info = self.local
-        association.acceptor.implementation_class_uid = self.ae.implementation_class_uid
-        association.acceptor.implementation_version_name = self.ae.implementation_version_name
-        association.acceptor.supported_contexts = server.contexts
-        association.requestor.address_info = self.remote
-        association.set_socket(_Socket(association, self.request))
-        association._handlers = {
-            event: list(bound) if isinstance(bound, list) else bound
-            for event, bound in server._handlers.items()
-        }
-        server.add(self.request, association)
-        self._made = association
-        return association
-
-    def handle(self) -> None:
-        client = self.request
-        if isinstance(client, ssl.SSLSocket):
-            client.do_handshake()
-        try:
-            super().handle()
-        except RuntimeError:
-            # There is no thread for it, which would do that in its end.
-            if self._made is not None and self._made.ident is None:
-                self._made.provider.end()
-            raise
-
-
-@dataclass(eq=False)
-class _Connection:
-    """Since when it is there, and what became of it."""
-
-    since: float = field(default_factory=time.monotonic)
-    association: NodeAssociation | None = None
-
-    @property
-    def is_established(self) -> bool:
-        return self.association is not None and self.association.is_established
-
-
-class Server(ThreadedAssociationServer):
-    """Listens. `networks` are those that may connect, empty for all."""
-
-    request_queue_size = 128
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(
-        self,
-        ae: AE,
-        address: tuple[str, int],
-        contexts: Sequence[PresentationContext],
-        handlers: list[Any],
-        service: Service,
-        limits: Limits,
-        keeping: Keeping,
-        networks: Sequence[Network],
-        tls: ssl.SSLContext | None,
-        logger: logging.Logger,
-    ) -> None:
-        self.service = service
-        self.limits = limits
-        self.keeping = keeping
-        self._networks = networks
-        self._logger = logger
-        self._guard = threading.Lock()
-        self._fewer = threading.Condition(self._guard)
-        # Oldest first.
-        self._connections: dict[socket.socket, _Connection] = {}
-        super().__init__(ae, address, ae.ae_title, _Contexts(contexts), tls, handlers, _Handler)
-
-    def _bind_defaults(self) -> None:
-        """Without pynetdicom's own log of all that comes, where nobody reads it when the node opens: it costs
-        as much.
-        """
-        super()._bind_defaults()
-        if not logging.getLogger("pynetdicom").isEnabledFor(logging.INFO):
-            for event in (
-                evt.EVT_DIMSE_RECV,
-                evt.EVT_DIMSE_SENT,
-                evt.EVT_PDU_RECV,
-                evt.EVT_PDU_SENT,
-            ):
-                self._handlers.pop(event, None)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Make an association; a handshake takes as long as the peer likes, and a thread of its own."""
-        if isinstance(request, ssl.SSLSocket):
-            super().process_request(request, client_address)
-        else:
-            self.process_request_thread(request, client_address)
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        assert self.socket is not None
-        try:
-            client, address = self.socket.accept()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                # The connection stays in the queue, and would be tried again at once for ever.
-                time.sleep(_LOOK_SECONDS)
-            raise
-        client.settimeout(self.limits.stall_seconds)
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if self.ssl_context is not None:
-            client = self.ssl_context.wrap_socket(
-                client, server_side=True, do_handshake_on_connect=False
-            )
-        return client, address
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether a connection may come in; a stranger that says nothing makes room for it."""
-        host = str(client_address[0])
-        if self._networks and not is_within(host, self._networks):
-            self._logger.warning("connection from %s refused: not among allowed_networks", host)
-            self.service.turned_away()
-            return False
-        with self._guard:
-            silent = self._make_room()
-            # Connections that have not become associations do not count as such, but end too.
-            is_full = len(self._connections) >= self.limits.associations + _MOST_SILENT
-            if not is_full:
-                self._connections[request] = _Connection()
-        if is_full:
-            self._logger.warning("connection from %s refused: too many are open", host)
-            self.service.turned_away()
-            return False
-        if silent is not None:
-            self._logger.warning("a connection that asked for nothing makes room for %s", host)
-            with contextlib.suppress(OSError):
-                silent.shutdown(socket.SHUT_RDWR)
-        return True
-
-    def _make_room(self) -> socket.socket | None:
-        """Wait until there is room for one more; the connection that has to end for it.
-
-        Those who are being answered are done in a moment. Only who had time to ask and did not is
-        silent.
-        """
-        for client in [one for one in self._connections if one.fileno() < 0]:
-            del self._connections[client]
-        end = time.monotonic() + _MOMENT
-        while len(self._connections) >= self.limits.associations + _MOST_SILENT:
-            now = time.monotonic()
-            for client, one in self._connections.items():
-                if now - one.since > _MOMENT and not one.is_established:
-                    del self._connections[client]
-                    return client
-            if now >= end:
-                break
-            self._fewer.wait(0.1)
-        return None
-
-    def add(self, request: socket.socket, association: NodeAssociation) -> None:
-        """Remember which association a connection has."""
-        with self._guard:
-            if request in self._connections:
-                self._connections[request].association = association
-
-    def forget(self, association: NodeAssociation) -> None:
-        """The connection of an association has ended."""
-        with self._guard:
-            for client, one in self._connections.items():
-                if one.association is association:
-                    del self._connections[client]
-                    self._fewer.notify_all()
-                    break
-
-    def shutdown_request(self, request: Any) -> None:
-        with self._guard:
-            self._connections.pop(request, None)
-            self._fewer.notify_all()
-        super().shutdown_request(request)
-
-    @property
-    def active_associations(self) -> list[Association]:
-        """Those that are established, and connections that will be or not."""
-        with self._guard:
-            found = [one.association for one in self._connections.values()]
-        return [one for one in found if one is not None]
-
-    def end_all(self, seconds: float) -> None:
-        """Abort all associations, after the image that each stores now, and close what is left then."""
-        threads = [
-            threading.Thread(target=one.abort, daemon=True, name="abort")
-            for one in self.active_associations
-            if isinstance(one, NodeAssociation) and one.is_established
-        ]
-        end = time.monotonic() + seconds
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(max(0.0, end - time.monotonic()))
-        with self._guard:
-            left = list(self._connections)
-        for client in left:
-            with contextlib.suppress(OSError):
-                client.shutdown(socket.SHUT_RDWR)
-
-    def complain(self, association: Association, trouble: str) -> None:
-        """Tell why an association is aborted; also strangers that have none."""
-        level = logging.ERROR if getattr(association, "was_let_in", False) else logging.WARNING
-        with about(association=getattr(association, "number", None)):
-            self._logger.log(
-                level,
-                "association with %r at %s is aborted: %s",
-                str(association.requestor.ae_title or "").strip(),
-                association.requestor.address,
-                trouble,
-            )
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A handshake that failed, mostly; one line, and no traceback on the screen."""
-        del request
-        self._logger.warning(
-            "connection from %s ended before there was an association", client_address[0],
-            exc_info=self._logger.isEnabledFor(logging.DEBUG),
-        )  # fmt: skip
-
-    def service_actions(self) -> None:
-        """Nothing: pynetdicom collects garbage here, while everybody waits."""
-
-
-def is_within(host: str, networks: Sequence[Network]) -> bool:
-    """Whether an address is in one of these networks."""
-    try:
-        address = ipaddress.ip_address(host.split("%", maxsplit=1)[0])
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return any((mapped or address) in network for network in networks)
-
-
-class NodeEntity(AE):
-    """The application entity of a node, which counts associations, not connections."""
-
-    def __init__(self, ae_title: str, most_of_one_address: int) -> None:
-        super().__init__(ae_title=ae_title)
-        self._most_of_one_address = most_of_one_address
-        self._letting_in = threading.Lock()
-
-    def let_in(self, asking: NodeAssociation) -> str:
-        """Count an association from now on, unless there are too many: then why it is not let in.
-
-        Many may ask at the same moment, before the first of them is established.
-        """
-        address = asking.requestor.address
-        with self._letting_in:
-            found = self.active_associations
-            if len(found) >= self.maximum_associations:
-                return "too many associations"
-            of_one = sum(one.requestor.address == address for one in found)
-            if of_one >= self._most_of_one_address:
-                return "too many associations of this address"
-            asking.was_let_in = True
-        return ""
-
-    @property
-    def active_associations(self) -> list[Association]:
-        """Those that were let in."""
-        return [
-            one
-            for server in self._servers
-            for one in server.active_associations
-            if isinstance(one, NodeAssociation) and one.is_in
-        ]
-
-
-__all__ = [
-    "Keeping",
-    "Limits",
-    "Network",
-    "NodeAssociation",
-    "NodeEntity",
-    "Server",
-    "Service",
-    "is_within",
-]
+__all__ = ["Keeping", "NodeAssociation", "Service"]

@@ -1,0 +1,95 @@
+"""What the threads of a connection wait with: until something happens, and by a clock that nobody sets.
+
+pynetdicom's threads look every millisecond whether there is something to do.
+"""
+
+import contextlib
+import os
+import queue
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pynetdicom.timer import Timer
+
+
+class MonotonicTimer(Timer):
+    """pynetdicom's timer by a clock that nobody sets."""
+
+    @property
+    def remaining(self) -> float:
+        if self.timeout is None:
+            return 1.0
+        if self._start_time is None:
+            return self.timeout
+        end = time.monotonic() if self._end_time is None else self._end_time
+        return self.timeout - (end - self._start_time)
+
+    def start(self) -> None:
+        self._start_time, self._end_time = time.monotonic(), None
+
+    def stop(self) -> None:
+        self._end_time = time.monotonic()
+
+
+class Wake:
+    """Ends the waiting of another thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.number = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def set(self) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            if self.number >= 0:
+                os.eventfd_write(self.number, 1)
+
+    def wait(self, seconds: float) -> None:
+        poll = select.poll()
+        if self.number >= 0:
+            poll.register(self.number, select.POLLIN)
+        poll.poll(seconds * 1000)
+        self.clear()
+
+    def clear(self) -> None:
+        with contextlib.suppress(OSError):
+            os.eventfd_read(self.number)
+
+    def close(self) -> None:
+        with self._lock:
+            if self.number >= 0:
+                os.close(self.number)
+            self.number = -1
+
+
+class SignallingQueue(queue.Queue[Any]):
+    """A queue that tells when something was put into it."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        super().__init__()
+        self._tell = tell
+        #: Whether anything was ever put into it.
+        self.is_used = False
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        self.is_used = True
+        super().put(item, block, timeout)
+        self._tell()
+
+
+def wait_readable(client: socket.socket, wake: Wake, seconds: float) -> bool:
+    """Whether a socket can be read within so many seconds; sooner false where somebody wakes us."""
+    poll = select.poll()
+    poll.register(client, select.POLLIN)
+    if wake.number >= 0:
+        poll.register(wake.number, select.POLLIN)
+    found = {number for number, _ in poll.poll(seconds * 1000)}
+    if wake.number in found:
+        wake.clear()
+    return client.fileno() in found
+
+
+__all__ = ["MonotonicTimer", "SignallingQueue", "Wake", "wait_readable"]
