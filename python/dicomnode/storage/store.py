@@ -17,18 +17,12 @@ On disk, below the root:
 """
 
 import contextlib
-import fcntl
 import itertools
 import logging
-import os
-import sqlite3
 import threading
-import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -51,10 +45,7 @@ from dicomnode.storage.instances import (
     Instances,
     MemoryInstances,
     Staged,
-    flush_below,
     flush_folder,
-    make_folder,
-    out_of_resources,
 )
 from dicomnode.storage.layout import (
     BLAKE3,
@@ -69,6 +60,7 @@ from dicomnode.storage.layout import (
 from dicomnode.storage.ledger import OVER, Case, InstanceRow, Ledger, ResultRow, State
 from dicomnode.storage.outbox import Outbox
 from dicomnode.storage.recovery import OpenCase, Recovery, delete_files, mark_damaged
+from dicomnode.storage.root import Root
 from dicomnode.storage.shared import SharedInstances
 from dicomnode.storage.waits import Waits
 
@@ -150,14 +142,13 @@ class Storage:
         self._locks: dict[str, _Held] = {}
         # The instances that are on their way into the open case of an identifier.
         self._arriving: dict[str, set[str]] = {}
-        self._lock_file = -1
+        self._taken: Root | None = None
         #: Whether an association that brought images to a case is open; the node tells.
         self.is_open_for: Callable[[int], bool] = lambda _: False
         # Cases that were done while one was, and who looks at that and changes it.
         self._unreleased: set[int] = set()
         self._releasing = threading.Lock()
         self._unverified: set[int] = set()
-        self._unfinished: set[str] = set()
         self._instances: Instances
         if root is None and is_shared:
             self._instances = SharedInstances(memory_limit)
@@ -184,30 +175,15 @@ class Storage:
             self.commitments = Commitments(self.ledger)
             self.waits = Waits(self.ledger)
             return
-        own = self.root / OWN
-        try:
-            for folder in (self.root, own, own / "incoming", own / "outbox"):
-                make_folder(folder.absolute())
-            self._lock_file = os.open(own / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise InvalidRootDataDirectory(
-                f"root_data_directory {self.root} cannot be used: {error.strerror}"
-            ) from error
-        if not _lock(self._lock_file):
-            os.close(self._lock_file)
-            raise InvalidRootDataDirectory(
-                f"root_data_directory {self.root} is in use by another running node; "
-                "give every node its own"
-            )
-        # A program that process() forks has the lock too, and would keep it when the node is gone.
-        os.register_at_fork(after_in_child=partial(_let_go, weakref.ref(self)))
+        root = self._taken = Root(self.root, self._is_flushed, self._logger)
+        root.take()
         try:
             if self.disk.use_reserve():
                 self._logger.error(
                     "the disk of root_data_directory is full: no image is taken until it has room"
                 )
-            self._flush_earlier(own / "unflushed")
-            self.ledger = self._open_ledger(own / "ledger.sqlite")
+            root.flush_earlier()
+            self.ledger = root.open_ledger()
             self.outbox = Outbox(self.ledger)
             self.commitments = Commitments(self.ledger)
             self.waits = Waits(self.ledger)
@@ -219,7 +195,7 @@ class Storage:
                     self._input_names,
                     self._identifier_tag,
                     self._logger,
-                    self._unfinished,
+                    root.unfinished,
                     self._is_flushed,
                     self.digest_size,
                 )
@@ -228,18 +204,18 @@ class Storage:
                 self.ledger.close()
                 raise
         except OutOfResources as error:
-            os.close(self._lock_file)
+            root.let_go()
             raise InvalidRootDataDirectory(
                 f"root_data_directory {self.root} has no room for a start: {error}"
             ) from error
         except BaseException:
-            os.close(self._lock_file)
+            root.let_go()
             raise
         self._open_cases = recovery.open_cases
         self._unverified = recovery.unverified
         self.disk.keep_reserve()
         if self._is_flushed:
-            flush_folder(own)
+            flush_folder(self.root / OWN)
 
     def close(self) -> None:
         """Let the root go."""
@@ -247,55 +223,8 @@ class Storage:
         self._open_cases.clear()
         if isinstance(self._instances, MemoryInstances):
             self._instances.close()
-        if self._lock_file >= 0:
-            os.close(self._lock_file)
-            self._lock_file = -1
-
-    def _flush_earlier(self, mark: Path) -> None:
-        """Flush what runs with `durability = "process"` have left to the system; they leave a mark.
-
-        After a power cut the mark may be gone, but then so is what was not flushed.
-        """
-        try:
-            if not self._is_flushed:
-                mark.touch()
-            elif mark.exists():
-                flush_below(mark.parent.parent)
-                mark.unlink()
-        except OSError as error:
-            raise out_of_resources(error) from error
-
-    def _open_ledger(self, path: Path) -> Ledger:
-        is_lost = not path.exists() or not path.stat().st_size
-        try:
-            if is_lost and any((path.parent / "outbox").iterdir()):
-                self._set_ledger_aside(path, "is gone, but there are results")
-            return Ledger(path, self._is_flushed)
-        except sqlite3.OperationalError as error:
-            raise InvalidRootDataDirectory(
-                f"the ledger {path} cannot be opened: {error}"
-            ) from error
-        except sqlite3.DatabaseError as error:
-            self._set_ledger_aside(path, f"is damaged ({error})")
-            return Ledger(path, self._is_flushed)
-
-    def _set_ledger_aside(self, path: Path, trouble: str) -> None:
-        """Keep what is left of a ledger, and the results that only it could tell the way of."""
-        aside = path.parent / f"ledger-lost-{time.time_ns()}"
-        make_folder(aside)
-        for name in (path.name, f"{path.name}-wal", f"{path.name}-shm", "outbox"):
-            if (path.parent / name).exists():
-                (path.parent / name).rename(aside / name)
-        make_folder(path.parent / "outbox")
-        flush_folder(aside)
-        for owner in aside.glob(f"outbox/*/{OWNER}"):
-            self._unfinished.add(owner.read_text("utf-8", "replace"))
-        self._logger.error(
-            "the ledger %s; what is left was set aside in %s, and it is rebuilt from the files; a "
-            "case whose results were on their way becomes FAILED, for you to decide",
-            trouble,
-            aside.name,
-        )
+        if self._taken is not None:
+            self._taken.let_go()
 
     # Receiving
 
@@ -891,23 +820,3 @@ class _Holding:
             self._held.users -= 1
             if not self._held.users:
                 del self._locks[self._identifier]
-
-
-def _let_go(storage: "weakref.ref[Storage]") -> None:
-    """In a forked child: close the lock of the root, which stays the parent's."""
-    owner = storage()
-    if owner is not None and owner._lock_file >= 0:
-        os.close(owner._lock_file)
-        owner._lock_file = -1
-
-
-def _lock(descriptor: int) -> bool:
-    """Take a lock, waiting a moment for a command that only looks whether a node runs."""
-    for _ in range(10):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.1)
-        else:
-            return True
-    return False
