@@ -57,7 +57,7 @@ from dicomnode.storage.layout import (
     input_folder,
     outbox_folder,
 )
-from dicomnode.storage.ledger import OVER, Case, InstanceRow, Ledger, ResultRow, State
+from dicomnode.storage.ledger import LOG_BYTES, OVER, Case, InstanceRow, Ledger, ResultRow, State
 from dicomnode.storage.outbox import Outbox
 from dicomnode.storage.recovery import OpenCase, Recovery, delete_files, mark_damaged
 from dicomnode.storage.root import Root
@@ -214,6 +214,8 @@ class Storage:
         self._open_cases = recovery.open_cases
         self._unverified = recovery.unverified
         self.disk.keep_reserve()
+        if self.disk.has_room(LOG_BYTES):
+            self.ledger.widen_log()
         if self._is_flushed:
             flush_folder(self.root / OWN)
 
