@@ -60,6 +60,12 @@ class Header:
         absent elements; `in` tells them apart.
         """
 
+    def text(self, tag: int) -> str:
+        """A short ASCII value (UI, CS, IS) without padding; empty where absent.
+
+        What is no ASCII is a replacement character.
+        """
+
     def tags(self) -> list[int]:
         """The tags present, in the order of the file, group 0002 left out."""
 

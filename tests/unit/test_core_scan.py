@@ -312,3 +312,12 @@ def test_file_names_need_not_be_unicode(tmp_path):
     assert _core.is_dicom(str(file))
     assert _core.scan(str(file)).tags() == [0x00080018]
     assert _core.scan_images([str(file)])[0].sop_instance_uid == "1.2.3"
+
+
+@pytest.mark.parametrize("value", [b"MR", b" CT \0", b"\0 A\xe9B\xff \0 ", b"", b" \0"])
+def test_short_text_is_without_padding(value: bytes) -> None:
+    padded = value + b" " * (len(value) % 2)
+    dataset = b"\x08\x00\x60\x00CS" + len(padded).to_bytes(2, "little") + padded
+    header = _core.scan(dataset, "1.2.840.10008.1.2.1")
+    assert header.text(0x00080060) == padded.decode("ascii", "replace").strip(" \0")
+    assert header.text(0x00080018) == ""

@@ -1,6 +1,7 @@
 """Storage without a network: what is kept, what is recovered, what is refused."""
 
 import logging
+import shutil
 import sqlite3
 import threading
 import time
@@ -16,7 +17,7 @@ from dicomnode.errors import InvalidRootDataDirectory, OutOfResources, UnknownCa
 from dicomnode.lib.dicom import encode
 from dicomnode.storage.instances import KEPT_BESIDES, FileInstances, MemoryInstances
 from dicomnode.storage.layout import digest_of
-from dicomnode.storage.ledger import InstanceRow, Ledger, ResultRow, State
+from dicomnode.storage.ledger import LOG_BYTES, InstanceRow, Ledger, ResultRow, State
 from dicomnode.storage.outbox import Answer
 from dicomnode.storage.shared import SharedInstances
 from dicomnode.storage.store import (
@@ -26,6 +27,7 @@ from dicomnode.storage.store import (
     Instance,
     Storage,
 )
+from dicomnode.storage.turns import Turns
 from dicomnode.testing import make_series
 
 LOGGER = logging.getLogger("dicomnode.test")
@@ -632,3 +634,84 @@ def test_the_own_folders_stay_also_where_the_root_is_named_by_a_dot(
         kept.remove(folder, ["one.dcm", "gone.dcm"])
     assert sorted(one.name for one in own.iterdir()) == ["incoming", "outbox"]
     assert [one.name for one in tmp_path.iterdir()] == [".dicomnode"]
+
+
+@pytest.mark.parametrize("durability", ["power", "process"])
+def test_the_log_of_the_ledger_has_its_size_from_the_start(
+    tmp_path: Path, durability: Durability
+) -> None:
+    log = tmp_path / "root/.dicomnode/ledger.sqlite-wal"
+    images = instances(3)
+    with opened(tmp_path / "root", durability=durability) as storage:
+        number = storage.add("P", ["ct"], images[0])
+        size = log.stat().st_size
+        assert (size >= LOG_BYTES) == (durability == "power")
+        # A killed node leaves its log; the next one takes it as it is.
+        shutil.copytree(tmp_path / "root", tmp_path / "killed")
+        for one in images[1:]:
+            storage.add("P", ["ct"], one)
+        assert log.stat().st_size == size or durability == "process"
+    for root, count in ((tmp_path / "killed", 1), (tmp_path / "root", 3)):
+        with opened(root, durability=durability) as storage:
+            assert len(storage.ledger.instances(number)) == count
+            assert not any(row.damaged for row in storage.ledger.instances(number))
+
+
+def test_the_log_takes_no_room_where_there_is_little(tmp_path: Path) -> None:
+    most = 1 << 62
+    storage = Storage(tmp_path, ["ct"], 0x00100020, 10**9, LOGGER, least_free=most)
+    storage.open()
+    assert (tmp_path / ".dicomnode/ledger.sqlite-wal").stat().st_size < LOG_BYTES
+    storage.close()
+
+
+def test_the_log_gets_its_size_without_a_change_that_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    ledger = Ledger(path)
+    case = ledger.open_case("P", "P")
+    synced: list[str] = []
+    ledger._db.set_trace_callback(synced.append)
+    ledger.widen_log()
+    ledger._db.set_trace_callback(None)
+    # Never without a flush before what was committed is overwritten.
+    assert not any("OFF" in one for one in synced)
+    assert ledger.case(case.id).identifier == "P"
+    ledger.add_instances(case.id, [InstanceRow("ct", "1.2.3", "file", 1, b"")])
+    assert ledger.rows("PRAGMA synchronous", ()) == [(2,)]
+    copy = tmp_path / "copy.sqlite"
+    for end in ("", "-wal"):
+        shutil.copy(f"{path}{end}", f"{copy}{end}")
+    ledger.close()
+    found = Ledger(copy)
+    assert [row.uid for row in found.instances(case.id)] == ["1.2.3"]
+    found.close()
+
+
+def test_turns_are_one_after_the_other_and_their_locks_do_not_pile_up() -> None:
+    turns, running, most, order = Turns(), 0, 0, []
+
+    def work(name: str, number: int) -> None:
+        nonlocal running, most
+        with turns.of(name), turns.of(name):
+            if name == "P":
+                running += 1
+                most = max(most, running)
+                time.sleep(0.001)
+                running -= 1
+            order.append((name, number))
+
+    threads = [
+        threading.Thread(target=work, args=(name, number))
+        for number in range(20)
+        for name in ("P", f"Q{number}")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert most == 1 and len(order) == 40
+    assert not turns.held and len(turns.spare) <= 21
+    with ExitStack() as stack:
+        for number in range(200):
+            stack.enter_context(turns.of(str(number)))
+    assert not turns.held and len(turns.spare) == 64

@@ -22,7 +22,6 @@ from dicomnode.errors import InvalidDicom
 from dicomnode.lib.dicom import (
     Header,
     LazyDataset,
-    header_text,
     is_dicom,
     is_uid,
     scan,
@@ -147,9 +146,9 @@ class _Judge:
             return _refusal(f"0xC000 dataset cannot be understood: {error}")
         if _DIRECTORY_RECORD_SEQUENCE in header:
             return None
-        self.uid = header_text(header, 0x00080018)
+        self.uid = header.text(0x00080018)
         for tag, name in ((0x00080018, "SOPInstanceUID"), (0x00080016, "SOPClassUID")):
-            if not is_uid(header_text(header, tag)):
+            if not is_uid(header.text(tag)):
                 return _refusal(f"it has no valid {name}, so that it cannot be sent")
         try:
             if self._has_filter and not self._node.filter(LazyDataset(str(path))):

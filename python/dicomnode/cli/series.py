@@ -8,7 +8,7 @@ from pydicom.dataset import Dataset
 
 from dicomnode.cli.edge import CommandFailed, printable
 from dicomnode.errors import InvalidDicom
-from dicomnode.lib.dicom import Header, LazyDataset, header_element, header_text, load, scan
+from dicomnode.lib.dicom import Header, LazyDataset, header_element, load, scan
 
 
 @dataclass
@@ -49,7 +49,7 @@ def find_series(datasets: Iterable[Dataset]) -> list[Series]:
         if not isinstance(dataset, LazyDataset):
             continue
         header = scan(dataset.source)
-        uid = header_text(header, 0x0020000E)
+        uid = header.text(0x0020000E)
         if uid not in found:
             found[uid] = Series(
                 uid,

@@ -69,6 +69,7 @@ LAYOUT_TAGS: Final = (
     0x00102210, 0x00209161, 0x00209162, 0x00209163, 0x00209228, 0x0062000B,
 )  # fmt: skip
 _IMAGE_SEQUENCES: Final = (0x00283000, 0x52009229, 0x52009230)
+_UID: Final = re.compile(r"[0-9]+(\.[0-9]+)*")
 # What is a name as it is.
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 # Text that is the same in every character set of DICOM: in some of them a backslash or a tilde is not.
@@ -330,12 +331,6 @@ def header_number(header: Header, tag: int) -> int | None:
     return int.from_bytes(found[1][:2], "big" if header.big_endian else "little")
 
 
-def header_text(header: Header, tag: int) -> str:
-    """A short ASCII value (UI, CS, IS) without padding; empty where absent."""
-    found = header.get(tag)
-    return "" if found is None else found[1].decode("ascii", "replace").strip(" \0")
-
-
 def identifier_of(header: Header, tag: int) -> str:
     """The value that groups images into a case, as text; empty where absent, or all its values are.
 
@@ -366,7 +361,7 @@ def is_uid(text: str) -> bool:
 
     Leading zeros in a component are accepted, since objects in the field have them.
     """
-    return len(text) <= 64 and re.fullmatch(r"[0-9]+(\.[0-9]+)*", text) is not None
+    return len(text) <= 64 and _UID.fullmatch(text) is not None
 
 
 def safe_name(text: str) -> str:

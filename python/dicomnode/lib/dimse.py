@@ -31,7 +31,6 @@ from dicomnode.lib.dicom import (
     Source,
     dataset_of,
     encode,
-    header_text,
     is_uid,
     part10_prefix,
     read,
@@ -288,8 +287,8 @@ def _outgoing(item: object) -> Outgoing:
         )
     if isinstance(item, LazyDataset) and "_dict" not in item.__dict__:
         header = scan(item.source)
-        uids = {"SOPClassUID": header_text(header, 0x00080016)}
-        uids["SOPInstanceUID"] = header_text(header, 0x00080018)
+        uids = {"SOPClassUID": header.text(0x00080016)}
+        uids["SOPInstanceUID"] = header.text(0x00080018)
         syntax, read = header.transfer_syntax, partial(_bytes_of, item.source)
     else:
         keywords = ("SOPClassUID", "SOPInstanceUID")

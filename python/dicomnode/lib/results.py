@@ -12,7 +12,7 @@ import re
 from pydicom.uid import UID
 
 from dicomnode.errors import InvalidDataset
-from dicomnode.lib.dicom import Header, header_number, header_text, is_uid, tag_name, tag_of
+from dicomnode.lib.dicom import Header, header_number, is_uid, tag_name, tag_of
 
 _UIDS = {
     0x00080016: "set it to what kind of object this is, such as that of its source image",
@@ -53,7 +53,7 @@ _COPY = "copy it from a source image, or use derive_series"
 
 def check_result(header: Header) -> None:
     """Raises InvalidDataset, with the SOPInstanceUID, the attribute and what helps."""
-    sop_class = UID(header_text(header, 0x00080016))
+    sop_class = UID(header.text(0x00080016))
     is_private = bool(sop_class) and sop_class.is_private
     has_study = sop_class not in _OF_NO_PATIENT and not is_private
     for tag, remedy in _UIDS.items():
@@ -61,7 +61,7 @@ def check_result(header: Header) -> None:
             _check_uid(header, tag, remedy)
     if not has_study:
         return
-    if not f"{sop_class}.".startswith(_SECONDARY_CAPTURE) and not header_text(header, _MODALITY):
+    if not f"{sop_class}.".startswith(_SECONDARY_CAPTURE) and not header.text(_MODALITY):
         remedy = "copy it from a source image, or set what this object is, such as SEG or SR"
         raise _wrong(header, _MODALITY, "is missing or empty", remedy)
     pixels = [tag for tag in _PIXELS if tag in header]
@@ -72,7 +72,7 @@ def check_result(header: Header) -> None:
 
 
 def _check_uid(header: Header, tag: int, remedy: str) -> None:
-    value = header_text(header, tag)
+    value = header.text(tag)
     if not value:
         raise _wrong(header, tag, "is missing or empty", remedy)
     if not is_uid(value):
@@ -80,7 +80,7 @@ def _check_uid(header: Header, tag: int, remedy: str) -> None:
 
 
 def _check_pixels(header: Header, tag: int) -> None:
-    samples, photometric = _number(header, "SamplesPerPixel"), header_text(header, 0x00280004)
+    samples, photometric = _number(header, "SamplesPerPixel"), header.text(0x00280004)
     if not photometric:
         raise _wrong(header, 0x00280004, "is missing or empty", _COPY)
     if samples != _SAMPLES.get(photometric, samples):
@@ -126,7 +126,7 @@ def _check_bits(header: Header, bits: int) -> None:
 
 def _frames(header: Header) -> int:
     tag = tag_of("NumberOfFrames")
-    text = header_text(header, tag)
+    text = header.text(tag)
     if tag not in header:
         return 1
     if not re.fullmatch(r"\+?[0-9]{1,12}", text) or int(text) < 1:
@@ -145,5 +145,5 @@ def _number(header: Header, keyword: str, least: int = 1) -> int:
 
 
 def _wrong(header: Header, tag: int, told: str, remedy: str) -> InvalidDataset:
-    uid = header_text(header, 0x00080018) or "without SOPInstanceUID"
+    uid = header.text(0x00080018) or "without SOPInstanceUID"
     return InvalidDataset(f"result {uid:.80}: {tag_name(tag)} {told}; {remedy}")

@@ -21,7 +21,7 @@ from pydicom.uid import UID
 
 from dicomnode import _core
 from dicomnode.errors import DicomnodeError, InvalidDataset, InvalidDicom, UnsupportedImage
-from dicomnode.lib.dicom import PIXEL_TAGS, READ_ERRORS, LazyDataset, header_text, is_uid, scan
+from dicomnode.lib.dicom import PIXEL_TAGS, READ_ERRORS, LazyDataset, is_uid, scan
 
 EXPLICIT = "1.2.840.10008.1.2.1"
 IMPLICIT = "1.2.840.10008.1.2"
@@ -72,7 +72,7 @@ def transcode(data: bytes, syntax: str) -> memoryview:
     source = str(dataset.file_meta.get("TransferSyntaxUID", "") or EXPLICIT)
     if not is_uid(source) or not UID(source).is_transfer_syntax:
         raise InvalidDicom(f"{source!r} is no transfer syntax that is known")
-    uid = header_text(scan(data), 0x00080018)
+    uid = scan(data).text(0x00080018)
     pixels = _described(data) if UID(source).is_encapsulated else None
     writing = _Writing(data, syntax == EXPLICIT, not UID(source).is_little_endian)
     try:

@@ -11,7 +11,6 @@ import re
 import ssl
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -32,7 +31,6 @@ from dicomnode.lib.dicom import (
     LazyDataset,
     Received,
     forget_source,
-    header_text,
     is_uid,
     part10_prefix,
     safe_name,
@@ -66,6 +64,8 @@ _CLASS_NOT_SUPPORTED = 0x0122
 # Result, source and reason of an A-ASSOCIATE-RJ (PS3.8 section 9.3.4).
 _NOT_RECOGNIZED = 0x01, 0x01, 0x03
 _LIMIT_EXCEEDED = 0x02, 0x03, 0x02
+# As it is in the name of a file.
+_INSTANCE_NUMBER = re.compile(r"[+-]?[0-9]{1,12}")
 # An image larger than this goes to the disk while it arrives.
 _MOST_IN_MEMORY = 4 << 20
 
@@ -134,30 +134,36 @@ class _Working:
     """The threads that store an image or end an association, and how deep they are in it."""
 
     def __init__(self) -> None:
-        self._busy: Counter[int | None] = Counter()
+        # Each thread changes only what is of itself, so that none waits for another for each image.
+        self._busy: dict[int | None, int] = {}
         self._idle = threading.Condition(threading.Lock())
+        self._is_awaited = False
 
     def __enter__(self) -> None:
-        with self._idle:
-            self._busy[threading.get_ident()] += 1
+        thread = threading.get_ident()
+        self._busy[thread] = self._busy.get(thread, 0) + 1
 
     def __exit__(self, *error: object) -> None:
         thread = threading.get_ident()
-        with self._idle:
-            self._busy[thread] -= 1
-            if not self._busy[thread]:
-                del self._busy[thread]
+        depth = self._busy[thread] - 1
+        if depth:
+            self._busy[thread] = depth
+            return
+        del self._busy[thread]
+        # Whoever waits has said so before it looks.
+        if self._is_awaited:
+            with self._idle:
                 self._idle.notify_all()
 
     def __contains__(self, thread: int | None) -> bool:
-        with self._idle:
-            return thread in self._busy
+        return thread in self._busy
 
     def wait(self, seconds: float) -> None:
         """Until there is none but this one."""
         own = threading.get_ident()
         with self._idle:
-            self._idle.wait_for(lambda: not any(one != own for one in self._busy), seconds)
+            self._is_awaited = True
+            self._idle.wait_for(lambda: not any(one != own for one in list(self._busy)), seconds)
 
 
 @dataclass(frozen=True)
@@ -502,11 +508,10 @@ class AssociationServer:
 
     def store(self, association: Association, received: Received) -> bytes:
         """Keep an image, and answer."""
-        with self._lock:
-            # Without a visit the connection has closed while this image was on its way.
-            visit = self._visits.get(association) or _Visit(over=True)
+        # Without a visit the connection has closed while this image was on its way.
+        visit = self._visits.get(association) or _Visit(over=True)
         try:
-            with self._working, self._about(association):
+            with self._working, Scope(getattr(association, "number", None)):
                 status, comment = self._answered(association, received, visit)
         finally:
             # A log may keep an error, with all that it has seen.
@@ -596,7 +601,7 @@ class AssociationServer:
             (0x00080018, uid, "SOPInstanceUID"),
             (0x00080016, sop_class, "SOPClassUID"),
         ):
-            if header_text(header, tag) != wanted:
+            if header.text(tag) != wanted:
                 return self._refuse(uid, _DOES_NOT_MATCH, f"{name} differs from the request")
         accept = self._reception.accept
         if accept is not None:
@@ -701,9 +706,9 @@ def _file_stem(header: Header, uid: str) -> str:
 
     Without a modality `Image_unknown_...`, without an instance number its UID instead.
     """
-    modality = safe_name(header_text(header, 0x00080060)[:16] or "unknown")
-    number = header_text(header, 0x00200013)
-    if re.fullmatch(r"[+-]?[0-9]{1,12}", number) is None:
+    modality = safe_name(header.text(0x00080060)[:16] or "unknown")
+    number = header.text(0x00200013)
+    if _INSTANCE_NUMBER.fullmatch(number) is None:
         return f"Image_{modality}_{uid}"
     return f"Image_{modality}_{int(number)}"
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias
 from pydicom.dataset import Dataset
 
 from dicomnode.errors import InvalidDataset, InvalidDicom, ProcessingFailed
-from dicomnode.lib.dicom import Header, Source, encode, header_text, is_uid, scan
+from dicomnode.lib.dicom import Header, Source, encode, is_uid, scan
 from dicomnode.lib.results import check_result
 from dicomnode.server.input import AbstractInput
 from dicomnode.storage.instances import Buffer
@@ -158,7 +158,7 @@ def verify_result(uid: str, sop_class: str, syntax: str, source: Source) -> None
         raise InvalidDataset(f"a result of another process has no valid UIDs ({uid!r:.80})")
     header = _scanned(uid, source)
     for tag, told in ((0x00080018, uid), (0x00080016, sop_class)):
-        if header_text(header, tag) != told:
+        if header.text(tag) != told:
             raise InvalidDataset(f"result {uid} of another process is another object")
     if header.transfer_syntax != syntax:
         raise InvalidDataset(f"result {uid} of another process has another transfer syntax")

@@ -122,9 +122,12 @@ def route(header: Header, rules: tuple[Rule, ...], identifier_tag: int) -> Route
 
     Raises InvalidDicom where an attribute that a rule looks at cannot be understood.
     """
-    refused = {rule.input_name: rule.refusal(header) for rule in rules}
-    return Route(
-        identifier=identifier_of(header, identifier_tag),
-        accepted=tuple(name for name, reason in refused.items() if not reason),
-        refused={name: reason for name, reason in refused.items() if reason},
-    )
+    accepted: list[str] = []
+    refused: dict[str, str] = {}
+    for rule in rules:
+        reason = rule.refusal(header)
+        if reason:
+            refused[rule.input_name] = reason
+        else:
+            accepted.append(rule.input_name)
+    return Route(identifier_of(header, identifier_tag), tuple(accepted), refused)

@@ -281,8 +281,9 @@ class _Provider(DULServiceProvider):
 
     @property
     def _has_other_work(self) -> bool:
-        is_asked = not (self.to_provider_queue.empty() and self.event_queue.empty())
-        return is_asked or self._kill_thread
+        # Looked at after each image, and so without the queues' locks.
+        is_asked = self.to_provider_queue.queue or self.event_queue.queue
+        return bool(is_asked) or self._kill_thread
 
     def pause(self) -> None:
         """Wait a moment for what other threads ask."""

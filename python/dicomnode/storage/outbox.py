@@ -148,7 +148,8 @@ class Outbox:
 
     def maker(self, uid: str) -> int | None:
         """The case of which this node made the instance; None for one from elsewhere."""
-        if not any(uid in some for some in self._made):
+        newest, others = self._made
+        if uid not in newest and uid not in others:
             return None
         rows = self._ledger.rows("SELECT case_id FROM made WHERE uid = ?", (uid,))
         return int(str(rows[0][0])) if rows else None
@@ -287,7 +288,13 @@ class _Seen:
         self.count += len(texts)
 
     def __contains__(self, text: str) -> bool:
-        return all(self._bits[place >> 3] >> (place & 7) & 1 for place in _places(text))
+        bits, (first, second, third) = self._bits, _places(text)
+        # Asked for each image that comes.
+        return bool(
+            bits[first >> 3] >> (first & 7) & 1
+            and bits[second >> 3] >> (second & 7) & 1
+            and bits[third >> 3] >> (third & 7) & 1
+        )
 
 
 def _places(text: str) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dicomnode.errors import InvalidDicom, OutOfResources
-from dicomnode.lib.dicom import header_text, identifier_of, safe_name, scan
+from dicomnode.lib.dicom import identifier_of, safe_name, scan
 from dicomnode.storage.instances import Instances, flush_file, flush_folder
 from dicomnode.storage.layout import (
     OWN,
@@ -198,7 +198,7 @@ class Recovery:
             header = scan(self._instances.source(folder, row.file))
         except (InvalidDicom, OSError):
             return False
-        return header_text(header, 0x00080018) == row.uid
+        return header.text(0x00080018) == row.uid
 
     def _drop_stale_outbox(self) -> None:
         """Results of a case that had not reached EXPORTING: process() makes them again."""
@@ -243,7 +243,7 @@ class Recovery:
             str(relative).encode()
             header = scan(str(path))
             identifier = identifier_of(header, self._identifier_tag)
-            uid = header_text(header, 0x00080018)
+            uid = header.text(0x00080018)
             if not identifier or not uid:
                 trouble = "it has no identifier or no SOPInstanceUID"
         except UnicodeEncodeError:

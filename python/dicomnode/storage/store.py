@@ -22,7 +22,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -34,7 +34,7 @@ from dicomnode.errors import (
     OutOfResources,
     UnknownCase,
 )
-from dicomnode.lib.dicom import LazyDataset, Source, header_text, safe_name, scan
+from dicomnode.lib.dicom import LazyDataset, Source, safe_name, scan
 from dicomnode.lib.expected import series_of
 from dicomnode.storage.commitments import Commitments
 from dicomnode.storage.disk import Disk
@@ -62,9 +62,12 @@ from dicomnode.storage.outbox import Outbox
 from dicomnode.storage.recovery import OpenCase, Recovery, delete_files, mark_damaged
 from dicomnode.storage.root import Root
 from dicomnode.storage.shared import SharedInstances
+from dicomnode.storage.turns import Turns
 from dicomnode.storage.waits import Waits
 
 _DONE_KEPT = 1000
+# The ledger's log takes its room at once where the disk has so many times that.
+_MANY = 100
 
 #: What an answer 0x0000 promises: the image survives a power cut, or a killed process only.
 Durability: TypeAlias = Literal["power", "process"]
@@ -138,8 +141,7 @@ class Storage:
         self._identifier_tag = identifier_tag
         self._logger = logger
         self._open_cases: dict[str, OpenCase] = {}
-        self._guard = threading.Lock()
-        self._locks: dict[str, _Held] = {}
+        self._turns = Turns()
         # The instances that are on their way into the open case of an identifier.
         self._arriving: dict[str, set[str]] = {}
         self._taken: Root | None = None
@@ -214,7 +216,7 @@ class Storage:
         self._open_cases = recovery.open_cases
         self._unverified = recovery.unverified
         self.disk.keep_reserve()
-        if self.disk.has_room(LOG_BYTES):
+        if self.disk.has_room(_MANY * LOG_BYTES):
             self.ledger.widen_log()
         if self._is_flushed:
             flush_folder(self.root / OWN)
@@ -235,7 +237,7 @@ class Storage:
 
         No code of a user runs while this is held: it could wait for ever.
         """
-        return _Holding(self._guard, self._locks, identifier)
+        return self._turns.of(identifier)
 
     def add(
         self,
@@ -736,7 +738,7 @@ class Storage:
                 continue
             try:
                 if not digest or digest_of_file(source, len(digest)) == digest:
-                    found[uid] = header_text(scan(source), 0x00080016)
+                    found[uid] = scan(source).text(0x00080016)
             except (InvalidDicom, OSError) as error:
                 self._logger.error("%s cannot be read: %s", uid, type(error).__name__)
         return found
@@ -786,39 +788,3 @@ class Storage:
                 found.append(earlier)
             number = self.waits.of(number).revises
         return found
-
-
-@dataclass
-class _Held:
-    """The lock of one identifier, and how many want it."""
-
-    turn: threading.Condition = field(default_factory=threading.Condition)
-    users: int = 0
-
-
-class _Holding:
-    """Has the lock of one identifier, which is there as long as somebody wants it."""
-
-    def __init__(self, guard: threading.Lock, locks: dict[str, _Held], identifier: str) -> None:
-        self._guard, self._locks, self._identifier = guard, locks, identifier
-
-    def __enter__(self) -> threading.Condition:
-        with self._guard:
-            self._held = self._locks.setdefault(self._identifier, _Held())
-            self._held.users += 1
-        try:
-            self._held.turn.acquire()
-        except BaseException:
-            self._leave()
-            raise
-        return self._held.turn
-
-    def __exit__(self, *error: object) -> None:
-        self._held.turn.release()
-        self._leave()
-
-    def _leave(self) -> None:
-        with self._guard:
-            self._held.users -= 1
-            if not self._held.users:
-                del self._locks[self._identifier]

@@ -6,9 +6,9 @@
 //! at no header, routes nothing, and believes its peer: never use it but to measure. It ends with its standard input.
 
 use std::error::Error;
-use std::fs::{File, OpenOptions, create_dir_all};
+use std::fs::{File, create_dir_all};
 use std::hint::black_box;
-use std::io::{Read, Write, stdin};
+use std::io::{Read, Seek, Write, stdin};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -26,6 +26,9 @@ type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
 const ROW: usize = 2 * (4096 + 24);
 /// Where the items of an association request begin, without the head of the PDU.
 const ITEMS: usize = 68;
+
+/// How large the log is before the first row, as SQLite's comes to be: who makes it longer has its length flushed, too.
+const LOG: usize = 1000 * (4096 + 24);
 
 /// A log that several write to, and one flushes for all that wait.
 struct Log {
@@ -46,7 +49,11 @@ impl Log {
         if done >= own {
             return Ok(());
         }
-        file.write_all(&vec![1; ROW * usize::try_from(last - done)?])?;
+        let rows = vec![1; ROW * usize::try_from(last - done)?];
+        if file.stream_position()? + rows.len() as u64 > LOG as u64 {
+            file.rewind()?;
+        }
+        file.write_all(&rows)?;
         if flush {
             fdatasync(&*file)?;
         }
@@ -188,7 +195,10 @@ fn main() -> Outcome<()> {
     create_dir_all(root.join("incoming"))?;
     create_dir_all(root.join("patient/images"))?;
     let path = root.join("log");
-    let file = OpenOptions::new().create(true).append(true).open(path)?;
+    let mut file = File::create(path)?;
+    file.write_all(&vec![0; LOG])?;
+    file.sync_all()?;
+    file.rewind()?;
     let log = Arc::new(Log {
         file: Mutex::new(file),
         waiting: Mutex::default(),

@@ -1,6 +1,5 @@
 //! `Header`, `scan` and `is_dicom`.
 
-use std::borrow::Cow;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -57,21 +56,40 @@ impl Header {
         py: Python<'py>,
         tag: u32,
     ) -> PyResult<Option<(Bound<'py, PyString>, Bound<'py, PyBytes>)>> {
-        let whole = self.owner.bytes(py);
-        let value = || self.header.value(tag, whole);
-        let found = if self.header.is_in_memory() {
-            attached(py, value)?
-        } else {
-            detached(py, value)?
-        };
-        Ok(found.map(|(entry, value): (_, Cow<'_, [u8]>)| {
-            (PyString::new(py, entry.vr()), PyBytes::new(py, &value))
-        }))
+        let found = self.value(py, tag)?;
+        Ok(found.map(|(entry, value)| (PyString::new(py, entry.vr()), PyBytes::new(py, &value))))
+    }
+
+    /// A short ASCII value (UI, CS, IS) without padding; empty where absent. What is no ASCII is a replacement character.
+    fn text<'py>(&self, py: Python<'py>, tag: u32) -> PyResult<Bound<'py, PyString>> {
+        let value = self.value(py, tag)?;
+        let value = value.as_ref().map_or(&b""[..], |(_, value)| value);
+        let text: String = value
+            .iter()
+            .map(|&byte| match char::from(byte) {
+                one if one.is_ascii() => one,
+                _ => char::REPLACEMENT_CHARACTER,
+            })
+            .collect();
+        Ok(PyString::new(py, text.trim_matches([' ', '\0'])))
     }
 
     /// The tags present, in the order of the file, group 0002 left out.
     fn tags(&self) -> Vec<u32> {
         self.header.layout().tags()
+    }
+}
+
+impl Header {
+    /// An element of the top level with its raw value, as `get` gives it.
+    fn value<'a>(&'a self, py: Python<'a>, tag: u32) -> PyResult<Option<core::Found<'a>>> {
+        let whole = self.owner.bytes(py);
+        let value = || self.header.value(tag, whole);
+        if self.header.is_in_memory() {
+            attached(py, value)
+        } else {
+            detached(py, value)
+        }
     }
 }
 
