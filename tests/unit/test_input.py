@@ -100,6 +100,12 @@ def test_required_tags_are_int_keyword_or_tag(tag: Any) -> None:
     assert refusal({"required_tags": [tag]}) == ""
 
 
+@pytest.mark.parametrize("name", ["\udc80", 7, None])
+def test_a_name_that_no_ledger_could_hold_is_refused(name: Any) -> None:
+    with pytest.raises(IncorrectlyConfigured, match="the name of an input has to be text"):
+        compile_rules({name: Base})
+
+
 def test_a_missing_tag_is_named() -> None:
     assert refusal({"required_tags": ["PatientWeight"]}) == "(0010,1030) PatientWeight is missing"
     assert "PatientWeight" in refusal({"required_values": {"PatientWeight": 70}})

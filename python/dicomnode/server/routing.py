@@ -69,6 +69,12 @@ def _compile(name: str, kind: type[AbstractInput]) -> Rule:
                 "int such as 0x00080060, or a keyword such as 'Modality'"
             ) from error
 
+    try:
+        name.encode()
+    except (UnicodeEncodeError, AttributeError) as error:
+        raise IncorrectlyConfigured(
+            f"input {name!r}: the name of an input has to be text that UTF-8 can hold"
+        ) from error
     tags, values = kind.required_tags, kind.required_values
     if isinstance(tags, str) or not isinstance(tags, Iterable):
         raise IncorrectlyConfigured(

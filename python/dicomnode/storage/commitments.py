@@ -123,6 +123,7 @@ class Commitments:
             "instances AS i CROSS JOIN asked AS a ON a.uid = i.uid WHERE i.case_id = ?) "
             "AND uid NOT IN (SELECT uid FROM instances))",
             (case_id, case_id),
+            of_instances=True,
         )
         return rows[0] == (0, 0)
 
@@ -132,6 +133,7 @@ class Commitments:
             "SELECT DISTINCT identifier FROM cases JOIN instances ON case_id = id "
             "WHERE NOT sealed AND uid IN (SELECT uid FROM asked WHERE transaction_uid = ?)",
             (transaction_uid,),
+            of_instances=True,
         )
         return [str(row[0]) for row in rows]
 
@@ -145,6 +147,7 @@ class Commitments:
             "CROSS JOIN asked AS a ON a.uid = i.uid CROSS JOIN cases AS c ON c.id = i.case_id "
             "WHERE a.transaction_uid = ? AND NOT i.damaged",
             (transaction_uid,),
+            of_instances=True,
         )
         return [
             (str(uid), str(folder), str(name), str(file), bytes(digest))  # type: ignore[call-overload]
