@@ -8,6 +8,7 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 
+from dicomnode.errors import IncorrectlyConfigured
 from dicomnode.lib.dicom import encode, scan
 from dicomnode.lib.grinders import list_grinder, numpy_grinder
 from dicomnode.server.input import AbstractInput, Datasets
