@@ -1,7 +1,9 @@
 """Storage without a network: what is kept, what is recovered, what is refused."""
 
 import logging
+import resource
 import shutil
+import signal
 import sqlite3
 import threading
 import time
@@ -841,3 +843,69 @@ def test_rows_that_come_from_many_threads_are_all_recorded(tmp_path: Path) -> No
             thread.join()
         rows = storage.ledger.instances(storage.open_case("P"))
     assert sorted(row.uid for row in rows) == sorted(one.sop_instance_uid for one in images)
+
+
+def test_somebody_who_reads_the_ledger_does_not_hold_up_a_start(tmp_path: Path) -> None:
+    with opened(tmp_path) as storage:
+        number = storage.add("P", ["ct"], instances(1)[0])
+    with closing(sqlite3.connect(tmp_path / ".dicomnode/ledger.sqlite")) as other:
+        other.execute("BEGIN")
+        other.execute("SELECT count(*) FROM cases").fetchone()
+        start = time.monotonic()
+        with opened(tmp_path) as storage:
+            assert time.monotonic() - start < 10
+            assert len(storage.ledger.instances(number)) == 1
+            assert storage.ledger.rows("PRAGMA busy_timeout", ()) == [(30_000,)]
+
+
+def test_a_log_without_room_for_its_size_gives_back_what_it_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    case = ledger.open_case("P", "P")
+    ledger.add_instances(case.id, [InstanceRow("ct", "1.2.3", "file", 1, b"")])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, hard))
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        ledger.widen_log()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert (tmp_path / "ledger.sqlite-wal").stat().st_size == 0
+    ledger.add_instances(case.id, [InstanceRow("ct", "1.2.4", "file", 1, b"")])
+    assert len(ledger.instances(case.id)) == 2
+    assert ledger.rows("PRAGMA synchronous", ()) == [(2,)]
+    ledger.close()
+
+
+def test_a_start_that_is_broken_off_lets_the_root_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Ledger) -> None:
+        raise KeyboardInterrupt
+
+    storage = Storage(tmp_path, ["ct"], 0x00100020, 10**9, LOGGER)
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "widen_log", broken)
+        with pytest.raises(KeyboardInterrupt):
+            storage.open()
+    with opened(tmp_path) as storage:
+        assert not storage.ledger.cases()
+
+
+def test_a_turn_that_is_interrupted_is_given_to_nobody() -> None:
+    turns = Turns()
+    with turns.of("P"):
+        pass
+    (turn,) = turns.spare
+    real = turn.condition.acquire
+
+    def acquire(*given: Any) -> bool:
+        real(*given)
+        raise KeyboardInterrupt
+
+    turn.condition.acquire = acquire  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt), turns.of("Q"):
+        pass
+    assert not turns.held and not turns.spare

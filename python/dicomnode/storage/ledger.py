@@ -82,6 +82,8 @@ OVER = (State.DONE, State.EXPIRED)
 _UNCLAIMED = (State.RECEIVING, State.READY, State.FAILED)
 # Of the tables in ledger.sql; a ledger of another version is left alone.
 _VERSION = 2
+# So long somebody else who uses the ledger is waited for.
+_BUSY_SECONDS = 30
 #: SQLite begins its log again after so many pages, of 4096 bytes and a head each; see `widen_log`.
 _LOG_PAGES = 1000
 LOG_BYTES = _LOG_PAGES * (4096 + 24)
@@ -132,7 +134,7 @@ class Ledger:
             ":memory:" if path is None else path,
             isolation_level=None,
             check_same_thread=False,
-            timeout=30.0,
+            timeout=_BUSY_SECONDS,
         )
         try:
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -162,15 +164,24 @@ class Ledger:
         log = Path(f"{self._path}-wal")
         if self._path is None or self._durable == "OFF":
             return
-        with self._lock, suppress(sqlite3.OperationalError, OSError):
+        with self._lock, suppress(sqlite3.Error, OSError):
             if log.stat().st_size >= LOG_BYTES:
                 return
-            # Flushed only where it is copied to the ledger, and that is in the end.
-            self._db.execute("PRAGMA synchronous = NORMAL")
-            self._synchronous = "NORMAL"
-            for number in reversed(range(_LOG_PAGES)):
-                self._db.execute(f"PRAGMA application_id = {number}")
-            self._db.execute("PRAGMA wal_checkpoint(RESTART)")
+            # Others who read it are not waited for.
+            self._db.execute("PRAGMA busy_timeout = 0")
+            try:
+                # Flushed only where it is copied to the ledger, and that is in the end.
+                self._db.execute("PRAGMA synchronous = NORMAL")
+                self._synchronous = "NORMAL"
+                for number in reversed(range(_LOG_PAGES)):
+                    self._db.execute(f"PRAGMA application_id = {number}")
+                self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            except sqlite3.Error:
+                # Without room for it, what it took is given back.
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                raise
+            finally:
+                self._db.execute(f"PRAGMA busy_timeout = {_BUSY_SECONDS * 1000}")
 
     def close(self) -> None:
         """Close the file; further calls fail."""

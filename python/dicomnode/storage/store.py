@@ -180,31 +180,7 @@ class Storage:
         root = self._taken = Root(self.root, self._is_flushed, self._logger)
         root.take()
         try:
-            if self.disk.use_reserve():
-                self._logger.error(
-                    "the disk of root_data_directory is full: no image is taken until it has room"
-                )
-            root.flush_earlier()
-            self.ledger = root.open_ledger()
-            self.outbox = Outbox(self.ledger)
-            self.commitments = Commitments(self.ledger)
-            self.waits = Waits(self.ledger)
-            try:
-                recovery = Recovery(
-                    self.root,
-                    self.ledger,
-                    self._instances,
-                    self._input_names,
-                    self._identifier_tag,
-                    self._logger,
-                    root.unfinished,
-                    self._is_flushed,
-                    self.digest_size,
-                )
-                recovery.run()
-            except BaseException:
-                self.ledger.close()
-                raise
+            self._begin(root, self.root)
         except OutOfResources as error:
             root.let_go()
             raise InvalidRootDataDirectory(
@@ -213,13 +189,41 @@ class Storage:
         except BaseException:
             root.let_go()
             raise
-        self._open_cases = recovery.open_cases
-        self._unverified = recovery.unverified
-        self.disk.keep_reserve()
-        if self.disk.has_room(_MANY * LOG_BYTES):
-            self.ledger.widen_log()
-        if self._is_flushed:
-            flush_folder(self.root / OWN)
+
+    def _begin(self, root: Root, path: Path) -> None:
+        """Open the ledger of a root that is taken, and bring what is there to order."""
+        if self.disk.use_reserve():
+            self._logger.error(
+                "the disk of root_data_directory is full: no image is taken until it has room"
+            )
+        root.flush_earlier()
+        self.ledger = root.open_ledger()
+        try:
+            self.outbox = Outbox(self.ledger)
+            self.commitments = Commitments(self.ledger)
+            self.waits = Waits(self.ledger)
+            recovery = Recovery(
+                path,
+                self.ledger,
+                self._instances,
+                self._input_names,
+                self._identifier_tag,
+                self._logger,
+                root.unfinished,
+                self._is_flushed,
+                self.digest_size,
+            )
+            recovery.run()
+            self._open_cases = recovery.open_cases
+            self._unverified = recovery.unverified
+            self.disk.keep_reserve()
+            if self.disk.has_room(_MANY * LOG_BYTES):
+                self.ledger.widen_log()
+            if self._is_flushed:
+                flush_folder(path / OWN)
+        except BaseException:
+            self.ledger.close()
+            raise
 
     def close(self) -> None:
         """Let the root go."""

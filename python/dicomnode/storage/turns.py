@@ -52,19 +52,20 @@ class _Holding:
         try:
             turn.condition.acquire()
         except BaseException:
-            self._leave()
+            # It may have been taken already, and is for nobody else then.
+            self._leave(is_free=False)
             raise
         return turn.condition
 
     def __exit__(self, *error: object) -> None:
         self._turn.condition.release()
-        self._leave()
+        self._leave(is_free=True)
 
-    def _leave(self) -> None:
+    def _leave(self, is_free: bool) -> None:
         turns, turn = self._turns, self._turn
         with turns.guard:
             turn.users -= 1
             if not turn.users:
                 del turns.held[self._name]
-                if len(turns.spare) < _MOST_SPARE:
+                if is_free and len(turns.spare) < _MOST_SPARE:
                     turns.spare.append(turn)

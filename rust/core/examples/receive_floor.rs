@@ -2,7 +2,7 @@
 //!
 //! The problem: how far is a node from what the machine can do? This keeps what a node promises (each image whole in
 //! a file with its digest, its name in a folder, and 8 KiB in a log, with `power` all of it flushed, over concurrent
-//! associations in one commit) with the node's parser and files, and does nothing else. It has no interpreter, looks
+//! associations in one commit) with the node's parser and files, and does nothing else. It never copies the log anywhere, has no interpreter, looks
 //! at no header, routes nothing, and believes its peer: never use it but to measure. It ends with its standard input.
 
 use std::error::Error;
