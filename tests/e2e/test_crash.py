@@ -225,13 +225,11 @@ def _is_in_order(uid: str, calls: list[Call], wal: list[Call], durability: str) 
     # The answer is the next that this thread says to its sender.
     answer = next(one for one in mine if one.name == "sendto" and one.begin > linked.end)
     row = next(one for one in wal if one.name == "pwrite64" and uid in one.text)
-    assert linked.end < row.begin and linked.end < answer.begin
+    assert linked.end < row.begin and row.end < answer.begin
     flushed = [one for one in mine if one.name == "fsync" and one.end < answer.begin]
     if durability == "process":
-        # The file alone survives a killed process; its row may come later.
         assert not flushed
         return
-    assert row.end < answer.begin
     folder = re.search(r"linkat\(\d+<([^>]*)>", linked.text)
     assert folder is not None
     assert any("incoming/#" in one.text and last < one.begin < linked.begin for one in flushed)

@@ -17,7 +17,6 @@ import pytest
 
 from dicomnode.errors import InvalidRootDataDirectory, OutOfResources, UnknownCase
 from dicomnode.lib.dicom import encode
-from dicomnode.storage import ledger as ledger_module
 from dicomnode.storage.instances import KEPT_BESIDES, FileInstances, MemoryInstances
 from dicomnode.storage.layout import digest_of
 from dicomnode.storage.ledger import LOG_BYTES, InstanceRow, Ledger, ResultRow, State
@@ -718,131 +717,6 @@ def test_turns_are_one_after_the_other_and_their_locks_do_not_pile_up() -> None:
         for number in range(200):
             stack.enter_context(turns.of(str(number)))
     assert not turns.held and len(turns.spare) == 64
-
-
-def _seen_from_outside(root: Path) -> int:
-    with closing(sqlite3.connect(root / ".dicomnode/ledger.sqlite")) as other:
-        return int(other.execute("SELECT count(*) FROM instances").fetchone()[0])
-
-
-def test_rows_that_come_later_are_there_for_whoever_asks(tmp_path: Path) -> None:
-    images = instances(5)
-    with opened(tmp_path, durability="process") as storage:
-        for count, one in enumerate(images, 1):
-            number = storage.add("P", ["ct"], one)
-            assert len(storage.ledger.instances(number)) == count
-            assert storage.ledger.counts(number) == {"ct": (count, 0)}
-        storage.add("P", ["mr"], images[0])
-        assert storage.ledger.folder_is_taken("P")
-        # Also for others, who see the file only.
-        end = time.monotonic() + 10
-        while _seen_from_outside(tmp_path) < 6:
-            assert time.monotonic() < end
-            time.sleep(0.01)
-    assert all(one.name != "recorder" for one in threading.enumerate())
-
-
-def test_rows_are_written_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_module, "_SOON_SECONDS", 3600)
-    images, real = instances(200), ledger_module._insert
-    sizes: list[int] = []
-
-    def counted(db: sqlite3.Connection, rows: list[tuple[int, InstanceRow]]) -> None:
-        sizes.append(len(rows))
-        real(db, rows)
-
-    monkeypatch.setattr(ledger_module, "_insert", counted)
-    with opened(tmp_path, durability="process") as storage:
-        for one in images:
-            number = storage.add("P", ["ct"], one)
-        assert sizes == [64, 64, 64]
-        make_ready(storage, number)
-        assert sizes == [64, 64, 64, 8]
-        assert _seen_from_outside(tmp_path) == 200
-
-
-def test_what_a_killed_node_had_no_row_for_is_adopted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ledger_module, "_SOON_SECONDS", 3600)
-    images = instances(70)
-    with opened(tmp_path / "root", durability="process") as storage:
-        for one in images:
-            number = storage.add("P", ["ct"], one)
-        assert _seen_from_outside(tmp_path / "root") == 64
-        shutil.copytree(tmp_path / "root", tmp_path / "killed")
-    with opened(tmp_path / "killed", durability="process") as storage:
-        rows = storage.ledger.instances(number)
-        assert {row.uid for row in rows} == {one.sop_instance_uid for one in images}
-        assert not any(row.damaged for row in rows)
-        # What is sent again is not stored again.
-        before = sorted((tmp_path / "killed").rglob("*.dcm"))
-        for one in images:
-            assert storage.add("P", ["ct"], one) == number
-        assert sorted((tmp_path / "killed").rglob("*.dcm")) == before
-
-
-def test_a_ledger_that_is_full_refuses_the_next_image_and_keeps_those_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ledger_module, "_SOON_SECONDS", 3600)
-    images, real = instances(70), ledger_module._insert
-    full = True
-
-    def insert(db: sqlite3.Connection, rows: list[tuple[int, InstanceRow]]) -> None:
-        if full:
-            raise sqlite3.OperationalError("database or disk is full")
-        real(db, rows)
-
-    monkeypatch.setattr(ledger_module, "_insert", insert)
-    with opened(tmp_path, durability="process") as storage:
-        for one in images[:63]:
-            number = storage.add("P", ["ct"], one)
-        for _ in range(3):
-            with pytest.raises(OutOfResources):
-                storage.add("P", ["ct"], images[63])
-        assert len(list(tmp_path.glob("P/ct/*.dcm"))) == 63
-        # Nobody is told less than there is.
-        with pytest.raises(OutOfResources):
-            storage.ledger.instances(number)
-        with pytest.raises(OutOfResources):
-            make_ready(storage, number)
-        assert storage.ledger.case(number).state is State.RECEIVING
-        full = False
-        for one in images[63:]:
-            storage.add("P", ["ct"], one)
-        make_ready(storage, number)
-        assert len(storage.ledger.instances(number)) == 70
-        assert len(list(tmp_path.glob("P/ct/*.dcm"))) == 70
-
-
-def test_no_image_is_taken_by_a_ledger_that_is_closed(tmp_path: Path) -> None:
-    storage = Storage(tmp_path, ["ct"], 0x00100020, 10**9, LOGGER, durability="process")
-    storage.open()
-    first, second = instances(2)
-    storage.add("P", ["ct"], first)
-    storage.ledger.close()
-    with pytest.raises(OutOfResources):
-        storage.add("P", ["ct"], second)
-    storage.close()
-    assert _seen_from_outside(tmp_path) == len(list(tmp_path.glob("P/ct/*.dcm"))) == 1
-
-
-def test_rows_that_come_from_many_threads_are_all_recorded(tmp_path: Path) -> None:
-    images = instances(400)
-    with opened(tmp_path, durability="process") as storage:
-
-        def add(part: list[Instance]) -> None:
-            for one in part:
-                storage.add("P", ["ct"], one)
-
-        threads = [threading.Thread(target=add, args=[images[k::8]]) for k in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        rows = storage.ledger.instances(storage.open_case("P"))
-    assert sorted(row.uid for row in rows) == sorted(one.sop_instance_uid for one in images)
 
 
 def test_somebody_who_reads_the_ledger_does_not_hold_up_a_start(tmp_path: Path) -> None:

@@ -123,7 +123,6 @@ class Commitments:
             "instances AS i CROSS JOIN asked AS a ON a.uid = i.uid WHERE i.case_id = ?) "
             "AND uid NOT IN (SELECT uid FROM instances))",
             (case_id, case_id),
-            of_instances=True,
         )
         return rows[0] == (0, 0)
 
@@ -133,7 +132,6 @@ class Commitments:
             "SELECT DISTINCT identifier FROM cases JOIN instances ON case_id = id "
             "WHERE NOT sealed AND uid IN (SELECT uid FROM asked WHERE transaction_uid = ?)",
             (transaction_uid,),
-            of_instances=True,
         )
         return [str(row[0]) for row in rows]
 
@@ -147,7 +145,6 @@ class Commitments:
             "CROSS JOIN asked AS a ON a.uid = i.uid CROSS JOIN cases AS c ON c.id = i.case_id "
             "WHERE a.transaction_uid = ? AND NOT i.damaged",
             (transaction_uid,),
-            of_instances=True,
         )
         return [
             (str(uid), str(folder), str(name), str(file), bytes(digest))  # type: ignore[call-overload]

@@ -87,10 +87,6 @@ _BUSY_SECONDS = 30
 #: SQLite begins its log again after so many pages, of 4096 bytes and a head each; see `widen_log`.
 _LOG_PAGES = 1000
 LOG_BYTES = _LOG_PAGES * (4096 + 24)
-# So many instances are recorded later at most, and so much later; and when it is tried again.
-_MOST_SOON = 64
-_SOON_SECONDS = 0.2
-_AGAIN_SECONDS = 1.0
 # So many results are known when they come back.
 MOST_MADE = 200_000
 # SQLite counts no further.
@@ -121,13 +117,6 @@ class Ledger:
         self._lock = threading.RLock()
         self._queue: list[_Waiting] = []
         self._queue_lock = threading.Lock()
-        # What `add_soon` has left to the next who needs it, and whether that has failed or is under way.
-        self._soon: list[tuple[int, InstanceRow]] = []
-        self._is_behind = False
-        self._is_catching_up = False
-        self._recorder: threading.Thread | None = None
-        self._has_left = threading.Event()
-        self._is_closed = threading.Event()
         self._durable = "FULL" if flush else "OFF"
         self._synchronous = ""
         self._db = sqlite3.connect(
@@ -186,16 +175,7 @@ class Ledger:
     def close(self) -> None:
         """Close the file; further calls fail."""
         with self._lock:
-            try:
-                # Files that are without a row are adopted by the next start.
-                with suppress(OutOfResources):
-                    self._catch_up()
-            finally:
-                self._is_closed.set()
-                self._db.close()
-        self._has_left.set()
-        if self._recorder is not None:
-            self._recorder.join()
+            self._db.close()
 
     @contextmanager
     def transaction(
@@ -206,7 +186,6 @@ class Ledger:
         A single statement is a transaction by itself, and costs less than one with a begin and an end. Raises OutOfResources where the ledger cannot be written.
         """
         with self._lock:
-            self._catch_up()
             try:
                 wanted = self._durable if durable or self._durable == "OFF" else "NORMAL"
                 if wanted != self._synchronous:
@@ -230,41 +209,14 @@ class Ledger:
                     self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
                 raise NoRoom(f"the ledger cannot be written: {error}") from error
 
-    def _catch_up(self) -> None:
-        """Record what `add_soon` has left, before anybody sees or changes what the ledger tells of instances.
-
-        For who has the lock. A transaction that is under way began before they came.
-        """
-        if not self._soon or self._is_catching_up or self._db.in_transaction:
-            return
-        with self._queue_lock:
-            batch, self._soon = self._soon, []
-        self._is_catching_up = True
-        try:
-            with self.transaction() as db:
-                _insert(db, batch)
-        except BaseException:
-            self._is_behind = True
-            with self._queue_lock:
-                self._soon[:0] = batch
-            raise
-        else:
-            self._is_behind = False
-        finally:
-            self._is_catching_up = False
-
     def changes(self) -> int:
         """A number that differs after another process has changed the ledger."""
         with self._lock:
             return int(self._db.execute("PRAGMA data_version").fetchone()[0])
 
-    def rows(
-        self, query: str, arguments: tuple[object, ...], *, of_instances: bool = False
-    ) -> list[tuple[object, ...]]:
-        """What a query finds. For this package. Raises OutOfResources only with `of_instances`."""
+    def rows(self, query: str, arguments: tuple[object, ...]) -> list[tuple[object, ...]]:
+        """What a query finds. For this package."""
         with self._lock:
-            if of_instances:
-                self._catch_up()
             return self._db.execute(query, arguments).fetchall()
 
     # Cases
@@ -356,7 +308,6 @@ class Ledger:
         that their content has yet to be compared.
         """
         with self._lock:
-            self._catch_up()
             found = self._db.execute(
                 "SELECT old.id FROM cases AS new JOIN cases AS old "
                 "ON old.identifier = new.identifier AND old.id < new.id AND old.sealed "
@@ -420,7 +371,6 @@ class Ledger:
     def over_with_files(self) -> list[Case]:
         """The cases that are over and whose files were not all deleted."""
         with self._lock:
-            self._catch_up()
             rows = self._db.execute(
                 f"SELECT {_CASE} FROM cases WHERE state IN (?, ?) AND (EXISTS "
                 "(SELECT 1 FROM instances WHERE case_id = cases.id) OR EXISTS "
@@ -467,7 +417,6 @@ class Ledger:
     def folder_is_taken(self, folder: str) -> bool:
         """Whether a case that may still have files uses this folder."""
         with self._lock:
-            self._catch_up()
             row = self._db.execute(
                 "SELECT 1 FROM cases WHERE folder = ? AND (state NOT IN (?, ?) OR EXISTS "
                 "(SELECT 1 FROM instances WHERE case_id = cases.id)) LIMIT 1",
@@ -596,53 +545,21 @@ class Ledger:
         if mine.error is not None:
             raise mine.error
 
-    def add_soon(self, case_id: int, rows: Iterable[InstanceRow]) -> None:
-        """Record instances whose files alone keep the promise: before anybody asks for them, or changes a case.
-
-        One transaction for many costs hardly more than one for each. Where the process is killed before it, the
-        next start adopts the files. Raises OutOfResources; then these are not recorded.
-        """
-        mine = [(case_id, row) for row in rows]
-        if self._is_closed.is_set():
-            raise OutOfResources("the ledger is closed")
-        with self._queue_lock:
-            self._soon += mine
-            is_due = self._is_behind or len(self._soon) >= _MOST_SOON
-            if self._recorder is None:
-                self._recorder = threading.Thread(target=self._record, name="recorder", daemon=True)
-                self._recorder.start()
-        if not is_due:
-            if not self._has_left.is_set():
-                self._has_left.set()
-            return
-        with self._lock:
-            try:
-                self._catch_up()
-            except BaseException:
-                with self._queue_lock:
-                    self._soon = [one for one in self._soon if one not in mine]
-                raise
-
-    def _record(self) -> None:
-        """Record what is left while nobody else comes: also for other processes, which see the file only."""
-        while True:
-            self._has_left.wait()
-            self._is_closed.wait(_AGAIN_SECONDS if self._is_behind else _SOON_SECONDS)
-            self._has_left.clear()
-            with self._lock:
-                if self._is_closed.is_set():
-                    return
-                try:
-                    self._catch_up()
-                except OutOfResources:
-                    self._has_left.set()
-
     def _write(self, batch: list[_Waiting]) -> None:
         trouble: OutOfResources | None = OutOfResources("the ledger was not written")
         try:
-            rows = [(one.case_id, row) for one in batch for row in one.rows]
+            rows = [
+                (one.case_id, r.input, r.uid, r.file, r.size, r.digest, r.damaged)
+                for one in batch
+                for r in one.rows
+            ]
             with self.transaction(is_single=len(rows) == 1) as db:
-                _insert(db, rows)
+                db.executemany(
+                    "INSERT OR REPLACE INTO instances "
+                    "(case_id, input, uid, file, size, digest, damaged) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    rows,
+                )
         except OutOfResources as error:
             trouble = error
         else:
@@ -654,7 +571,6 @@ class Ledger:
     def instances(self, case_id: int) -> list[InstanceRow]:
         """The instances of a case, damaged ones too."""
         with self._lock:
-            self._catch_up()
             rows = self._db.execute(
                 "SELECT input, uid, file, size, digest, damaged FROM instances WHERE case_id = ?",
                 (case_id,),
@@ -664,7 +580,6 @@ class Ledger:
     def counts(self, case_id: int) -> dict[str, tuple[int, int]]:
         """For each input how many instances there are, and how many of them are damaged."""
         with self._lock:
-            self._catch_up()
             rows = self._db.execute(
                 "SELECT input, count(*), sum(damaged) FROM instances WHERE case_id = ? "
                 "GROUP BY input ORDER BY input",
@@ -757,15 +672,4 @@ def _case(row: tuple[object, ...]) -> Case:
         error=str(error),
         created=float(str(created)),
         changed=float(str(changed)),
-    )
-
-
-def _insert(db: sqlite3.Connection, rows: Iterable[tuple[int, InstanceRow]]) -> None:
-    db.executemany(
-        "INSERT OR REPLACE INTO instances (case_id, input, uid, file, size, digest, damaged) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?)",
-        [
-            (case_id, row.input, row.uid, row.file, row.size, row.digest, row.damaged)
-            for case_id, row in rows
-        ],
     )

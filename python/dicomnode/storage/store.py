@@ -295,10 +295,7 @@ class Storage:
     def _put_instance(
         self, case: OpenCase, names: Iterable[str], instance: Instance
     ) -> list[InstanceRow]:
-        """Make an instance durable in these inputs: its files, their folders, then the rows.
-
-        Where it has to survive a killed process only, its files do that, and its rows may come later.
-        """
+        """Make an instance durable in these inputs: its files, their folders, then the rows."""
         arrived, uid = instance.arrived, instance.sop_instance_uid
         kept = (
             self._instances.staging(instance.chunks)
@@ -316,10 +313,7 @@ class Storage:
                     )
                     digest = instance.digest_of(self.digest_size)
                     rows.append(InstanceRow(name, uid, file, staged.size, digest))
-                if self.root is not None and self._is_flushed:
-                    self.ledger.add_instances(case.id, rows)
-                else:
-                    self.ledger.add_soon(case.id, rows)
+                self.ledger.add_instances(case.id, rows)
             except OutOfResources:
                 for row in rows:
                     self._instances.remove(input_folder(case.folder, row.input), [row.file])

@@ -150,7 +150,6 @@ class Waits:
             "SELECT DISTINCT uid, identifier FROM instances JOIN cases ON id = case_id "
             "ORDER BY case_id",
             (),
-            of_instances=True,
         )
         return [(str(uid), str(identifier)) for uid, identifier in rows]
 
