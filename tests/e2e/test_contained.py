@@ -438,6 +438,36 @@ def test_what_is_sent_again_after_its_case_was_done_is_not_delivered_twice(
         assert len(store.received) == (2 if breaks_off else 4)
 
 
+def test_a_part_that_is_sent_again_is_not_set_aside_while_its_sender_is_there() -> None:
+    """Else what comes next would be processed without it."""
+    series = make_series(3)
+    images = [wire.store(str(one.SOPInstanceUID), wire.bare(encode(one)[0])) for one in series]
+    with (
+        running_node(StoringNode) as store,
+        running_node(Echoing, endpoints=[address_of(store)], quiet_seconds=0.5) as node,
+    ):
+        with wire.Raw(node).open() as breaks_off:
+            for data in images[:2]:
+                breaks_off.send(data)
+                assert breaks_off.status() == 0
+            wait_for_cases(node, State.DONE)
+            again = wire.Raw(node).open()
+            again.send(images[0])
+            assert again.status() == 0
+        with again:
+            # The first association ends only here, and has the open case of the patient looked at.
+            assert node.wait(lambda: len(node.cases()) == 2, 20)
+            time.sleep(0.1)
+            for data in images[1:]:
+                again.send(data)
+                assert again.status() == 0
+            again.release()
+        wait_for_cases(node, State.DONE, 2)
+        # One of them is new: it is processed together with the others.
+        assert len(node.cases()) == 2
+        assert len(store.received) == 5
+
+
 def test_two_that_close_a_node_do_not_wait_for_each_other() -> None:
     inside = threading.Event()
 

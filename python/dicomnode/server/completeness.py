@@ -454,7 +454,8 @@ class Completeness:
             if looked is None:
                 return
             inputs, waiting = looked
-            repeated = self._storage.park(identifier, contents)
+            # With more on its way it may turn out to be more than a repeat.
+            repeated = None if waiting.is_coming else self._storage.park(identifier, contents)
             if repeated is not None:
                 self._eager.drop(contents.case_id)
                 self._logger.error(
@@ -630,7 +631,7 @@ class Completeness:
             )
         is_open, is_quiet_in = self._coming(identifier, contents.case_id)
         if is_open:
-            return Waiting("an association that brought images of it is open")
+            return Waiting("an association that brought images of it is open", is_coming=True)
         counts = bool(inputs) and all(
             kind.expected_images is not None for kind in self._inputs.values()
         )
@@ -747,6 +748,8 @@ class Waiting:
     reason: str = ""
     #: Its inputs lack images.
     is_for_images: bool = False
+    #: Somebody who brought images of it is still there.
+    is_coming: bool = False
     #: The headers of all images tell how many there are.
     is_counted: bool = field(default=False, compare=False)
 
@@ -761,7 +764,8 @@ def _lacking(inputs: Mapping[str, AbstractInput]) -> Waiting:
         if reason:
             reasons.setdefault(reason, []).append(name)
     text = "; ".join(f"input {', '.join(names)} {reason}" for reason, names in reasons.items())
-    return Waiting(text, bool(text), all(is_counted for _, is_counted in looked.values()))
+    is_counted = all(counted for _, counted in looked.values())
+    return Waiting(text, bool(text), is_counted=is_counted)
 
 
 def _days(seconds: float) -> str:
