@@ -486,25 +486,57 @@ NO_REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize("kind", [transport.NodeAssociation, transport._Provider])
+@pytest.mark.parametrize("lacking", ["AcceptorThread", "servant"])
 def test_n12_a_connection_for_which_there_is_no_thread_leaves_nothing(
-    kind: type[threading.Thread], monkeypatch: pytest.MonkeyPatch
+    lacking: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    is_first = lacking == "AcceptorThread"
+    really = threading.Thread.start
+
     def start(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+        if thread.name == lacking:
+            raise RuntimeError("can't start new thread")
+        really(thread)
 
     with node_of() as node:
         with monkeypatch.context() as short:
-            short.setattr(kind, "start", start)
+            short.setattr(threading.Thread, "start", start)
             for _ in range(5):
                 with Raw(node) as peer:
                     peer.send(wire.request())
+                    if not is_first:
+                        assert peer.receive()[0] == wire.ACCEPT
+                        # Only what is no image needs another thread.
+                        peer.send(wire.store(*wire.image()))
+                        assert peer.status() == 0
+                        peer.send(pdu(wire.DATA, value(1, 3, wire.echo_command())))
                     assert peer.until_the_end() == []
         serves(node)
         server = node._server
         assert server is not None
         # That of the last friend ends in a moment.
         assert node.wait(lambda: not server._visits, 5)
+    assert ("what came cannot be handled (RuntimeError)" in caplog.text) != is_first
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_an_association_has_a_second_thread_only_where_it_asks_for_more(asks: bool) -> None:
+    def names() -> list[str]:
+        found = (one.name for one in threading.enumerate())
+        return [name for name in found if name in ("AcceptorThread", "servant")]
+
+    with node_of() as node:
+        assert node.wait(lambda: not names(), 10)
+        with Raw(node).open() as peer:
+            for k in range(3):
+                peer.send(wire.store(*wire.image()))
+                assert peer.status() == 0
+                if asks:
+                    peer.send(pdu(wire.DATA, value(1, 3, wire.echo_command(k + 1))))
+                    assert peer.status() == 0
+            assert sorted(names()) == ["AcceptorThread", "servant"][: 1 + asks]
+            peer.release()
+        assert node.wait(lambda: not names(), 10)
 
 
 def test_n16_garbage_in_place_of_a_request_ends_the_connection() -> None:

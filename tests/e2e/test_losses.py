@@ -25,6 +25,7 @@ from dicomnode.lib.grinders import list_grinder, many_meta_grinder, numpy_grinde
 from dicomnode.lib.series import derive_series
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.node import AbstractPipeline
+from dicomnode.storage.ledger import Ledger
 from dicomnode.testing import (
     State,
     StoringNode,
@@ -358,6 +359,56 @@ def test_L14_a_lost_ledger_is_rebuilt_from_the_files(tmp_path: Path) -> None:
         assert {one.PatientID for one in store.received} == {"A/B"}
         assert [c.identifier for c in node.cases() if c.state is State.RECEIVING] == ["C"]
     assert len(images_below(tmp_path)) == 3
+
+
+def test_L14_a_case_that_lost_an_image_with_the_ledger_waits_for_you(tmp_path: Path) -> None:
+    with running_node(Echoing, root_data_directory=tmp_path, workers=0) as node:
+        send_and_check(node, make_series(5, patient_id="SHORT"))
+        send_and_check(node, make_series(4, patient_id="WHOLE"))
+    shutil.rmtree(tmp_path / ".dicomnode")
+    damaged = next(path for path in images_below(tmp_path) if "SHORT" in path.parts)
+    damaged.write_bytes(damaged.read_bytes()[:3000])
+    with (
+        running_node(StoringNode) as store,
+        running_node(Echoing, endpoints=[address_of(store)], root_data_directory=tmp_path) as node,
+    ):
+        wait_for_cases(node, State.DONE)
+        assert {one.PatientID for one in store.received} == {"WHOLE"}
+        (short,) = [one for one in node.cases() if one.identifier == "SHORT"]
+        assert short.state is State.FAILED and damaged.name in short.error
+        assert "1 of its files cannot be used" in short.error
+    assert not (tmp_path / ".dicomnode" / "rebuilding").exists()
+    with (
+        running_node(StoringNode) as store,
+        running_node(Echoing, endpoints=[address_of(store)], root_data_directory=tmp_path) as node,
+    ):
+        node.retry(short.id)
+        wait_for_cases(node, State.DONE, 2)
+        assert len(store.received) == 4
+
+
+def test_L14_a_node_without_room_for_a_new_ledger_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it could process a case without images that it had acknowledged."""
+    with running_node(Echoing, root_data_directory=tmp_path, workers=0) as node:
+        send_and_check(node, make_series(5))
+    shutil.rmtree(tmp_path / ".dicomnode")
+    last = max(images_below(tmp_path))
+
+    def full(self: Ledger, case_id: int, rows: object) -> None:
+        raise OutOfResources("the ledger cannot be written: disk full")
+
+    with monkeypatch.context() as short:
+        short.setattr(Ledger, "add_instances", full)
+        node = running_node(Echoing, root_data_directory=tmp_path)
+        with pytest.raises(InvalidRootDataDirectory, match="5 files"):
+            node.__enter__()
+    # Also the start after that knows that files without a row are not those of a crash.
+    last.write_bytes(b"")
+    with running_node(Echoing, root_data_directory=tmp_path) as node:
+        (case,) = node.cases()
+        assert case.state is State.FAILED and last.name in case.error
 
 
 def test_L16_nothing_expires_unasked_and_what_is_done_is_deleted(tmp_path: Path) -> None:

@@ -102,6 +102,8 @@ class _Clock:
     #: When the log told that it is going to be deleted, and which generation of it.
     warned: float = math.inf
     generation: int = -1
+    #: The case, where the last look found that an association is open that brings it.
+    coming: int = 0
 
 
 @dataclass(frozen=True)
@@ -427,6 +429,21 @@ class Completeness:
 
     # RECEIVING -> READY
 
+    def left(self, identifiers: Iterable[str]) -> None:
+        """An association has ended: have its cases looked at, but where another one brings them, too."""
+        if left := [one for one in identifiers if not self._is_coming(one)]:
+            self.check_soon(left)
+
+    def _is_coming(self, identifier: str) -> bool:
+        """Whether a look would find nothing but what the last one did."""
+        number = self._storage.open_case(identifier)
+        with self._lock:
+            clock = self._clocks.get(identifier)
+            if not number or clock is None or clock.coming != number:
+                return False
+        # That one has it looked at when it ends.
+        return self.senders.is_open_for(number)
+
     def check_soon(self, identifiers: Iterable[str]) -> None:
         """Have these cases looked at, and made READY where they are complete."""
         with self._lock:
@@ -454,6 +471,10 @@ class Completeness:
             if looked is None:
                 return
             inputs, waiting = looked
+            with self._lock:
+                if identifier in self._clocks:
+                    coming = contents.case_id if waiting.is_coming else 0
+                    self._clocks[identifier].coming = coming
             # With more on its way it may turn out to be more than a repeat.
             repeated = None if waiting.is_coming else self._storage.park(identifier, contents)
             if repeated is not None:
@@ -598,40 +619,37 @@ class Completeness:
             return not is_sealed and self._storage.open_case(identifier) != contents.case_id
 
         with self._failures.blaming(contents.case_id, has_gone_on):
-            uids = Uids(self._storage.ledger.seed(contents.case_id))
+            number, is_quiet_in = contents.case_id, 0.0
+            if contents.obstacle:
+                return {}, Waiting(contents.obstacle)
+            wait = self._storage.waits.of(number)
+            if not (wait.forced or is_sealed):
+                if wait.conflict:
+                    return {}, Waiting(
+                        f"{wait.conflict} came under another identifier before: find out whose it is; "
+                        "dicomnode cases --complete processes this case"
+                    )
+                is_open, is_quiet_in = self._coming(identifier, number)
+                if is_open:
+                    # Nobody asks its inputs yet: many associations may bring it, one image each.
+                    reason = "an association that brought images of it is open"
+                    return {}, Waiting(reason, is_coming=True)
+            uids = Uids(self._storage.ledger.seed(number))
             inputs = {
                 name: kind(
-                    Datasets(
-                        contents.sources[name], self._eager.decoded(contents.case_id, name), uids
-                    )
+                    Datasets(contents.sources[name], self._eager.decoded(number, name), uids)
                 )
                 for name, kind in self._inputs.items()
             }
-            return inputs, self._waiting(identifier, contents, inputs, is_sealed)
+            if wait.forced:
+                return inputs, Waiting()
+            return inputs, self._lacks(contents, inputs, is_quiet_in)
         return None
 
-    def _waiting(
-        self,
-        identifier: str,
-        contents: Contents,
-        inputs: Mapping[str, AbstractInput],
-        is_sealed: bool,
+    def _lacks(
+        self, contents: Contents, inputs: Mapping[str, AbstractInput], is_quiet_in: float
     ) -> "Waiting":
-        if contents.obstacle:
-            return Waiting(contents.obstacle)
-        wait = self._storage.waits.of(contents.case_id)
-        if wait.forced:
-            return Waiting()
-        if is_sealed:
-            return _lacking(inputs)
-        if wait.conflict:
-            return Waiting(
-                f"{wait.conflict} came under another identifier before: find out whose it is; "
-                "dicomnode cases --complete processes this case"
-            )
-        is_open, is_quiet_in = self._coming(identifier, contents.case_id)
-        if is_open:
-            return Waiting("an association that brought images of it is open", is_coming=True)
+        """What these inputs wait for, or the silence that has to be where nothing tells that this is all."""
         counts = bool(inputs) and all(
             kind.expected_images is not None for kind in self._inputs.values()
         )

@@ -493,7 +493,7 @@ class AbstractPipeline:
                 most_bytes=limit,
                 on_stored=runner.arrived,
                 decode=eager.add,
-                on_end=runner.check,
+                on_end=runner.left,
             ),
             storage,
             self.logger,

@@ -165,9 +165,9 @@ class Runner:
         """Whether a thread is one of these, in which user code runs."""
         return self._loop.owns(thread)
 
-    def check(self, identifiers: Iterable[str]) -> None:
-        """Have these cases looked at, and made READY where they are complete."""
-        self._completeness.check_soon(identifiers)
+    def left(self, identifiers: Iterable[str]) -> None:
+        """An association has ended: have the cases that it brought made READY where they are complete."""
+        self._completeness.left(identifiers)
 
     def trouble(self) -> list[str]:
         """What keeps cases from being processed, whatever comes."""

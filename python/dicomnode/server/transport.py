@@ -5,6 +5,7 @@ nearly all that a node receives, are read by the compiled core straight from the
 subclassing, with nothing replaced in pynetdicom itself:
 
 - its threads poll; ours wait until something happens (`waiting.py`);
+- each of its associations has two threads; ours get the second when a message comes that is no C-STORE;
 - what a stranger can hold is bounded: bytes of a PDU and of a dataset, and how long a PDU and a dataset may take;
 - time is monotonic, so that a corrected clock ends no association.
 
@@ -30,6 +31,7 @@ from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dul import DULServiceProvider
 from pynetdicom.fsm import InvalidEventError
 from pynetdicom.pdu import A_ABORT_RQ, A_ASSOCIATE_RQ
+from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.transport import AssociationSocket
 
 from dicomnode.errors import InvalidDicom
@@ -132,12 +134,6 @@ class _Socket(AssociationSocket):
             return False
         return found
 
-    def close(self) -> None:
-        """Also tells the thread of the association, where that still waits for a request."""
-        super().close()
-        if not self._provider.to_user_queue.is_used:
-            self._provider.to_user_queue.put(None)
-
     def recv(self, nr_bytes: int) -> bytearray:
         """So many bytes, or fewer where the connection was closed. For negotiation only.
 
@@ -229,7 +225,6 @@ class _Provider(DULServiceProvider):
 
     def __init__(self, association: "NodeAssociation", service: Service, limits: Limits) -> None:
         super().__init__(association)
-        self.daemon = True
         self.limits = limits
         self.wake = Wake()
         self._service = service
@@ -249,7 +244,9 @@ class _Provider(DULServiceProvider):
         self._idle_timer = MonotonicTimer(limits.idle_seconds)
         self.artim_timer = MonotonicTimer(limits.idle_seconds)
         self.to_provider_queue = SignallingQueue(self.wake.set)
-        self.to_user_queue: SignallingQueue = SignallingQueue(association.tell)
+        self.to_user_queue = SignallingQueue(association.tell)
+        # The thread that runs this, while it does.
+        self._runner: threading.Thread | None = None
 
     @property
     def arriving(self) -> int:
@@ -280,6 +277,21 @@ class _Provider(DULServiceProvider):
         return self._association.dimse.msg_queue.qsize() >= _MOST_WAITING
 
     @property
+    def is_over(self) -> bool:
+        """Whether the connection has ended, or was ended, and nothing is left to do for it."""
+        is_idle = self.state_machine.current_state == _IDLE
+        return is_idle and not self.event_queue.queue and not self.to_provider_queue.queue
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is run by the thread that asks."""
+        return threading.current_thread() is self._runner
+
+    def is_alive(self) -> bool:
+        """Whether it is run; by a thread that is not its own."""
+        return self._runner is not None
+
+    @property
     def _has_other_work(self) -> bool:
         # Looked at after each image, and so without the queues' locks.
         is_asked = self.to_provider_queue.queue or self.event_queue.queue
@@ -296,11 +308,11 @@ class _Provider(DULServiceProvider):
     def stop_dul(self) -> bool:
         if self.state_machine.current_state == _IDLE:
             self.kill_dul()
-            if threading.current_thread() is not self:
-                self.join(_LOOK_SECONDS)
         return not self.is_alive()
 
     def run_reactor(self) -> None:
+        """Read and answer until the connection has ended. For the thread of the association."""
+        self._runner = threading.current_thread()
         try:
             # A stop and a broken message may end an association at the same moment.
             with contextlib.suppress(InvalidEventError):
@@ -313,7 +325,12 @@ class _Provider(DULServiceProvider):
             if self.socket is not None:
                 self.socket.send(abort.encode())
         finally:
+            self._runner = None
             self.end()
+
+    def _process_recv_primitive(self) -> bool:
+        self._association.attend()
+        return super()._process_recv_primitive()
 
     def end(self) -> None:
         """Let go of all that belongs to the connection."""
@@ -325,8 +342,8 @@ class _Provider(DULServiceProvider):
         self.wake.close()
         self._association.forget()
         self._service.closed(self._association)
-        # The thread that waits for a peer which has left without a word need not wait longer.
-        self.to_user_queue.put(None)
+        # Whoever serves its messages need not wait longer.
+        self._association.tell()
 
     def _read_pdu_data(self) -> None:
         if self.state_machine.current_state != _ESTABLISHED:
@@ -512,6 +529,8 @@ class NodeAssociation(Association):
         #: There was room for it among the associations.
         self.was_let_in = False
         self.keeping = keeping
+        # Who serves its messages that are no images.
+        self._servant: threading.Thread | None = None
         self.dimse = _Messages(self)
         self.dul = self.provider = _Provider(self, service, limits)
         self.acse_timeout = limits.idle_seconds
@@ -558,16 +577,68 @@ class NodeAssociation(Association):
                 client.shutdown(socket.SHUT_RDWR)
 
     def run_reactor(self) -> None:
+        """All of an association that only sends images: pynetdicom's thread for the connection is this one."""
+        self._started_dul = True
+        self.provider.run_reactor()
+
+    def attend(self) -> None:
+        """Do what pynetdicom has a second thread for, until there is one for a message that is no image."""
         try:
-            super().run_reactor()
+            if self._kill or self._servant is not None:
+                pass
+            elif self.dimse.msg_queue.queue:
+                self._servant = threading.Thread(target=self._serve, name="servant", daemon=True)
+                self._servant.start()
+            elif not self.is_established:
+                self._negotiate()
+            elif self.provider.to_user_queue.queue:
+                self._leave()
+            elif self.provider.idle_timer_expired():
+                self.abort(block=False)
+                self._kill = True
         except Exception as error:  # noqa: BLE001
-            # Its negotiation raises whatever comes of what it decoded.
+            # Its negotiation raises whatever comes of what it decoded, and there may be no thread.
+            self.complain(f"what came cannot be handled ({type(error).__name__})")
+            self.cut_off()
+            self._kill = True
+        if self._kill and self.provider.is_over:
+            self.provider.kill_dul()
+
+    def _negotiate(self) -> None:
+        """Answer the request for it, if that has come."""
+        asked = self.provider.receive_pdu()
+        if isinstance(asked, A_ASSOCIATE):
+            self.requestor.primitive = asked
+            evt.trigger(self, evt.EVT_REQUESTED, {})
+            if not (self.is_aborted or self.is_rejected):
+                self.acse.negotiate_association()
+            self._kill = not self.is_established
+        elif asked is not None or self.provider.is_over:
+            # Whoever was there has left before that.
+            self._kill = True
+
+    def _leave(self) -> None:
+        """Answer a request for a release; note an abort, or that the connection is lost."""
+        if self.acse.is_release_requested():
+            self.acse.send_release(is_response=True)
+            self.is_released = True
+            event = evt.EVT_RELEASED
+        else:
+            self.provider.receive_pdu()
+            self.is_aborted = True
+            event = evt.EVT_ABORTED
+        self._kill, self.is_established = True, False
+        evt.trigger(self, event, {})
+
+    def _serve(self) -> None:
+        """Serve messages that are no images, each as long as it takes, while others are read."""
+        try:
+            self._run_reactor()
+        except Exception as error:  # noqa: BLE001
+            # A service raises whatever comes of what was decoded.
             self.complain(f"what came cannot be handled ({type(error).__name__})")
             self.cut_off()
             self.kill()
-            if self.provider.ident is None:
-                # There was no thread for it, which would do that in its end.
-                self.provider.end()
 
     def forget(self) -> None:
         """The connection has ended."""
@@ -575,7 +646,8 @@ class NodeAssociation(Association):
 
     def tell(self) -> None:
         """Let the thread of the association look what there is to do."""
-        self.dimse.msg_queue.put((None, None))
+        if self._servant is not None:
+            self.dimse.msg_queue.put((None, None))
 
     def complain(self, trouble: str) -> None:
         """Why this association is ended."""
@@ -583,7 +655,11 @@ class NodeAssociation(Association):
 
     def kill(self) -> None:
         self.tell()
-        super().kill()
+        if self.provider.is_here:
+            # It ends when what is to be sent yet has been sent.
+            self._kill, self.is_established = True, False
+        else:
+            super().kill()
 
 
 __all__ = ["Keeping", "NodeAssociation", "Service"]

@@ -71,11 +71,8 @@ class SignallingQueue(queue.Queue[Any]):
     def __init__(self, tell: Callable[[], None]) -> None:
         super().__init__()
         self._tell = tell
-        #: Whether anything was ever put into it.
-        self.is_used = False
 
     def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
-        self.is_used = True
         super().put(item, block, timeout)
         self._tell()
 

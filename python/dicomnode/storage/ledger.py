@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 
 from dicomnode.errors import NoRoom, OutOfResources, UnknownCase
@@ -93,6 +94,12 @@ MOST_MADE = 200_000
 _MOST = 1 << 63
 # A sender tries again within hours; the same images after that are a wish to process them again.
 _REPEAT_SECONDS = 24 * 3600.0
+_INSERT = (
+    "INSERT OR REPLACE INTO instances (case_id, input, uid, file, size, digest, damaged) VALUES "
+)
+_ROW = "(?, ?, ?, ?, ?, ?, ?)"
+# So many rows are one statement.
+_MOST_AT_ONCE = 16
 _CASE = "id, identifier, folder, state, sealed, attempts, error, created, changed"
 
 
@@ -553,13 +560,11 @@ class Ledger:
                 for one in batch
                 for r in one.rows
             ]
-            with self.transaction(is_single=len(rows) == 1) as db:
-                db.executemany(
-                    "INSERT OR REPLACE INTO instances "
-                    "(case_id, input, uid, file, size, digest, damaged) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    rows,
-                )
+            # A statement for each row would wait for the interpreter after each.
+            with self.transaction(is_single=len(rows) <= _MOST_AT_ONCE) as db:
+                for start in range(0, len(rows), _MOST_AT_ONCE):
+                    part = rows[start : start + _MOST_AT_ONCE]
+                    db.execute(_INSERT + ", ".join([_ROW] * len(part)), list(chain(*part)))
         except OutOfResources as error:
             trouble = error
         else:

@@ -62,8 +62,11 @@ class Recovery:
         unfinished: Iterable[str] = (),
         flush: bool = True,
         digest_size: int = SHA256,
+        is_rebuilding: bool = False,
     ) -> None:
         self._root = root
+        # Files without a row may have been acknowledged.
+        self._is_rebuilding = is_rebuilding
         # Folders of cases whose results were on their way when the ledger was lost.
         self._unfinished = frozenset(unfinished)
         self._ledger = ledger
@@ -212,6 +215,7 @@ class Recovery:
         for folder in _folders(self._root):
             if folder == OWN:
                 continue
+            lacking: list[str] = []
             for inner in _folders(self._root / folder):
                 place = f"{folder}/{inner}"
                 names = _files(self._root / place) - known.get(place, set())
@@ -224,8 +228,10 @@ class Recovery:
                     continue
                 for file in sorted(names):
                     try:
-                        self._adopt(Path(place, file), by_folder[inner])
+                        if not self._adopt(Path(place, file), by_folder[inner]):
+                            lacking.append(file)
                     except (OSError, MemoryError) as error:
+                        lacking.append(file)
                         # It is looked at again at the next start.
                         self._logger.error(
                             "file %r can be neither read nor set aside: %s",
@@ -233,9 +239,14 @@ class Recovery:
                             type(error).__name__,
                         )
                 self._record_adopted(self._root / place)
+            if lacking and self._is_rebuilding:
+                self._hold_back(folder, lacking)
 
-    def _adopt(self, relative: Path, input_name: str) -> None:
-        """Take a file that the ledger does not know: complete, but the node ended before its row."""
+    def _adopt(self, relative: Path, input_name: str) -> bool:
+        """Take a file that the ledger does not know: complete, but the node ended before its row.
+
+        False where its image is in no case.
+        """
         path = self._root / relative
         folder, _, file = relative.parts
         trouble = ""
@@ -252,15 +263,15 @@ class Recovery:
             trouble = f"it cannot be read: {error}"
         if trouble:
             self._set_aside(relative, trouble)
-            return
+            return False
         case = self._case_of_folder(identifier, folder)
         if case is None:
             self._set_aside(relative, "it is in the folder of another identifier")
-            return
+            return False
         known = case.rows.get(input_name, {}).get(uid)
         if known is not None and not known.damaged:
             self._set_aside(relative, f"it repeats an instance of case {case.id}")
-            return
+            return True
         adopted = InstanceRow(
             input_name, uid, file, path.stat().st_size, digest_of_file(path, self._digest_size)
         )
@@ -270,6 +281,7 @@ class Recovery:
         self._adopted.setdefault(case.id, (case, []))[1].append(adopted)
         case.put(adopted)
         self._logger.debug("case %d: instance %s was found without its row, adopted", case.id, uid)
+        return True
 
     def _record_adopted(self, folder: Path) -> None:
         """The files of one folder together, because the ledger of many may have been lost."""
@@ -281,6 +293,12 @@ class Recovery:
                         flush_folder(one)
                 self._ledger.add_instances(case.id, rows)
             except (OSError, OutOfResources) as error:
+                if self._is_rebuilding:
+                    # Else the case may be processed without them before the next start finds them.
+                    raise OutOfResources(
+                        f"the ledger was lost, and {len(rows)} files cannot be written to the new one: "
+                        f"{error}"
+                    ) from error
                 # They are found again at the next start.
                 self._logger.error("%d files cannot be adopted now: %s", len(rows), error)
                 for row in rows:
@@ -290,6 +308,19 @@ class Recovery:
                     "case %d: %d instances were found without their rows, adopted",
                     case.id,
                     len(rows),
+                )
+
+    def _hold_back(self, folder: str, files: list[str]) -> None:
+        """Have a person decide about the case of a folder, some images of which may be lost with the ledger."""
+        for identifier, case in list(self.open_cases.items()):
+            if case.folder == folder and self._ledger.park(
+                case.id,
+                f"the ledger was lost, and {len(files)} of its files cannot be used, such as "
+                f"{files[0]!r}: send its images again, or retry it to have it processed without these",
+            ):
+                del self.open_cases[identifier]
+                self._logger.error(
+                    "case %d lacks %d files, which may be images of it: FAILED", case.id, len(files)
                 )
 
     def _set_aside(self, relative: Path, trouble: str) -> None:

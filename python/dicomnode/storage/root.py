@@ -24,6 +24,8 @@ class Root:
         self._is_flushed = is_flushed
         self._logger = logger
         self._lock = -1
+        # There from before a new ledger is until it has all files.
+        self._rebuilding = self._own / "rebuilding"
         #: The folders of cases whose results were on their way when the ledger was lost.
         self.unfinished: set[str] = set()
 
@@ -74,10 +76,12 @@ class Root:
     def open_ledger(self) -> Ledger:
         """The ledger; a new one where it is damaged or lost, and what is left of that is set aside.
 
-        Raises InvalidRootDataDirectory where it is sound and cannot be opened.
+        Raises InvalidRootDataDirectory where it is sound and cannot be opened, and OutOfResources.
         """
         path = self._own / "ledger.sqlite"
         is_lost = not path.exists() or not path.stat().st_size
+        if is_lost:
+            self._begin_to_rebuild()
         try:
             if is_lost and any((self._own / "outbox").iterdir()):
                 self._set_ledger_aside(path, "is gone, but there are results")
@@ -87,8 +91,26 @@ class Root:
                 f"the ledger {path} cannot be opened: {error}"
             ) from error
         except sqlite3.DatabaseError as error:
+            self._begin_to_rebuild()
             self._set_ledger_aside(path, f"is damaged ({error})")
             return Ledger(path, self._is_flushed)
+
+    def _begin_to_rebuild(self) -> None:
+        try:
+            self._rebuilding.touch()
+            if self._is_flushed:
+                flush_folder(self._own)
+        except OSError as error:
+            raise out_of_resources(error) from error
+
+    @property
+    def is_rebuilding(self) -> bool:
+        """Whether files without a row may have been acknowledged: a ledger was lost, at this start or at one that broke off."""
+        return self._rebuilding.exists()
+
+    def is_rebuilt(self) -> None:
+        """All files that can be have their rows."""
+        self._rebuilding.unlink(missing_ok=True)
 
     def _set_ledger_aside(self, path: Path, trouble: str) -> None:
         """Keep what is left of a ledger, and the results that only it could tell the way of."""

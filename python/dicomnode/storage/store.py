@@ -212,8 +212,10 @@ class Storage:
                 root.unfinished,
                 self._is_flushed,
                 self.digest_size,
+                root.is_rebuilding,
             )
             recovery.run()
+            root.is_rebuilt()
             self._open_cases = recovery.open_cases
             self._unverified = recovery.unverified
             self.disk.keep_reserve()
@@ -435,7 +437,8 @@ class Storage:
         generation: int = 0,
     ) -> Contents:
         sources: dict[str, dict[str, Source]] = {name: {} for name in self._input_names}
-        obstacle = ""
+        places = {name: input_folder(folder, name) for name in sources}
+        source, obstacle = self._instances.source, ""
         for row in rows:
             if row.damaged:
                 remedy = "the series again, it forms a new case" if sealed else "it again"
@@ -443,8 +446,7 @@ class Storage:
             elif row.input not in sources:
                 obstacle = f"it holds images of an input {row.input!r}, which this pipeline lacks"
             else:
-                place = input_folder(folder, row.input)
-                sources[row.input][row.uid] = self._instances.source(place, row.file)
+                sources[row.input][row.uid] = source(places[row.input], row.file)
         return Contents(case_id, sources, obstacle, generation)
 
     def is_verified(self, case_id: int) -> bool:
