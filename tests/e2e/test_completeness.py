@@ -6,7 +6,7 @@ The clock of a node is replaced, so that nothing here waits for time to go by.
 import subprocess
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,30 @@ def test_four_associations_at_once_give_one_case(tmp_path: Path) -> None:
         clock.seconds += 60
         wait_for_cases(node, State.DONE)
         assert node.seen == [16]
+
+
+def test_a_case_that_many_bring_is_asked_once_and_tells_what_it_waits_for() -> None:
+    asked: list[int] = []
+
+    class Asked(AtLeastTwo):
+        def validate(self) -> bool:
+            asked.append(self.images)
+            return super().validate()
+
+    class Many(Counting):
+        input = {"ct": Asked}
+
+    series = make_series(9)
+    with running_node(Many) as node, ExitStack() as others:
+        with sender(node) as last:
+            last(series[0])
+            for one in series[1:]:
+                others.enter_context(sender(node))(one)
+            others.close()
+            assert is_told(node, "an association that brought images of it is open")
+            assert asked == []
+        wait_for_cases(node, State.DONE)
+        assert (node.seen, asked) == ([9], [9])
 
 
 def test_n18_a_sender_that_keeps_its_association_open_does_not_hold_up_the_case() -> None:
