@@ -539,6 +539,34 @@ def test_an_association_has_a_second_thread_only_where_it_asks_for_more(asks: bo
         assert node.wait(lambda: not names(), 10)
 
 
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("how", ["abort", "vanish", "release"])
+def test_how_an_association_ends_is_told_once(
+    how: str, asks: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with node_of() as node:
+        caplog.clear()
+        with Raw(node).open() as peer:
+            peer.send(wire.store(*wire.image()))
+            assert peer.status() == 0
+            if asks:
+                peer.send(pdu(wire.DATA, value(1, 3, wire.echo_command())))
+                assert peer.status() == 0
+            if how == "abort":
+                peer.send(pdu(wire.ABORT, bytes(4)))
+            elif how == "release":
+                peer.release()
+        server = node._server
+        assert server is not None
+        assert node.wait(lambda: "1 stored, 0 refused" in caplog.text, 10)
+        aborts = 0 if how == "release" else 1
+        assert node.wait(lambda: caplog.text.count("aborted") >= aborts, 10)
+        time.sleep(0.05)
+        assert caplog.text.count("1 stored, 0 refused") == 1
+        assert caplog.text.count("aborted") == aborts
+
+
 def test_n16_garbage_in_place_of_a_request_ends_the_connection() -> None:
     with node_of(limits=Limits(**HASTY)) as node:
         peers = [Raw(node) for _ in NO_REQUESTS]

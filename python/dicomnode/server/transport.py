@@ -317,6 +317,8 @@ class _Provider(DULServiceProvider):
             # A stop and a broken message may end an association at the same moment.
             with contextlib.suppress(InvalidEventError):
                 super().run_reactor()
+            # What ended it may have been an abort.
+            self._association.attend()
         except Exception as error:  # noqa: BLE001
             # Its state machine raises whatever comes of what it decoded.
             self._association.complain(f"what came cannot be handled ({type(error).__name__})")

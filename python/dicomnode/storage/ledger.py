@@ -564,7 +564,8 @@ class Ledger:
             with self.transaction(is_single=len(rows) <= _MOST_AT_ONCE) as db:
                 for start in range(0, len(rows), _MOST_AT_ONCE):
                     part = rows[start : start + _MOST_AT_ONCE]
-                    db.execute(_INSERT + ", ".join([_ROW] * len(part)), list(chain(*part)))
+                    # Of one set of values, too, since this does not ask for the last row.
+                    db.executemany(_INSERT + ", ".join([_ROW] * len(part)), [tuple(chain(*part))])
         except OutOfResources as error:
             trouble = error
         else:
