@@ -387,28 +387,84 @@ def test_L14_a_case_that_lost_an_image_with_the_ledger_waits_for_you(tmp_path: P
         assert len(store.received) == 4
 
 
+@pytest.mark.parametrize("fails", ["add_instances", "park"])
 def test_L14_a_node_without_room_for_a_new_ledger_does_not_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else it could process a case without images that it had acknowledged."""
+    """Else it could process a case without images that it had acknowledged; the start after that knows."""
     with running_node(Echoing, root_data_directory=tmp_path, workers=0) as node:
         send_and_check(node, make_series(5))
     shutil.rmtree(tmp_path / ".dicomnode")
-    last = max(images_below(tmp_path))
+    damaged = min(images_below(tmp_path))
+    damaged.write_bytes(b"")
+    _cannot_start(tmp_path, fails, monkeypatch)
+    assert not damaged.exists()
+    with running_node(Echoing, root_data_directory=tmp_path) as node:
+        (case,) = node.cases()
+        assert case.state is State.FAILED and damaged.name in case.error
 
-    def full(self: Ledger, case_id: int, rows: object) -> None:
+
+def test_L14_results_on_their_way_are_known_after_a_start_that_broke_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_node(StoringNode) as store:
+        both = [address_of(store), NOBODY]
+        with running_node(Echoing, endpoints=both, root_data_directory=tmp_path) as node:
+            send_and_check(node, make_series(4, patient_id="SENT"))
+            assert node.wait(lambda: len(store.received) == 4, 20)
+            send_and_check(node, make_series(2, patient_id="BEFORE"))
+        for path in (tmp_path / ".dicomnode").glob("ledger.sqlite*"):
+            path.unlink()
+        _cannot_start(tmp_path, "add_instances", monkeypatch)
+        with running_node(
+            Echoing, endpoints=[address_of(store)], root_data_directory=tmp_path
+        ) as node:
+            states = {case.identifier: case.state for case in node.cases()}
+            assert states == {"SENT": State.FAILED, "BEFORE": State.RECEIVING}
+        assert len(store.received) == 4
+
+
+def _cannot_start(root: Path, fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Ledger, case_id: int, value: object) -> None:
         raise OutOfResources("the ledger cannot be written: disk full")
 
     with monkeypatch.context() as short:
-        short.setattr(Ledger, "add_instances", full)
-        node = running_node(Echoing, root_data_directory=tmp_path)
-        with pytest.raises(InvalidRootDataDirectory, match="5 files"):
+        short.setattr(Ledger, fails, full)
+        node = running_node(Echoing, root_data_directory=root)
+        with pytest.raises(InvalidRootDataDirectory, match="has no room for a start"):
             node.__enter__()
-    # Also the start after that knows that files without a row are not those of a crash.
-    last.write_bytes(b"")
-    with running_node(Echoing, root_data_directory=tmp_path) as node:
-        (case,) = node.cases()
-        assert case.state is State.FAILED and last.name in case.error
+
+
+def test_L14_what_no_file_tells_of_is_a_case_and_holds_up_the_next_of_its_patient(
+    tmp_path: Path,
+) -> None:
+    class Any(AbstractInput):
+        required_values = {"Modality": "MR"}
+
+        def validate(self) -> bool:
+            return True
+
+    class Both(Echoing):
+        input = {"ct": Four, "mr": Any}
+
+    with running_node(Both, root_data_directory=tmp_path, workers=0) as node:
+        for name in ("SHORT", "NONE", "LACKS"):
+            send_and_check(node, make_series(4, patient_id=name))
+        send_and_check(node, make_series(2, modality="MR", patient_id="LACKS"))
+    shutil.rmtree(tmp_path / ".dicomnode")
+    # A second examination of the patient, the first of which lacks an image.
+    shutil.copytree(tmp_path / "SHORT", tmp_path / "SHORT~2")
+    for path in images_below(tmp_path):
+        if "NONE" in path.parts or ("SHORT" in path.parts and path.name == "Image_CT_1.dcm"):
+            path.write_bytes(b"")
+    with (
+        running_node(StoringNode) as store,
+        running_node(Echoing, endpoints=[address_of(store)], root_data_directory=tmp_path) as node,
+    ):
+        assert node.wait(lambda: all(c.state is not State.RECEIVING for c in node.cases()), 20)
+        found = sorted((case.identifier, case.state.value) for case in node.cases())
+        assert found == [(name, "FAILED") for name in ("LACKS", "NONE", "SHORT", "SHORT")]
+        assert store.received == []
 
 
 def test_L16_nothing_expires_unasked_and_what_is_done_is_deleted(tmp_path: Path) -> None:

@@ -445,18 +445,20 @@ class AssociationServer:
         finally:
             with self._lock:
                 self._visits.pop(association, None)
-        if not visit.is_accepted:
-            return
-        self._reception.meters.associations_open.add(-1)
-        self._logger.info(
-            "association with %s closed: %d stored, %d refused",
-            _peer(association),
-            visit.stored,
-            visit.refused,
-        )
-        if visit.is_released:
-            self._storage.released(cases)
-        self._reception.on_end(touched)
+            if visit.is_accepted:
+                self._reception.meters.associations_open.add(-1)
+                self._logger.info(
+                    "association with %s closed: %d stored, %d refused",
+                    _peer(association),
+                    visit.stored,
+                    visit.refused,
+                )
+            try:
+                if visit.is_released:
+                    self._storage.released(cases)
+            finally:
+                # Others that brought the same cases count on it, whatever fails here.
+                self._reception.on_end(touched)
 
     def _interrupt(self, cases: Iterable[int]) -> None:
         """Remember what these cases hold, since their sender has not got all answers."""

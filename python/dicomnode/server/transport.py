@@ -265,6 +265,11 @@ class _Provider(DULServiceProvider):
         return receiver is not None and receiver.is_arriving and not is_stuck
 
     @property
+    def is_hung(self) -> bool:
+        """Whether code of a user has had an image for as long as a peer may be silent."""
+        return time.monotonic() - self._whole > self.limits.idle_seconds
+
+    @property
     def is_reading(self) -> bool:
         """Whether more of a message has to be read, or can be without waiting."""
         receiver = self.receiver
@@ -554,8 +559,9 @@ class NodeAssociation(Association):
 
     @property
     def is_in(self) -> bool:
-        """Whether it is established or is about to be."""
-        return self.was_let_in and not (self.is_rejected or self.is_released or self.is_aborted)
+        """Whether it is established or is about to be; one that hangs takes no place of others."""
+        is_over = self.is_rejected or self.is_released or self.is_aborted or self.provider.is_hung
+        return self.was_let_in and not is_over
 
     def _bind_defaults(self) -> None:
         """Nothing: it gets all handlers of its server."""

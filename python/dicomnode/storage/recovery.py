@@ -25,6 +25,7 @@ from dicomnode.storage.layout import (
     set_aside,
 )
 from dicomnode.storage.ledger import OVER, Case, InstanceRow, Ledger, State
+from dicomnode.storage.rebuild import Rebuild
 
 _ATTEMPTS = 3
 # In these states a case may have senders that never got their last answers.
@@ -59,16 +60,16 @@ class Recovery:
         input_names: Iterable[str],
         identifier_tag: int,
         logger: logging.Logger,
-        unfinished: Iterable[str] = (),
+        rebuild: Rebuild,
         flush: bool = True,
         digest_size: int = SHA256,
-        is_rebuilding: bool = False,
     ) -> None:
         self._root = root
-        # Files without a row may have been acknowledged.
-        self._is_rebuilding = is_rebuilding
-        # Folders of cases whose results were on their way when the ledger was lost.
-        self._unfinished = frozenset(unfinished)
+        # While one goes on, files without a row may have been acknowledged.
+        self._rebuild = rebuild
+        self._unfinished = rebuild.unfinished
+        # The identifiers of which a person has a case to decide about.
+        self._held_back: set[str] = set()
         self._ledger = ledger
         self._instances = instances
         self._input_names = tuple(input_names)
@@ -101,6 +102,9 @@ class Recovery:
                 self._recover_processing(case)
             self._check_files(case, known)
         self._drop_stale_outbox()
+        if self._rebuild.is_going_on:
+            sealed = (case for case in self._ledger.cases(State.FAILED) if case.sealed)
+            self._held_back.update(case.identifier for case in sealed)
         self._adopt_orphans(known)
         try:
             self._ledger.interrupt_all(*_INTERRUPTED)
@@ -215,11 +219,16 @@ class Recovery:
         for folder in _folders(self._root):
             if folder == OWN:
                 continue
-            lacking: list[str] = []
             for inner in _folders(self._root / folder):
                 place = f"{folder}/{inner}"
-                names = _files(self._root / place) - known.get(place, set())
+                try:
+                    names = _files(self._root / place) - known.get(place, set())
+                except OSError as error:
+                    self._logger.error("the folder %r cannot be read: %s", place, error.strerror)
+                    self._rebuild.lacks(folder, [inner])
+                    continue
                 if names and inner not in by_folder:
+                    self._rebuild.lacks(folder, names)
                     self._logger.warning(
                         "%d files in %r belong to no input of this pipeline, left alone",
                         len(names),
@@ -228,10 +237,9 @@ class Recovery:
                     continue
                 for file in sorted(names):
                     try:
-                        if not self._adopt(Path(place, file), by_folder[inner]):
-                            lacking.append(file)
+                        self._adopt(Path(place, file), by_folder[inner])
                     except (OSError, MemoryError) as error:
-                        lacking.append(file)
+                        self._rebuild.lacks(folder, [file])
                         # It is looked at again at the next start.
                         self._logger.error(
                             "file %r can be neither read nor set aside: %s",
@@ -239,14 +247,11 @@ class Recovery:
                             type(error).__name__,
                         )
                 self._record_adopted(self._root / place)
-            if lacking and self._is_rebuilding:
+            if lacking := self._rebuild.lacking.get(folder):
                 self._hold_back(folder, lacking)
 
-    def _adopt(self, relative: Path, input_name: str) -> bool:
-        """Take a file that the ledger does not know: complete, but the node ended before its row.
-
-        False where its image is in no case.
-        """
+    def _adopt(self, relative: Path, input_name: str) -> None:
+        """Take a file that the ledger does not know: complete, but the node ended before its row."""
         path = self._root / relative
         folder, _, file = relative.parts
         trouble = ""
@@ -262,16 +267,18 @@ class Recovery:
         except (InvalidDicom, OSError) as error:
             trouble = f"it cannot be read: {error}"
         if trouble:
+            self._rebuild.lacks(folder, [file])
             self._set_aside(relative, trouble)
-            return False
+            return
         case = self._case_of_folder(identifier, folder)
         if case is None:
+            self._rebuild.lacks(folder, [file])
             self._set_aside(relative, "it is in the folder of another identifier")
-            return False
+            return
         known = case.rows.get(input_name, {}).get(uid)
         if known is not None and not known.damaged:
             self._set_aside(relative, f"it repeats an instance of case {case.id}")
-            return True
+            return
         adopted = InstanceRow(
             input_name, uid, file, path.stat().st_size, digest_of_file(path, self._digest_size)
         )
@@ -281,7 +288,6 @@ class Recovery:
         self._adopted.setdefault(case.id, (case, []))[1].append(adopted)
         case.put(adopted)
         self._logger.debug("case %d: instance %s was found without its row, adopted", case.id, uid)
-        return True
 
     def _record_adopted(self, folder: Path) -> None:
         """The files of one folder together, because the ledger of many may have been lost."""
@@ -293,7 +299,7 @@ class Recovery:
                         flush_folder(one)
                 self._ledger.add_instances(case.id, rows)
             except (OSError, OutOfResources) as error:
-                if self._is_rebuilding:
+                if self._rebuild.is_going_on:
                     # Else the case may be processed without them before the next start finds them.
                     raise OutOfResources(
                         f"the ledger was lost, and {len(rows)} files cannot be written to the new one: "
@@ -310,18 +316,28 @@ class Recovery:
                     len(rows),
                 )
 
-    def _hold_back(self, folder: str, files: list[str]) -> None:
-        """Have a person decide about the case of a folder, some images of which may be lost with the ledger."""
+    def _hold_back(self, folder: str, files: set[str]) -> None:
+        """Have a person decide about the case of a folder, images of which may be lost with the ledger."""
+        why = (
+            f"the ledger was lost, and {len(files)} of its files cannot be used, such as {min(files)!r}: "
+            "send its images again, or retry it to have it processed without these"
+        )
+        try:
+            folder.encode()
+        except UnicodeEncodeError:
+            # None of ours, which the log has told of.
+            return
+        number = 0
         for identifier, case in list(self.open_cases.items()):
-            if case.folder == folder and self._ledger.park(
-                case.id,
-                f"the ledger was lost, and {len(files)} of its files cannot be used, such as "
-                f"{files[0]!r}: send its images again, or retry it to have it processed without these",
-            ):
+            if case.folder == folder and self._ledger.park(case.id, why):
+                number = case.id
+                self._held_back.add(identifier)
                 del self.open_cases[identifier]
-                self._logger.error(
-                    "case %d lacks %d files, which may be images of it: FAILED", case.id, len(files)
-                )
+        if not number and self._ledger.case_in(folder) is None:
+            # Not one of its files tells whose it is.
+            number = self._ledger.failed_case(folder, folder, why).id
+        if number:
+            self._logger.error("case %d: %s", number, why)
 
     def _set_aside(self, relative: Path, trouble: str) -> None:
         self._logger.error("file %r set aside: %s", relative.name, trouble)
@@ -346,7 +362,7 @@ class Recovery:
                     "have been delivered; a retry makes all of them again, under new UIDs",
                 )
                 self._logger.error("case %d may have been delivered in part: FAILED", row.id)
-            if row is None and case is None:
+            if row is None and case is None and identifier not in self._held_back:
                 row = self._ledger.open_case(identifier, folder)
                 self.open_cases[identifier] = OpenCase(row.id, row.folder)
                 return self.open_cases[identifier]
@@ -375,12 +391,9 @@ def _folders(place: Path) -> list[str]:
 
 
 def _files(place: Path) -> set[str]:
-    """The names of the files in a folder; none where it cannot be read."""
-    try:
-        with os.scandir(place) as entries:
-            return {one.name for one in entries if one.is_file()}
-    except OSError:
-        return set()
+    """The names of the files in a folder."""
+    with os.scandir(place) as entries:
+        return {one.name for one in entries if one.is_file()}
 
 
 def mark_damaged(root: Path, case: Case, row: InstanceRow, logger: logging.Logger) -> InstanceRow:

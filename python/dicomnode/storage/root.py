@@ -11,8 +11,9 @@ from pathlib import Path
 
 from dicomnode.errors import InvalidRootDataDirectory
 from dicomnode.storage.instances import flush_below, flush_folder, make_folder, out_of_resources
-from dicomnode.storage.layout import OWN, OWNER
+from dicomnode.storage.layout import OWN
 from dicomnode.storage.ledger import Ledger
+from dicomnode.storage.rebuild import Rebuild
 
 
 class Root:
@@ -24,10 +25,8 @@ class Root:
         self._is_flushed = is_flushed
         self._logger = logger
         self._lock = -1
-        # There from before a new ledger is until it has all files.
-        self._rebuilding = self._own / "rebuilding"
-        #: The folders of cases whose results were on their way when the ledger was lost.
-        self.unfinished: set[str] = set()
+        #: Of a ledger that was lost; known when the ledger is open.
+        self.rebuild: Rebuild
 
     def take(self) -> None:
         """Make what is missing of it, and keep other nodes from it.
@@ -79,50 +78,32 @@ class Root:
         Raises InvalidRootDataDirectory where it is sound and cannot be opened, and OutOfResources.
         """
         path = self._own / "ledger.sqlite"
+        self.rebuild = Rebuild(self._own, self._is_flushed)
         is_lost = not path.exists() or not path.stat().st_size
-        if is_lost:
-            self._begin_to_rebuild()
         try:
             if is_lost and any((self._own / "outbox").iterdir()):
                 self._set_ledger_aside(path, "is gone, but there are results")
+            elif is_lost:
+                self.rebuild.begin()
             return Ledger(path, self._is_flushed)
         except sqlite3.OperationalError as error:
             raise InvalidRootDataDirectory(
                 f"the ledger {path} cannot be opened: {error}"
             ) from error
         except sqlite3.DatabaseError as error:
-            self._begin_to_rebuild()
             self._set_ledger_aside(path, f"is damaged ({error})")
             return Ledger(path, self._is_flushed)
-
-    def _begin_to_rebuild(self) -> None:
-        try:
-            self._rebuilding.touch()
-            if self._is_flushed:
-                flush_folder(self._own)
-        except OSError as error:
-            raise out_of_resources(error) from error
-
-    @property
-    def is_rebuilding(self) -> bool:
-        """Whether files without a row may have been acknowledged: a ledger was lost, at this start or at one that broke off."""
-        return self._rebuilding.exists()
-
-    def is_rebuilt(self) -> None:
-        """All files that can be have their rows."""
-        self._rebuilding.unlink(missing_ok=True)
 
     def _set_ledger_aside(self, path: Path, trouble: str) -> None:
         """Keep what is left of a ledger, and the results that only it could tell the way of."""
         aside = self._own / f"ledger-lost-{time.time_ns()}"
         make_folder(aside)
+        self.rebuild.begin(aside.name)
         for name in (path.name, f"{path.name}-wal", f"{path.name}-shm", "outbox"):
             if (self._own / name).exists():
                 (self._own / name).rename(aside / name)
         make_folder(self._own / "outbox")
         flush_folder(aside)
-        for owner in aside.glob(f"outbox/*/{OWNER}"):
-            self.unfinished.add(owner.read_text("utf-8", "replace"))
         self._logger.error(
             "the ledger %s; what is left was set aside in %s, and it is rebuilt from the files; a "
             "case whose results were on their way becomes FAILED, for you to decide",

@@ -209,13 +209,12 @@ class Storage:
                 self._input_names,
                 self._identifier_tag,
                 self._logger,
-                root.unfinished,
+                root.rebuild,
                 self._is_flushed,
                 self.digest_size,
-                root.is_rebuilding,
             )
             recovery.run()
-            root.is_rebuilt()
+            root.rebuild.end()
             self._open_cases = recovery.open_cases
             self._unverified = recovery.unverified
             self.disk.keep_reserve()
