@@ -6,6 +6,8 @@ release, by the senders' own logs. What arrived is counted, since dcmsend ends w
 images. Every run has a fresh receiver, because a node that has an image already does not store it again.
 """
 
+import atexit
+import functools
 import json
 import os
 import shutil
@@ -13,6 +15,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from abc import ABC, abstractmethod
@@ -131,7 +134,7 @@ class Storescp(Receiver):
         assert found is not None
         process = subprocess.Popen(
             [found, *self._options, "-od", str(folder), str(port)],
-            env=environment(self._no_delay),
+            env=self._environment(),
             text=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -139,9 +142,36 @@ class Storescp(Receiver):
         wait_for(port)
         return process, port
 
+    def _environment(self) -> dict[str, str]:
+        return environment(self._no_delay)
+
     def count(self, process: "subprocess.Popen[str]", folder: Path) -> int:
         del process
         return sum(1 for _ in folder.iterdir())
+
+
+class FlushingStorescp(Storescp):
+    """storescp made to flush each file and its folder: what "power" promises, without digest and row."""
+
+    def __init__(self) -> None:
+        super().__init__("storescp, made to flush file and folder, TCP_NODELAY=1", no_delay=True)
+
+    def _environment(self) -> dict[str, str]:
+        return {**super()._environment(), "LD_PRELOAD": str(flushing())}
+
+
+@functools.cache
+def flushing() -> Path | None:
+    """The library that makes a program flush what it writes; None without a C compiler."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        return None
+    target = Path(tempfile.mkdtemp(), "flush.so")
+    source = Path(__file__).with_name("flush.c")
+    command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(target), str(source), "-ldl"]
+    subprocess.run(command, check=True)
+    atexit.register(shutil.rmtree, target.parent, ignore_errors=True)
+    return target
 
 
 class Floor(Receiver):
@@ -208,6 +238,8 @@ def receivers() -> list[Receiver]:
             Storescp("storescp, TCP_NODELAY=1", no_delay=True),
             Storescp("storescp --fork, TCP_NODELAY=1", "--fork", no_delay=True),
         ]
+        if flushing() is not None:
+            found.append(FlushingStorescp())
     return found
 
 

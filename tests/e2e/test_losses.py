@@ -26,6 +26,7 @@ from dicomnode.lib.series import derive_series
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.node import AbstractPipeline
 from dicomnode.storage.ledger import Ledger
+from dicomnode.storage.rebuild import Rebuild
 from dicomnode.testing import (
     State,
     StoringNode,
@@ -435,7 +436,7 @@ def _cannot_start(root: Path, fails: str, monkeypatch: pytest.MonkeyPatch) -> No
             node.__enter__()
 
 
-def test_L14_what_no_file_tells_of_is_a_case_and_holds_up_the_next_of_its_patient(
+def test_L14_a_case_that_lost_an_image_holds_up_the_next_of_its_patient(
     tmp_path: Path,
 ) -> None:
     class Any(AbstractInput):
@@ -455,7 +456,7 @@ def test_L14_what_no_file_tells_of_is_a_case_and_holds_up_the_next_of_its_patien
     # A second examination of the patient, the first of which lacks an image.
     shutil.copytree(tmp_path / "SHORT", tmp_path / "SHORT~2")
     for path in images_below(tmp_path):
-        if "NONE" in path.parts or ("SHORT" in path.parts and path.name == "Image_CT_1.dcm"):
+        if "NONE" in path.parts or ("LACKS" not in path.parts and path.name == "Image_CT_1.dcm"):
             path.write_bytes(b"")
     with (
         running_node(StoringNode) as store,
@@ -463,8 +464,76 @@ def test_L14_what_no_file_tells_of_is_a_case_and_holds_up_the_next_of_its_patien
     ):
         assert node.wait(lambda: all(c.state is not State.RECEIVING for c in node.cases()), 20)
         found = sorted((case.identifier, case.state.value) for case in node.cases())
-        assert found == [(name, "FAILED") for name in ("LACKS", "NONE", "SHORT", "SHORT")]
+        assert found == [(name, "FAILED") for name in ("LACKS", "SHORT", "SHORT")]
+        # Also the second one, which waits for another reason, lacks one.
+        lacking = [case.folder for case in node.cases() if "cannot be used" in case.error]
+        assert sorted(lacking) == ["LACKS", "SHORT", "SHORT~2"]
         assert store.received == []
+
+
+@pytest.mark.parametrize("breaks", ["input", "case", "root"])
+def test_L14_a_folder_that_cannot_be_read_now_is_known_at_the_next_start(
+    breaks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_node(Echoing, root_data_directory=tmp_path, workers=0) as node:
+        send_and_check(node, make_series(5, patient_id="AB^C"))
+    shutil.rmtree(tmp_path / ".dicomnode")
+    (tmp_path / "AB%5EC" / "ct" / "Image_CT_1.dcm").write_bytes(b"")
+    broken = {
+        "input": tmp_path / "AB%5EC" / "ct",
+        "case": tmp_path / "AB%5EC",
+        "root": tmp_path,
+    }[breaks]
+    really = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path) == broken:
+            raise OSError(5, "Input/output error")
+        return really(path)
+
+    with monkeypatch.context() as short:
+        short.setattr(os, "scandir", scandir)
+        with running_node(Echoing, root_data_directory=tmp_path) as node:
+            assert node.cases() == []
+    with running_node(Echoing, root_data_directory=tmp_path) as node:
+        (case,) = node.cases()
+        assert (case.identifier, case.state) == ("AB^C", State.FAILED)
+        assert "Image_CT_1.dcm" in case.error
+    assert len(images_below(tmp_path)) == 4
+    assert not (tmp_path / ".dicomnode" / "rebuilding").exists()
+
+
+def test_L14_files_of_others_in_a_fresh_root_are_no_cases(tmp_path: Path) -> None:
+    for name in ("backup/2024/notes.txt", "backup/ct/notes.txt", ".trash/files/x"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("of the user")
+    (tmp_path / "loop").symlink_to("loop")
+    with running_node(Echoing, root_data_directory=tmp_path) as node:
+        assert node.cases() == []
+        send_and_check(node, make_series(2))
+    with running_node(Echoing, root_data_directory=tmp_path) as node:
+        assert [case.state for case in node.cases()] == [State.RECEIVING]
+
+
+@pytest.mark.parametrize(
+    "torn", ['["SHORT", ["Imag', "1", "null", "[1, 2]", '["SHORT", null]', "[" * 100_000, "\xff"]
+)
+def test_L14_what_a_start_wrote_in_part_hides_nothing_of_the_next(
+    torn: str, tmp_path: Path
+) -> None:
+    with running_node(Echoing, root_data_directory=tmp_path, workers=0) as node:
+        send_and_check(node, make_series(5, patient_id="SHORT"))
+    own = tmp_path / ".dicomnode"
+    shutil.rmtree(own)
+    own.mkdir()
+    (own / "rebuilding").write_text(torn)
+    rebuild = Rebuild(own, is_flushed=False)
+    assert rebuild.is_going_on and not rebuild.lacking
+    rebuild.lacks("SHORT", ["Image_CT_9.dcm"])
+    # The start ends here.
+    with running_node(Echoing, root_data_directory=tmp_path) as node:
+        (case,) = node.cases()
+        assert case.state is State.FAILED and "Image_CT_9.dcm" in case.error
 
 
 def test_L16_nothing_expires_unasked_and_what_is_done_is_deleted(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ about files that it has moved away is in a file, written before they are moved.
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from dicomnode.storage.instances import flush_folder, out_of_resources
@@ -24,38 +24,51 @@ class Rebuild:
         self._asides: list[str] = []
         #: For each folder of a case its files that cannot be used, each of which may be an acknowledged image.
         self.lacking: dict[str, set[str]] = {}
-        self.is_going_on = self._path.exists()
+        self.is_going_on = self._path.is_file()
         if self.is_going_on:
-            for line in self._path.read_text("utf-8", "replace").splitlines():
+            for line in self._path.read_text("utf-8", "replace").split("\n"):
                 self._read(line)
 
     def _read(self, line: str) -> None:
         try:
-            folder, names = json.loads(line)
-        except ValueError:
-            # Of a start that was killed while it wrote this; it had moved nothing yet.
-            return
-        if folder:
-            self.lacking.setdefault(folder, set()).update(names)
-        else:
-            self._asides += names
+            match json.loads(line):
+                case [str(folder), list(names)] if all(isinstance(one, str) for one in names):
+                    if folder:
+                        self.lacking.setdefault(folder, set()).update(names)
+                    else:
+                        self._asides += names
+        except (ValueError, RecursionError):
+            # Of a start that was killed, or found no room, while it wrote this; it had moved nothing yet.
+            pass
 
     def begin(self, aside: str | None = None) -> None:
         """Before there is a new ledger, and before what is left of the old one goes to the folder `aside`."""
         self.is_going_on = True
-        self._write("", [] if aside is None else [aside])
+        self._add("", [] if aside is None else [aside])
 
     def lacks(self, folder: str, names: Iterable[str]) -> None:
         """Before these files are moved away. Nothing where no ledger was lost: then nobody was told of them."""
         new = set(names) - self.lacking.get(folder, set())
         if self.is_going_on and new:
-            self._write(folder, sorted(new))
+            self._add(folder, sorted(new))
 
-    def end(self) -> None:
-        """All files that can be used have their rows."""
-        self._path.unlink(missing_ok=True)
-        self.is_going_on = False
-        self.lacking.clear()
+    def end(self, unread: Collection[str] = ()) -> None:
+        """All files that can be used have their rows.
+
+        It goes on at the next start where folders of cases were `unread`; the empty name is the root.
+        """
+        if not unread:
+            self._path.unlink(missing_ok=True)
+            self.is_going_on = False
+            self.lacking.clear()
+            return
+        kept = {one: names for one, names in self.lacking.items() if {one, ""} & set(unread)}
+        new = self._path.with_suffix(".new")
+        self._write("", self._asides, new, "w")
+        for folder, names in kept.items():
+            self._write(folder, sorted(names), new, "a")
+        new.replace(self._path)
+        self.lacking = kept
 
     @property
     def unfinished(self) -> set[str]:
@@ -66,10 +79,15 @@ class Rebuild:
             for owner in (self._own / aside).glob(f"outbox/*/{OWNER}")
         }
 
-    def _write(self, folder: str, names: list[str]) -> None:
+    def _add(self, folder: str, names: list[str]) -> None:
+        self._write(folder, names, self._path, "a")
+        self._read(json.dumps([folder, names]))
+
+    def _write(self, folder: str, names: list[str], path: Path, mode: str) -> None:
         try:
-            with self._path.open("a") as file:
-                file.write(json.dumps([folder, names]) + "\n")
+            with path.open(mode) as file:
+                # What is there may end in a part of a line.
+                file.write(f"\n{json.dumps([folder, names])}\n")
                 file.flush()
                 if self._is_flushed:
                     os.fsync(file.fileno())
@@ -77,7 +95,6 @@ class Rebuild:
                 flush_folder(self._own)
         except OSError as error:
             raise out_of_resources(error) from error
-        self._read(json.dumps([folder, names]))
 
 
 __all__ = ["Rebuild"]

@@ -6,8 +6,9 @@ the ledger does not know is adopted, one that is not what it was is set aside an
 
 import logging
 import os
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ from dicomnode.storage.ledger import OVER, Case, InstanceRow, Ledger, State
 from dicomnode.storage.rebuild import Rebuild
 
 _ATTEMPTS = 3
+# What `safe_name` makes, and a number where that is taken.
+_OURS = re.compile(r"[A-Za-z0-9_%-][A-Za-z0-9._%~-]*")
 # In these states a case may have senders that never got their last answers.
 _INTERRUPTED = (State.RECEIVING, State.READY, State.PROCESSING, State.EXPORTING)
 
@@ -79,6 +82,8 @@ class Recovery:
         self._digest_size = digest_size
         self._found: dict[str, tuple[str, OpenCase]] = {}
         self._adopted: dict[int, tuple[OpenCase, list[InstanceRow]]] = {}
+        #: What could not be read in the folders of cases now; under an empty name, in the root.
+        self.unread: dict[str, set[str]] = {}
         #: The cases that take images, by identifier.
         self.open_cases: dict[str, OpenCase] = {}
         #: Cases whose files were not compared with their digests yet.
@@ -216,19 +221,16 @@ class Recovery:
 
     def _adopt_orphans(self, known: dict[str, set[str]]) -> None:
         by_folder = {safe_name(name): name for name in self._input_names}
-        for folder in _folders(self._root):
+        for folder in sorted(self._names(self._root, _folders)):
             if folder == OWN:
                 continue
-            for inner in _folders(self._root / folder):
+            # They may belong to a case, or to somebody who has files in the root.
+            others: set[str] = set()
+            for inner in sorted(self._names(self._root / folder, _folders)):
                 place = f"{folder}/{inner}"
-                try:
-                    names = _files(self._root / place) - known.get(place, set())
-                except OSError as error:
-                    self._logger.error("the folder %r cannot be read: %s", place, error.strerror)
-                    self._rebuild.lacks(folder, [inner])
-                    continue
+                names = self._names(self._root / place, _files) - known.get(place, set())
                 if names and inner not in by_folder:
-                    self._rebuild.lacks(folder, names)
+                    others |= names
                     self._logger.warning(
                         "%d files in %r belong to no input of this pipeline, left alone",
                         len(names),
@@ -247,8 +249,21 @@ class Recovery:
                             type(error).__name__,
                         )
                 self._record_adopted(self._root / place)
-            if lacking := self._rebuild.lacking.get(folder):
-                self._hold_back(folder, lacking)
+            if self._rebuild.is_going_on:
+                self._hold_back(folder, others)
+
+    def _names(self, place: Path, kind: Callable[[Path], set[str]]) -> set[str]:
+        """What is in a folder; where it cannot be read, a rebuild goes on at the next start."""
+        try:
+            return kind(place)
+        except OSError as error:
+            folder, *_ = (*place.relative_to(self._root).parts, "")
+            if folder and _OURS.fullmatch(folder) is None:
+                # Such as `lost+found`.
+                return set()
+            self._logger.error("the folder %r cannot be read: %s", place.name, error.strerror)
+            self.unread.setdefault(folder, set()).add(place.name)
+            return set()
 
     def _adopt(self, relative: Path, input_name: str) -> None:
         """Take a file that the ledger does not know: complete, but the node ended before its row."""
@@ -316,28 +331,28 @@ class Recovery:
                     len(rows),
                 )
 
-    def _hold_back(self, folder: str, files: set[str]) -> None:
-        """Have a person decide about the case of a folder, images of which may be lost with the ledger."""
+    def _hold_back(self, folder: str, others: set[str]) -> None:
+        """Have a person decide about the case of a folder, images of which may be lost with the ledger.
+
+        Where there is no case, nothing is processed without them.
+        """
+        files = others | self._rebuild.lacking.get(folder, set()) | self.unread.get(folder, set())
+        if not files:
+            return
         why = (
             f"the ledger was lost, and {len(files)} of its files cannot be used, such as {min(files)!r}: "
             "send its images again, or retry it to have it processed without these"
         )
-        try:
-            folder.encode()
-        except UnicodeEncodeError:
-            # None of ours, which the log has told of.
-            return
-        number = 0
         for identifier, case in list(self.open_cases.items()):
             if case.folder == folder and self._ledger.park(case.id, why):
-                number = case.id
                 self._held_back.add(identifier)
                 del self.open_cases[identifier]
-        if not number and self._ledger.case_in(folder) is None:
-            # Not one of its files tells whose it is.
-            number = self._ledger.failed_case(folder, folder, why).id
-        if number:
-            self._logger.error("case %d: %s", number, why)
+                self._logger.error("case %d: %s", case.id, why)
+        if folder in self._found:
+            # FAILED for another reason: whoever decides about it has to know this, too.
+            decided = self._ledger.case(self._found[folder][1].id)
+            if decided.state is State.FAILED and why not in decided.error:
+                self._ledger.fail(decided.id, f"{decided.error}; {why}")
 
     def _set_aside(self, relative: Path, trouble: str) -> None:
         self._logger.error("file %r set aside: %s", relative.name, trouble)
@@ -381,19 +396,24 @@ class Recovery:
         return found if owner == identifier else None
 
 
-def _folders(place: Path) -> list[str]:
-    """The names of the folders in a folder, in order; none where it cannot be read."""
-    try:
-        with os.scandir(place) as entries:
-            return sorted(one.name for one in entries if one.is_dir())
-    except OSError:
-        return []
+def _folders(place: Path) -> set[str]:
+    """The names of the folders in a folder."""
+    with os.scandir(place) as entries:
+        return {one.name for one in entries if _leads(one.is_dir)}
 
 
 def _files(place: Path) -> set[str]:
     """The names of the files in a folder."""
     with os.scandir(place) as entries:
-        return {one.name for one in entries if one.is_file()}
+        return {one.name for one in entries if _leads(one.is_file)}
+
+
+def _leads(is_one: Callable[[], bool]) -> bool:
+    """Whether an entry is a folder, or a file; a link in a circle, which is none of ours, is neither."""
+    try:
+        return is_one()
+    except OSError:
+        return False
 
 
 def mark_damaged(root: Path, case: Case, row: InstanceRow, logger: logging.Logger) -> InstanceRow:

@@ -214,7 +214,7 @@ class Storage:
                 self.digest_size,
             )
             recovery.run()
-            root.rebuild.end()
+            root.rebuild.end(recovery.unread if root.rebuild.is_going_on else ())
             self._open_cases = recovery.open_cases
             self._unverified = recovery.unverified
             self.disk.keep_reserve()
