@@ -219,6 +219,12 @@ class Crash:
                 address = self._address(node)
             except AssertionError:
                 killer.result(120)
+                is_worker = "a worker process ended while" in "".join(node.said)
+                if way == "call" and node.process.wait(30) > 0 and is_worker:
+                    # The system call was one of its worker process.
+                    self.kills["the worker process while it started"] += 1
+                    self._look()
+                    return
                 if node.process.wait(30) not in (-signal.SIGKILL, 128 + signal.SIGKILL):
                     raise Broken("".join(["the node did not start:\n", *node.said[-30:]])) from None
                 self.kills["while it started"] += 1

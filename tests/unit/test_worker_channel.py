@@ -111,6 +111,13 @@ def test_half_a_message_and_then_nothing_is_the_end(pair: tuple[Channel, socket.
     assert channel.receive(10) is None
 
 
+def test_who_ends_without_having_read_all_is_the_end(pair: tuple[Channel, socket.socket]) -> None:
+    channel, other = pair
+    channel.send({"a": 1})
+    other.close()
+    assert channel.receive() is None
+
+
 def test_waiting_for_a_message_ends(pair: tuple[Channel, socket.socket]) -> None:
     channel, _ = pair
     with pytest.raises(TimeoutError):

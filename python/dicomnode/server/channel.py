@@ -77,6 +77,7 @@ class Channel:
                 raise BrokenChannel(f"a message of {size} bytes")
             body = self._read(size, descriptors) if size else b""
             if body is None:
+                _close_all(descriptors)
                 return None
             self.longest = max(self.longest, size)
             message = json.loads(body)
@@ -95,9 +96,13 @@ class Channel:
         data = bytearray()
         room = socket.CMSG_SPACE(_MOST_DESCRIPTORS * array.array("i").itemsize)
         while len(data) < size:
-            chunk, rights, _, _ = self._socket.recvmsg(
-                min(size - len(data), 1 << 20), room, socket.MSG_CMSG_CLOEXEC
-            )
+            try:
+                chunk, rights, _, _ = self._socket.recvmsg(
+                    min(size - len(data), 1 << 20), room, socket.MSG_CMSG_CLOEXEC
+                )
+            except ConnectionResetError:
+                # It closed before it had read all that was sent to it.
+                return None
             for _, kind, value in rights:
                 if kind == socket.SCM_RIGHTS:
                     found = array.array("i")
