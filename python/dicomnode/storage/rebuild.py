@@ -57,18 +57,19 @@ class Rebuild:
 
         It goes on at the next start where folders of cases were `unread`; the empty name is the root.
         """
-        if not unread:
-            self._path.unlink(missing_ok=True)
-            self.is_going_on = False
-            self.lacking.clear()
-            return
         kept = {one: names for one, names in self.lacking.items() if {one, ""} & set(unread)}
         new = self._path.with_suffix(".new")
-        self._write("", self._asides, new, "w")
-        for folder, names in kept.items():
-            self._write(folder, sorted(names), new, "a")
-        new.replace(self._path)
-        self.lacking = kept
+        try:
+            if unread:
+                self._write("", self._asides, new, "w")
+                for folder, names in kept.items():
+                    self._write(folder, sorted(names), new, "a")
+                new.replace(self._path)
+            else:
+                self._path.unlink(missing_ok=True)
+        except OSError as error:
+            raise out_of_resources(error) from error
+        self.is_going_on, self.lacking = bool(unread), kept
 
     @property
     def unfinished(self) -> set[str]:
