@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use dicomnode_core::digest::Kind;
+use dicomnode_core::hashing::{self, Coming};
 use dicomnode_core::incoming::{Incoming, link};
 use dicomnode_core::receive::{Limits, Receiver, Step};
 use rustix::fs::fdatasync;
@@ -138,7 +139,7 @@ fn serve(mut peer: TcpStream, root: &Path, number: usize, flush: bool, log: &Log
                     let file = growing.as_mut().ok_or("an image without a UID")?;
                     let more = incoming.write(file, &store.dataset[written..], false)?;
                     written += more;
-                    if more > 0 {
+                    if more > 0 && kind == Kind::Blake3 {
                         receiver.digest_along();
                     }
                 }
@@ -156,12 +157,11 @@ fn serve(mut peer: TcpStream, root: &Path, number: usize, flush: bool, log: &Log
                 let mut file = taken.ok_or("an image without a UID")?;
                 incoming.write(&mut file, &store.dataset[written..], true)?;
                 written = 0;
-                black_box(
-                    store
-                        .digest
-                        .take()
-                        .unwrap_or_else(|| kind.of(&store.dataset)),
-                );
+                let dataset = Arc::new(std::mem::take(&mut store.dataset));
+                let coming = match store.digest.take() {
+                    None => hashing::begin(kind, &dataset),
+                    Some(digest) => Coming::known(kind, digest),
+                };
                 let name = format!("Image_CT_{number}_{count}.dcm");
                 count += 1;
                 link(
@@ -171,9 +171,9 @@ fn serve(mut peer: TcpStream, root: &Path, number: usize, flush: bool, log: &Log
                     &name,
                     flush,
                 )?;
+                black_box(coming.wait(&dataset));
                 log.commit(flush)?;
                 peer.write_all(&store.response(0, "", 0))?;
-                receiver.lend(std::mem::take(&mut store.dataset));
             }
             // A request for a release.
             Step::Pass(pdu) if pdu[0] == 5 => {

@@ -17,10 +17,12 @@
 //! | [`codec`] | one compressed frame to its samples |
 //! | [`color`] | samples of colour, one pixel after the other, in RGB |
 //! | [`digest`] | how content is known again |
+//! | [`hashing`] | digests of several images at once |
 //! | [`receive`] | the bytes of an association to whole C-STORE requests |
 //! | [`source`] | a file or bytes in memory |
 //! | [`error`] | the one error type |
 
+pub mod bytes;
 pub mod codec;
 pub mod color;
 pub mod digest;
@@ -28,12 +30,14 @@ pub mod encapsulated;
 pub mod error;
 pub mod folder;
 mod functional;
+pub mod hashing;
 pub mod image;
 pub mod incoming;
 pub mod meta;
 pub mod pixels;
 pub mod receive;
 pub mod scan;
+mod sha256;
 pub mod source;
 pub mod stack;
 #[cfg(test)]

@@ -9,6 +9,7 @@
 use std::collections::VecDeque;
 use std::mem;
 
+use crate::bytes::{Bytes, Input};
 use crate::digest::{Digest, Kind};
 use crate::error::{Error, Result};
 
@@ -24,8 +25,6 @@ const NO_DATASET: u16 = 0x0101;
 const MOST_COMMAND: usize = 64 << 10;
 /// The dataset of a message that is not a C-STORE: a list of tens of thousands of instances.
 const MOST_OTHER: usize = 4 << 20;
-/// How much is read at once.
-const INPUT: usize = 256 << 10;
 /// From so many missing bytes of a fragment on they are read to their place.
 const DIRECT: usize = 16 << 10;
 
@@ -52,60 +51,6 @@ pub enum Step {
     /// A whole request.
     Store(Box<Store>),
 }
-
-/// Bytes in memory that was used before, as a rule: fresh memory costs more than all else here.
-#[derive(Debug, Default)]
-pub struct Bytes {
-    /// All of it was written once, so that it need not be zeroed again.
-    memory: Vec<u8>,
-    length: usize,
-}
-
-impl Bytes {
-    /// The same memory without its bytes.
-    #[must_use]
-    pub fn emptied(mut self) -> Self {
-        self.length = 0;
-        self
-    }
-
-    /// How much memory there is.
-    #[must_use]
-    pub fn capacity(&self) -> usize {
-        self.memory.len()
-    }
-
-    /// At least so much room behind the bytes.
-    fn room(&mut self, count: usize) -> &mut [u8] {
-        let end = self.length + count;
-        if end > self.memory.len() {
-            let wanted = end.max(self.memory.len().saturating_mul(2).min(end + (8 << 20)));
-            self.memory.resize(wanted, 0);
-        }
-        &mut self.memory[self.length..end]
-    }
-
-    fn push(&mut self, bytes: &[u8]) {
-        self.room(bytes.len()).copy_from_slice(bytes);
-        self.length += bytes.len();
-    }
-}
-
-impl std::ops::Deref for Bytes {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        &self.memory[..self.length]
-    }
-}
-
-impl PartialEq for Bytes {
-    fn eq(&self, other: &Self) -> bool {
-        **self == **other
-    }
-}
-
-impl Eq for Bytes {}
 
 /// A C-STORE request and its dataset.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -175,7 +120,7 @@ pub struct Receiver {
     contexts: Vec<u8>,
     limits: Limits,
     kind: Kind,
-    input: Vec<u8>,
+    input: Input,
     /// `input[start..end]` was read and not looked at yet.
     start: usize,
     end: usize,
@@ -185,7 +130,6 @@ pub struct Receiver {
     passed: VecDeque<Vec<u8>>,
     ready: Option<Box<Store>>,
     is_full: bool,
-    spare: Bytes,
 }
 
 impl Receiver {
@@ -197,7 +141,7 @@ impl Receiver {
             contexts,
             limits,
             kind,
-            input: Vec::new(),
+            input: Input::default(),
             start: 0,
             end: 0,
             place: Place::Pdu,
@@ -206,7 +150,6 @@ impl Receiver {
             passed: VecDeque::new(),
             ready: None,
             is_full: false,
-            spare: Bytes::default(),
         }
     }
 
@@ -219,19 +162,17 @@ impl Receiver {
                 && *left >= DIRECT
             {
                 // Read straight to the end of the dataset.
-                return store.dataset.room((*left).min(INPUT));
+                return store.dataset.room((*left).min(Input::SIZE));
             }
         }
-        if self.input.is_empty() {
-            self.input.resize(INPUT, 0);
-        }
+        self.input.begin();
         if self.start > 0 && self.end == self.input.len() {
             self.input.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
         if self.end == self.input.len() {
             // Only a PDU for somebody else is ever this long.
-            self.input.resize(self.end + INPUT, 0);
+            self.input.grow();
         }
         &mut self.input[self.end..]
     }
@@ -246,7 +187,7 @@ impl Receiver {
                 (&mut self.place, &mut self.message)
             && *left >= DIRECT
         {
-            store.dataset.length += count;
+            store.dataset.filled(count);
             store.size += count as u64;
             *left -= count;
             return self.check_size();
@@ -366,16 +307,6 @@ impl Receiver {
             along
                 .get_or_insert_with(|| Along::new(self.kind))
                 .update(&store.dataset);
-        }
-    }
-
-    /// Memory for the next dataset, such as that of one that is kept by now.
-    pub fn lend(&mut self, memory: Bytes) {
-        match &mut self.message {
-            Message::Dataset(store, _) if store.dataset.capacity() == 0 => {
-                store.dataset = memory.emptied();
-            }
-            _ => self.spare = memory.emptied(),
         }
     }
 
@@ -503,7 +434,6 @@ impl Receiver {
                     message_id: command.message_id,
                     sop_class_uid: command.sop_class_uid.to_vec(),
                     sop_instance_uid: command.sop_instance_uid.to_vec(),
-                    dataset: mem::take(&mut self.spare),
                     ..Store::default()
                 });
                 self.message = Message::Dataset(store, None);

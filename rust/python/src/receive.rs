@@ -4,11 +4,12 @@ use std::ffi::c_int;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use dicomnode_core::bytes::Bytes;
 use dicomnode_core::digest::Kind;
+use dicomnode_core::hashing::{self, Coming};
 use dicomnode_core::incoming::{self, Growing, Incoming};
 use dicomnode_core::meta::prefix;
 use dicomnode_core::receive as core;
@@ -37,9 +38,8 @@ use crate::errors::detached;
 pub struct Receiver {
     state: Mutex<State>,
     kind: Kind,
-    spare: Spare,
     arriving: AtomicUsize,
-    is_arriving: Arriving,
+    is_arriving: AtomicBool,
     is_large: AtomicBool,
     total: AtomicU64,
 }
@@ -51,41 +51,6 @@ struct State {
     /// None where images are kept in memory.
     incoming: Option<Incoming>,
     kept: Kept,
-}
-
-/// How many images are arriving, over all associations.
-static IMAGES: AtomicUsize = AtomicUsize::new(0);
-
-/// Whether all processors have an image to work on. A SHA-256 is made by the reading thread then: in a thread of its own
-/// it is ready sooner where a processor is idle, and costs more.
-fn is_crowded() -> bool {
-    static PROCESSORS: OnceLock<usize> = OnceLock::new();
-    let count = || std::thread::available_parallelism().map_or(1, usize::from);
-    IMAGES.load(Ordering::Relaxed) >= *PROCESSORS.get_or_init(count)
-}
-
-/// Whether an image is arriving; counted among all.
-#[derive(Default)]
-struct Arriving(AtomicBool);
-
-impl Arriving {
-    fn get(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    fn set(&self, is_arriving: bool) {
-        match (self.0.swap(is_arriving, Ordering::Relaxed), is_arriving) {
-            (false, true) => IMAGES.fetch_add(1, Ordering::Relaxed),
-            (true, false) => IMAGES.fetch_sub(1, Ordering::Relaxed),
-            _ => 0,
-        };
-    }
-}
-
-impl Drop for Arriving {
-    fn drop(&mut self) {
-        self.set(false);
-    }
 }
 
 /// What of the dataset that is arriving is in a file.
@@ -132,12 +97,6 @@ impl Kept {
         }
     }
 }
-
-/// Memory of datasets that are kept by now, for the next one of the same association.
-type Spare = Arc<Mutex<core::Bytes>>;
-
-/// More is not held for the next dataset.
-const MOST_SPARE: usize = 8 << 20;
 
 /// After so many bytes the caller looks how much memory is taken.
 const MOST_UNSEEN: u64 = 32 << 20;
@@ -197,9 +156,8 @@ impl Receiver {
                 kept: Kept::default(),
             }),
             kind,
-            spare: Spare::default(),
             arriving: AtomicUsize::new(0),
-            is_arriving: Arriving::default(),
+            is_arriving: AtomicBool::new(false),
             is_large: AtomicBool::new(false),
             total: AtomicU64::new(0),
         })
@@ -214,7 +172,7 @@ impl Receiver {
     /// Whether an image has begun to arrive, or has arrived and is not answered.
     #[getter]
     fn is_arriving(&self) -> bool {
-        self.is_arriving.get()
+        self.is_arriving.load(Ordering::Relaxed)
     }
 
     /// Whether the dataset that is arriving is too large for memory.
@@ -268,7 +226,7 @@ impl Receiver {
         let mut state = self.lock();
         state.socket = None;
         state.kept = Kept::default();
-        self.is_arriving.set(false);
+        self.is_arriving.store(false, Ordering::Relaxed);
         self.is_large.store(false, Ordering::Relaxed);
     }
 
@@ -330,11 +288,7 @@ impl Receiver {
     /// What was whole is dealt with.
     fn begin(&self, state: &mut State) {
         let has_more = state.parser.arriving().is_some();
-        self.is_arriving.set(has_more);
-        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
-        if spare.capacity() > 0 {
-            state.parser.lend(std::mem::take(&mut spare));
-        }
+        self.is_arriving.store(has_more, Ordering::Relaxed);
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -354,14 +308,15 @@ impl Receiver {
             Outcome::Store(mut store, kept) => {
                 let dataset = Arc::new(std::mem::take(&mut store.dataset));
                 let received = Received {
-                    digest: Mutex::new(Hash::of(self.kind, store.digest.take(), &dataset)),
-                    kind: self.kind,
+                    digest: match store.digest.take() {
+                        Some(digest) => Coming::known(self.kind, digest),
+                        None => hashing::begin(self.kind, &dataset),
+                    },
                     store: *store,
                     dataset,
                     is_large: kept.is_large,
                     errno: kept.errno,
                     file: Mutex::new(kept.file),
-                    spare: Arc::clone(&self.spare),
                 };
                 Ok(Some(Bound::new(py, received)?.into_any()))
             }
@@ -389,8 +344,6 @@ impl Receiver {
                         return Ok(Outcome::Closed);
                     }
                     let total = self.total.fetch_add(count as u64, Ordering::Relaxed);
-                    // A sender with Nagle's algorithm waits for our acknowledgement.
-                    let _ = set_tcp_quickack(socket, true);
                     if Instant::now() >= end || total - before > MOST_UNSEEN {
                         return Ok(self.step(state)?.unwrap_or(Outcome::Nothing));
                     }
@@ -400,6 +353,8 @@ impl Receiver {
                     match error {
                         Errno::INTR => {}
                         Errno::AGAIN => {
+                            // A sender with Nagle's algorithm waits for our acknowledgement.
+                            let _ = set_tcp_quickack(socket, true);
                             if !wait(socket, wake, end)? {
                                 return Ok(Outcome::Nothing);
                             }
@@ -424,7 +379,7 @@ impl Receiver {
             let step = parser.step()?;
             let held = parser.arriving().map_or(0, |one| one.dataset.len());
             if parser.arriving().is_some() || matches!(step, core::Step::Store(_)) {
-                self.is_arriving.set(true);
+                self.is_arriving.store(true, Ordering::Relaxed);
             }
             self.arriving.store(held, Ordering::Relaxed);
             match step {
@@ -432,7 +387,7 @@ impl Receiver {
                     if let Some(store) = parser.arriving()
                         && held > 0
                         && kept.write(incoming, store, false)
-                        && (self.kind == Kind::Blake3 || is_crowded())
+                        && self.kind == Kind::Blake3
                     {
                         parser.digest_along();
                     }
@@ -445,15 +400,14 @@ impl Receiver {
                     }
                     kept.is_large = true;
                     self.is_large.store(true, Ordering::Relaxed);
-                    let held = parser.take();
+                    drop(parser.take());
                     kept.written = 0;
-                    parser.lend(held);
                 }
                 core::Step::Store(mut store) => {
                     kept.write(incoming, &store, true);
                     if kept.is_large {
                         self.is_large.store(false, Ordering::Relaxed);
-                        parser.lend(std::mem::take(&mut store.dataset));
+                        store.dataset = Bytes::default();
                     }
                     return Ok(Some(Outcome::Store(store, std::mem::take(kept))));
                 }
@@ -498,55 +452,12 @@ fn text(bytes: &[u8]) -> String {
 #[pyclass(frozen, module = "dicomnode._core")]
 pub struct Received {
     store: core::Store,
-    dataset: Arc<core::Bytes>,
-    kind: Kind,
-    digest: Mutex<Hash>,
+    dataset: Arc<Bytes>,
+    /// Made while the image is routed and written.
+    digest: Coming,
     is_large: bool,
     errno: Option<i32>,
     file: Mutex<Option<Growing>>,
-    spare: Spare,
-}
-
-/// A digest that is there, or will be in a moment: it is made while the image is routed and written.
-enum Hash {
-    Known(Vec<u8>),
-    Coming(JoinHandle<Vec<u8>>),
-}
-
-/// A smaller dataset is hashed sooner than a thread begins.
-fn least_apart(kind: Kind) -> usize {
-    match kind {
-        Kind::Sha256 => 64 << 10,
-        Kind::Blake3 => 256 << 10,
-    }
-}
-
-impl Hash {
-    fn of(kind: Kind, known: Option<Vec<u8>>, dataset: &Arc<core::Bytes>) -> Self {
-        if let Some(digest) = known {
-            return Hash::Known(digest);
-        }
-        if dataset.len() >= least_apart(kind) {
-            let shared = Arc::clone(dataset);
-            let builder = std::thread::Builder::new().name("digest".into());
-            if let Ok(coming) = builder.spawn(move || kind.of(&shared)) {
-                return Hash::Coming(coming);
-            }
-        }
-        Hash::Known(kind.of(dataset))
-    }
-}
-
-impl Drop for Received {
-    fn drop(&mut self) {
-        let held = std::mem::take(&mut self.dataset);
-        let Ok(memory) = Arc::try_unwrap(held) else {
-            return;
-        };
-        if (1..=MOST_SPARE).contains(&memory.capacity()) {
-            *self.spare.lock().unwrap_or_else(PoisonError::into_inner) = memory;
-        }
-    }
 }
 
 #[pymethods]
@@ -578,22 +489,8 @@ impl Received {
     /// The digest of the dataset.
     #[getter]
     fn digest<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        let lock = || self.digest.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Hash::Known(digest) = &*lock() {
-            return PyBytes::new(py, digest);
-        }
-        let digest = py.detach(|| {
-            let mut hash = lock();
-            let digest = match std::mem::replace(&mut *hash, Hash::Known(Vec::new())) {
-                Hash::Known(digest) => digest,
-                // A thread that died leaves the work to this one.
-                Hash::Coming(thread) => thread
-                    .join()
-                    .unwrap_or_else(|_| self.kind.of(&self.dataset)),
-            };
-            *hash = Hash::Known(digest.clone());
-            digest
-        });
+        let known = self.digest.now();
+        let digest = known.unwrap_or_else(|| py.detach(|| self.digest.wait(&self.dataset)));
         PyBytes::new(py, &digest)
     }
 
