@@ -22,6 +22,7 @@ from pynetdicom.association import Association
 from pynetdicom.presentation import PresentationContext
 from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 
+from dicomnode.server.agreements import Requests
 from dicomnode.server.limits import Limits
 from dicomnode.server.logs import about
 from dicomnode.server.transport import Keeping, NodeAssociation, Service
@@ -52,7 +53,9 @@ class _Handler(RequestHandler):
 
     def _create_association(self) -> Association:
         server = self.server
-        association = NodeAssociation(self.ae, server.service, server.limits, server.keeping)
+        association = NodeAssociation(
+            self.ae, server.service, server.limits, server.keeping, server.requests
+        )
         association._server = server
         association.name = "AcceptorThread"
         association.on_end = partial(server.forget, association)
@@ -121,6 +124,7 @@ class Server(ThreadedAssociationServer):
         self.service = service
         self.limits = limits
         self.keeping = keeping
+        self.requests = Requests()
         self._networks = networks
         self._logger = logger
         self._guard = threading.Lock()

@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,22 +29,20 @@ from pynetdicom.association import Association
 from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dul import DULServiceProvider
 from pynetdicom.fsm import InvalidEventError
-from pynetdicom.pdu import A_ABORT_RQ, A_ASSOCIATE_RQ
+from pynetdicom.pdu import A_ABORT_RQ
 from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.transport import AssociationSocket
 
 from dicomnode.errors import InvalidDicom
 from dicomnode.lib.dicom import Received, Receiver
+from dicomnode.server.agreements import Negotiation, Request, Requests, agreed
 from dicomnode.server.limits import Limits
-from dicomnode.server.negotiation import plain_request
 from dicomnode.server.waiting import MonotonicTimer, SignallingQueue, Wake, wait_readable
 
 # How long a thread waits at most before it looks at its timers again.
 _LOOK_SECONDS = 0.5
 # A request for an association with 128 contexts of 50 transfer syntaxes has some 400 KiB.
 _MOST_NEGOTIATION = 1 << 20
-# Requests that are no larger are known again.
-_MOST_KNOWN = 1 << 13
 # Messages that are no C-STORE and wait to be served; more are not read.
 _MOST_WAITING = 4
 # So many times 64 KiB are read of a peer that has got our A-ABORT and goes on.
@@ -209,17 +206,6 @@ def _no_request(head: bytes) -> str:
     return f"it begins with {head.hex(' ')}, which no PDU of DICOM does (PS3.8 section 9.3)"
 
 
-@lru_cache(maxsize=64)
-def _request(pdu: bytes) -> A_ASSOCIATE_RQ:
-    """A request for an association, decoded: a sender asks with the same bytes each time.
-
-    Nobody changes it. Raises InvalidDicom, and whatever else comes of the bytes.
-    """
-    request = A_ASSOCIATE_RQ()
-    request.decode(plain_request(pdu))
-    return request
-
-
 class _Provider(DULServiceProvider):
     """The upper layer service; in the state of an established association the core reads."""
 
@@ -230,6 +216,8 @@ class _Provider(DULServiceProvider):
         self._service = service
         self._association = association
         self.receiver: Receiver | None = None
+        #: What the peer asked for.
+        self.request: Request | None = None
         #: The peer broke the protocol: what it still sends is not looked at.
         self.is_aborting = False
         # Why its request for an association is not understood.
@@ -413,14 +401,22 @@ class _Provider(DULServiceProvider):
     def _decode_pdu(self, bytestream: bytearray) -> tuple[Any, str]:
         if bytestream[0] != _ASSOCIATE_REQUEST:
             return super()._decode_pdu(bytestream)
-        decode = _request if len(bytestream) <= _MOST_KNOWN else _request.__wrapped__
         try:
-            request = decode(bytes(bytestream))
+            self.request = self._association.requests.of(bytes(bytestream))
         except InvalidDicom as error:
             self._trouble = str(error)
             raise
-        evt.trigger(self.assoc, evt.EVT_PDU_RECV, {"pdu": request})
-        return request, "Evt6"
+        evt.trigger(self.assoc, evt.EVT_PDU_RECV, {"pdu": self.request})
+        return self.request, "Evt6"
+
+    def _send(self, pdu: Any) -> None:
+        known = agreed(self.request, pdu)
+        if known is None or self.socket is None:
+            super()._send(pdu)
+            return
+        accepted, encoded = known
+        self.socket.send(encoded)
+        evt.trigger(self.assoc, evt.EVT_PDU_SENT, {"pdu": accepted})
 
     def _new_receiver(self) -> Receiver:
         limits = self.limits
@@ -529,8 +525,13 @@ class _Messages(DIMSEServiceProvider):
 class NodeAssociation(Association):
     """An association that a node accepts."""
 
-    def __init__(self, ae: AE, service: Service, limits: Limits, keeping: Keeping) -> None:
+    def __init__(
+        self, ae: AE, service: Service, limits: Limits, keeping: Keeping, requests: Requests
+    ) -> None:
         super().__init__(ae, "acceptor")
+        #: Those that came to its server.
+        self.requests = requests
+        self.acse = Negotiation(self)
         #: In the log.
         self.number: int | None = None
         #: There was room for it among the associations.
