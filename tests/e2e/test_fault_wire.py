@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 from pydicom.uid import AllTransferSyntaxes
+from pynetdicom.pdu import A_ASSOCIATE_AC
 from tests.e2e import wire
 from tests.e2e.wire import Raw, pdu, serves, unharmed, value
 
-from dicomnode.server import transport
+from dicomnode.server.agreements import Requests
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.limits import Limits
 from dicomnode.server.node import AbstractPipeline
@@ -579,28 +580,96 @@ def test_n16_garbage_in_place_of_a_request_ends_the_connection() -> None:
             peer.socket.close()
 
 
+def known(node: AbstractPipeline) -> Requests:
+    assert node._server is not None
+    assert node._server._server is not None
+    return node._server._server.requests
+
+
 def test_n16_a_request_that_is_known_again_is_that_of_its_own_sender(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    transport._request.cache_clear()
-    kept = transport._request.cache_info().maxsize
-    assert kept is not None
     many = [(2 * k + 1, wire.CT, (wire.EXPLICIT,) * 40) for k in range(100)]
     with node_of() as node, caplog.at_level(logging.INFO, "dicomnode"):
-        everyone = ["ONE", "TWO", "ONE", "TWO", *(f"S{k}" for k in range(kept)), "ONE"]
+        everyone = ["ONE", "TWO", "ONE", "TWO", "ONE"]
         for calling in everyone:
             with Raw(node).open(wire.request(calling=calling)) as peer:
                 peer.release()
-        before = transport._request.cache_info()
-        assert before.hits >= 2 and before.currsize == kept
+        before = list(known(node)._known)
+        assert before[-1] == wire.request(calling="ONE")
         # What is large is decoded each time, and pushes nothing out.
         for _ in range(2):
             with Raw(node).open(wire.request(contexts=many)) as peer:
                 peer.release()
-        assert transport._request.cache_info() == before
+        assert list(known(node)._known) == before
     opened = [one.split("'")[1] for one in caplog.messages if one.endswith(" opened")]
     # The friend is that of `unharmed`.
     assert [one for one in opened if one not in ("FRIEND", "RAW")] == everyone
+
+
+def test_n16_strangers_fill_no_memory_with_requests_that_are_known_again() -> None:
+    with node_of() as node:
+        for k in range(60):
+            contexts = [(1, wire.CT, [f"1.2.{k}.{number}" for number in range(1600)])]
+            with Raw(node).open(wire.request(contexts=contexts)) as peer:
+                peer.release()
+        assert 1 < len(known(node)._known) < 30
+        assert sum(map(len, known(node)._known)) <= 1 << 19
+
+
+def test_the_same_request_has_the_same_answer_and_each_association_its_images() -> None:
+    role = b"\x54\0\0\x1e" + struct.pack(">H", 26) + wire.CT.encode().ljust(26, b"\0") + b"\1\1"
+    contexts = [
+        (1, wire.VERIFICATION, (wire.IMPLICIT,)),
+        (3, wire.CT, ("1.2.840.10008.1.2.4.70", wire.EXPLICIT, wire.IMPLICIT)),
+        (5, "1.2.3.4", (wire.IMPLICIT,)),
+        (7, wire.MR, ("1.2.3.5",)),
+    ]
+    asked = wire.request(contexts=contexts, more=role)
+
+    def one(number: int) -> bytes:
+        with Raw(node) as peer:
+            peer.send(asked)
+            kind, answer = peer.receive()
+            assert kind == wire.ACCEPT
+            # The first of ours that the sender has, too.
+            peer.send(wire.pdu(wire.DATA, value(1, 3, wire.echo_command())))
+            assert peer.status() == 0
+            peer.send(wire.store(*wire.image(f"P{number}")))
+            assert peer.status() == 0
+            peer.release()
+        return answer
+
+    with node_of() as node:
+        with ThreadPoolExecutor(8) as pool:
+            answers = set(pool.map(one, range(24)))
+        assert len(answers) == 1
+        accepted = A_ASSOCIATE_AC()
+        accepted.decode(pdu(wire.ACCEPT, answers.pop()))
+        results = {cx.presentation_context_id: cx.result for cx in accepted.presentation_context}
+        assert results == {1: 0, 3: 0, 5: 3, 7: 4}
+        assert accepted.presentation_context[1].transfer_syntax == wire.EXPLICIT
+        assert [stored(node, f"P{number}") for number in range(24)] == [1] * 24
+
+
+def test_a_request_that_is_known_again_is_let_in_only_where_it_may_now() -> None:
+    with node_of(limits=Limits(associations=2)) as node:
+        for _ in range(3):
+            with ExitStack() as stack:
+                held = [stack.enter_context(Raw(node).open()) for _ in range(2)]
+                with Raw(node) as further:
+                    further.send(wire.request())
+                    assert further.receive()[0] == wire.REJECT
+                for peer in held:
+                    peer.release()
+            assert node.wait(lambda: not wire._connections(node), 10)
+    with running_node(Node, require_called_aet=True) as node:
+        for _ in range(3):
+            for called, kind in (("NODE", wire.ACCEPT), ("OTHER", wire.REJECT)):
+                with Raw(node) as peer:
+                    peer.send(wire.request(called=called))
+                    assert peer.receive()[0] == kind
+        assert [one.agreement is not None for one in known(node)._known.values()] == [True, False]
 
 
 @pytest.mark.parametrize(

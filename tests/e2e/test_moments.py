@@ -1,10 +1,13 @@
 """What happens in the same moment: repeats that expire, floods, connections that close too early."""
 
+import hashlib
+import random
 import socket
 import struct
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -14,16 +17,20 @@ from pynetdicom import AE
 from pynetdicom.presentation import build_context
 from tests.e2e.test_commitment import Committing
 from tests.e2e.test_completeness import CT, Counting, Failing, FourOrEight, send_all
+from tests.e2e.wire import Raw, bare, store
 from tests.unit.test_storage import claim, instances, make_ready, opened
 from tests.unit.test_waits import expire
 
 from dicomnode.errors import OutOfResources
 from dicomnode.lib.commitment import PUSH_MODEL, PUSH_MODEL_INSTANCE, REQUEST, Commitment
+from dicomnode.lib.dicom import digest, encode
 from dicomnode.lib.dimse import Address, _plain, ask_commitment
 from dicomnode.lib.requestor import Requestor, _request, _uid, encode_command
 from dicomnode.lib.tls import TLS
 from dicomnode.lib.transcode import IMPLICIT
+from dicomnode.server.input import AbstractInput
 from dicomnode.server.limits import Limits
+from dicomnode.server.node import AbstractPipeline
 from dicomnode.storage.ledger import State
 from dicomnode.storage.outbox import Delivery
 from dicomnode.storage.store import Storage
@@ -241,3 +248,59 @@ def test_an_endpoint_of_which_the_certificate_is_gone_keeps_no_other_from_its_re
             )
             assert len(other.received) == 2
             assert node.cases()[0].state is State.EXPORTING
+
+
+class Never(AbstractInput):
+    def validate(self) -> bool:
+        return False
+
+
+class Keeping(AbstractPipeline):
+    ae_title = "NODE"
+    input = {"ct": Never}
+
+
+@pytest.mark.parametrize("durability", ["power", "process"])
+def test_images_that_come_at_once_keep_their_own_bytes_and_digests(
+    tmp_path: Path, durability: str
+) -> None:
+    # Digests of several are made together, and memory of one is that of the next: sizes around those at which
+    # another way is taken, the large ones before the small.
+    sizes = [
+        (600, 500),
+        (16, 16),
+        (187, 175),
+        (180, 181),
+        (256, 512),
+        (3, 5),
+        (512, 512),
+        (120, 90),
+    ]
+
+    def send_some(number: int) -> dict[str, bytes]:
+        chance, sent = random.Random(number), {}
+        with Raw(node).open() as peer:
+            for rows, columns in chance.sample(sizes * 2, 12):
+                (one,) = make_series(1, rows, columns, patient_id=f"P{number % 3}")
+                one.PixelData = chance.randbytes(len(one.PixelData))
+                sent[str(one.SOPInstanceUID)] = data = bare(encode(one)[0])
+                peer.send(store(str(one.SOPInstanceUID), data))
+                assert peer.status() == 0
+            peer.release()
+        return sent
+
+    with (
+        running_node(Keeping, root_data_directory=tmp_path, durability=durability) as node,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        sent = {uid: data for some in pool.map(send_some, range(8)) for uid, data in some.items()}
+        assert node._storage is not None
+        ledger, hashed = node._storage.ledger, hashlib.sha256 if durability == "power" else None
+        rows = [(case.folder, row) for case in node.cases() for row in ledger.instances(case.id)]
+    assert {row.uid for _, row in rows} == set(sent) and len(sent) == 96
+    for folder, row in rows:
+        path = tmp_path / folder / row.input / row.file
+        assert bare(path.read_bytes()) == sent[row.uid]
+        assert row.digest == digest(sent[row.uid], 32 if hashed else 16)
+        if hashed is not None:
+            assert row.digest == hashed(sent[row.uid]).digest()
