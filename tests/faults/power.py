@@ -209,8 +209,11 @@ class Disk:
                 return self._named(self._path(call), None)
             case "linkat":
                 source, _ = call.strings
-                assert source.startswith(b"/proc/self/fd/"), call.text
-                node = self._open.get(int(source.rsplit(b"/", 1)[1]))
+                assert "AT_EMPTY_PATH" in call.text or source.startswith(b"/proc/self/fd/"), (
+                    call.text
+                )
+                opened = int(source.rsplit(b"/", 1)[1]) if source else call.descriptor
+                node = self._open.get(opened)
                 return node is not None and self._named(self._path(call), node)
             case "rename" | "renameat" | "renameat2" | "mkdirat":
                 inside = any(str(self._place).encode() in one for one in call.strings)

@@ -19,6 +19,8 @@ use crate::receive::Store;
 
 /// So much of a file is written at once while the rest is on its way.
 const PART: u64 = 128 << 10;
+/// So much is written until it is asked again how much is free.
+const UNASKED: u64 = 1 << 20;
 
 /// Where the files of an association begin, and with what.
 pub struct Incoming {
@@ -56,6 +58,7 @@ impl Incoming {
             name,
             start: head.len() as u64,
             size: head.len() as u64,
+            asked: 0,
             head,
         }))
     }
@@ -80,11 +83,14 @@ impl Incoming {
         if count == 0 && !is_last {
             return Ok(0);
         }
-        let disk = statvfs(&self.folder)?;
-        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
-        let wanted = (growing.head.len() + count) as u64;
-        if free.saturating_sub(wanted) < self.least_free {
-            return Err(Errno::NOSPC);
+        if growing.size + count as u64 >= growing.asked {
+            let disk = statvfs(&self.folder)?;
+            let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+            let wanted = (growing.head.len() + count) as u64;
+            if free.saturating_sub(wanted) < self.least_free {
+                return Err(Errno::NOSPC);
+            }
+            growing.asked = growing.size + count as u64 + UNASKED;
         }
         growing.write(&bytes[..count])?;
         Ok(count)
@@ -126,6 +132,8 @@ pub struct Growing {
     start: u64,
     /// Bytes that are written, and those of the head.
     size: u64,
+    /// From this size on it is asked how much is free.
+    asked: u64,
 }
 
 impl Growing {
@@ -203,8 +211,14 @@ pub fn link(
         let trouble = format!("{found} of {size} bytes are in the file");
         return Err(io::Error::other(trouble));
     }
-    let file = format!("/proc/self/fd/{}", opened.as_raw_fd());
-    match linkat(&place, file, &place, name, AtFlags::SYMLINK_FOLLOW) {
+    match linkat(opened, "", &place, name, AtFlags::EMPTY_PATH).or_else(|error| match error {
+        // Before Linux 6.10 that was for the superuser.
+        Errno::NOENT | Errno::PERM => {
+            let file = format!("/proc/self/fd/{}", opened.as_raw_fd());
+            linkat(&place, file, &place, name, AtFlags::SYMLINK_FOLLOW)
+        }
+        other => Err(other),
+    }) {
         Ok(()) => {}
         Err(Errno::EXIST) => return Ok(false),
         Err(error) => return Err(error.into()),
@@ -264,6 +278,7 @@ mod tests {
             head: b"he".to_vec(),
             start: 2,
             size: 2,
+            asked: 0,
         };
         growing.write(b"whole").unwrap();
         let names = || fs::read_dir(folder.path()).unwrap().count();
