@@ -128,11 +128,8 @@ class Receiver:
     def is_within(self) -> bool:
         """Whether a message has begun and is not whole."""
 
-    def answer(self, response: bytes) -> int:
-        """Send the answer to the image that has arrived, as far as the socket takes it at once; how many bytes.
-
-        After the whole of it, or `answered`, the image counts as answered.
-        """
+    def unsent(self) -> bytes:
+        """What of an answer the socket did not take; after it was sent, and `answered`, its image counts as answered."""
 
     def answered(self) -> None:
         """The image that has arrived is answered."""
@@ -143,10 +140,13 @@ class Receiver:
     def close(self) -> None:
         """Close the duplicate of the socket, and the file that is being written."""
 
-    def receive(self, wake: int, seconds: float) -> Received | bytes | None:
-        """Read from the socket until something is whole.
+    def receive(
+        self, wake: int, seconds: float, answer: bytes | None = None
+    ) -> Received | bytes | None:
+        """Send the answer to the image that has arrived, and read from the socket until something is whole.
 
-        A request gives `Received`, any other PDU its bytes, a closed connection empty bytes. None
+        Without an answer it only reads. Where the socket does not take all of it, nothing is read, and `unsent`
+        tells the rest. A request gives `Received`, any other PDU its bytes, a closed connection empty bytes. None
         after `seconds` or 32 MiB, or as soon as `wake` can be read.
 
         Raises InvalidDicom for what breaks the protocol or a limit, and OSError.
@@ -196,6 +196,10 @@ class Received:
 
     def response(self, status: int, comment: str = "", offending: int = 0) -> bytes:
         """The bytes of a C-STORE-RSP (PS3.7 section 9.3.1.2)."""
+
+    @property
+    def head(self) -> bytes:
+        """The first eight bytes of the dataset, as far as it is in memory."""
 
     @property
     def data(self) -> memoryview:

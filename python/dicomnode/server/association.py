@@ -689,11 +689,10 @@ def _begins_with_meta(received: Received, apart: Arrived | None) -> bool:
     Readers take that for more of the file meta information: in the file another transfer syntax would
     count than the one that it came in, also the deflated one, which is not taken.
     """
-    if apart is None:
-        head = bytes(received.data[:2])
-    else:
+    head = received.head
+    if apart is not None:
         head = os.pread(apart.descriptor, 2, apart.size - received.size)
-    return head == b"\x02\x00"
+    return head.startswith(b"\x02\x00")
 
 
 def _digest_of(received: Received, apart: Arrived | None, size: int) -> bytes:

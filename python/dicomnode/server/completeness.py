@@ -147,6 +147,7 @@ class Completeness:
         self._clocks: dict[str, _Clock] = {}
         # The times at which clocks are due, the next first; those that a clock does not have any more
         # are passed by. And those whose time has come while no look at them can be begun.
+        self._first_look = patience.next(0.0)
         self._plan: list[tuple[float, str]] = []
         self._held_up: set[str] = set()
         self._keep_at = clock() + _KEEP_SECONDS
@@ -189,7 +190,7 @@ class Completeness:
             now = self._now()
             clock = self._clocks.setdefault(identifier, _Clock(now))
             clock.since, clock.warned = now, math.inf
-            self._plan_look(identifier, clock, now + self._patience.next(0.0))
+            self._plan_look(identifier, clock, now + self._first_look)
             was_kept, clock.kept = clock.kept, 0.0
             is_other = self._owners.is_other(uid, identifier)
         if was_kept or is_other:

@@ -355,16 +355,12 @@ class _Provider(DULServiceProvider):
                 response = self._service.store(self._association, found)
                 # Its memory is that of the next one.
                 found = None
-                sent = receiver.answer(response)
-                if sent < len(response):
-                    if self.socket is not None:
-                        self.socket.send(response[sent:])
-                    receiver.answered()
                 self._whole = math.inf
                 if self._has_other_work:
+                    self._answer(receiver, response)
                     return
                 # The next image, without the way through pynetdicom's loop.
-                found = self._read(receiver)
+                found = self._read(receiver, response)
             if found is None:
                 self._check_pace(receiver)
                 return
@@ -443,13 +439,24 @@ class _Provider(DULServiceProvider):
         self._last = (time.monotonic(), 0)
         return self.receiver
 
-    def _read(self, receiver: Receiver) -> Received | bytes | None:
+    def _answer(self, receiver: Receiver, response: bytes) -> None:
+        """Send the answer to an image, or the rest of it."""
+        if self.socket is not None:
+            self.socket.send(response)
+        receiver.answered()
+
+    def _read(self, receiver: Receiver, response: bytes | None = None) -> Received | bytes | None:
+        """What comes next, after the answer to what came before."""
         client = None if self.socket is None else self.socket.socket
         if not isinstance(client, ssl.SSLSocket):
-            found = receiver.receive(self.wake.number, _LOOK_SECONDS)
+            found = receiver.receive(self.wake.number, _LOOK_SECONDS, response)
             if found is None:
                 self.wake.clear()
+                if rest := receiver.unsent():
+                    self._answer(receiver, rest)
             return found
+        if response is not None:
+            self._answer(receiver, response)
         found = receiver.offer(b"")
         if found is not None or not (
             client.pending() or wait_readable(client, self.wake, _LOOK_SECONDS)

@@ -149,7 +149,7 @@ class Outbox:
     def maker(self, uid: str) -> int | None:
         """The case of which this node made the instance; None for one from elsewhere."""
         newest, others = self._made
-        if uid not in newest and uid not in others:
+        if not ((newest.count and uid in newest) or (others.count and uid in others)):
             return None
         rows = self._ledger.rows("SELECT case_id FROM made WHERE uid = ?", (uid,))
         return int(str(rows[0][0])) if rows else None

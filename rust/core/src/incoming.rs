@@ -19,8 +19,6 @@ use crate::receive::Store;
 
 /// So much of a file is written at once while the rest is on its way.
 const PART: u64 = 128 << 10;
-/// So much is written until it is asked again how much is free.
-const UNASKED: u64 = 1 << 20;
 
 /// Where the files of an association begin, and with what.
 pub struct Incoming {
@@ -58,7 +56,6 @@ impl Incoming {
             name,
             start: head.len() as u64,
             size: head.len() as u64,
-            asked: 0,
             head,
         }))
     }
@@ -83,14 +80,11 @@ impl Incoming {
         if count == 0 && !is_last {
             return Ok(0);
         }
-        if growing.size + count as u64 >= growing.asked {
-            let disk = statvfs(&self.folder)?;
-            let free = disk.f_bavail.saturating_mul(disk.f_frsize);
-            let wanted = (growing.head.len() + count) as u64;
-            if free.saturating_sub(wanted) < self.least_free {
-                return Err(Errno::NOSPC);
-            }
-            growing.asked = growing.size + count as u64 + UNASKED;
+        let disk = statvfs(&self.folder)?;
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        let wanted = (growing.head.len() + count) as u64;
+        if free.saturating_sub(wanted) < self.least_free {
+            return Err(Errno::NOSPC);
         }
         growing.write(&bytes[..count])?;
         Ok(count)
@@ -132,8 +126,6 @@ pub struct Growing {
     start: u64,
     /// Bytes that are written, and those of the head.
     size: u64,
-    /// From this size on it is asked how much is free.
-    asked: u64,
 }
 
 impl Growing {
@@ -278,7 +270,6 @@ mod tests {
             head: b"he".to_vec(),
             start: 2,
             size: 2,
-            asked: 0,
         };
         growing.write(b"whole").unwrap();
         let names = || fs::read_dir(folder.path()).unwrap().count();

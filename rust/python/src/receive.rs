@@ -51,6 +51,8 @@ struct State {
     /// None where images are kept in memory.
     incoming: Option<Incoming>,
     kept: Kept,
+    /// Of the last answer.
+    unsent: Vec<u8>,
 }
 
 /// What of the dataset that is arriving is in a file.
@@ -154,6 +156,7 @@ impl Receiver {
                 parser: core::Receiver::new(numbers, limits, kind),
                 incoming,
                 kept: Kept::default(),
+                unsent: Vec::new(),
             }),
             kind,
             arriving: AtomicUsize::new(0),
@@ -193,18 +196,9 @@ impl Receiver {
         self.lock().parser.is_within()
     }
 
-    /// Send the answer to the image that has arrived, as far as the socket takes it at once; how many bytes.
-    ///
-    /// After the whole of it, or `answered`, the image counts as answered.
-    fn answer(&self, response: &[u8]) -> usize {
-        let mut state = self.lock();
-        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-        let socket = state.socket.as_ref();
-        let sent = socket.map_or(0, |one| send(one, response, flags).unwrap_or(0));
-        if sent == response.len() {
-            self.begin(&mut state);
-        }
-        sent
+    /// What of an answer the socket did not take; after it was sent, and `answered`, its image counts as answered.
+    fn unsent<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &std::mem::take(&mut self.lock().unsent))
     }
 
     /// The image that has arrived is answered.
@@ -230,17 +224,20 @@ impl Receiver {
         self.is_large.store(false, Ordering::Relaxed);
     }
 
-    /// Read from the socket until something is whole.
+    /// Send the answer to the image that has arrived, and read from the socket until something is whole.
     ///
-    /// A request gives `Received`, any other PDU its bytes, a closed connection empty bytes. None
+    /// Without an answer it only reads. Where the socket does not take all of it, nothing is read, and `unsent`
+    /// tells the rest. A request gives `Received`, any other PDU its bytes, a closed connection empty bytes. None
     /// after `seconds` or 32 MiB, or as soon as `wake` can be read.
     ///
     /// Raises InvalidDicom for what breaks the protocol or a limit, and OSError.
+    #[pyo3(signature = (wake, seconds, answer = None))]
     fn receive<'py>(
         &self,
         py: Python<'py>,
         wake: c_int,
         seconds: f64,
+        answer: Option<&[u8]>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         if self.lock().socket.is_none() {
             return Err(PyValueError::new_err("expected a receiver with a socket"));
@@ -258,7 +255,12 @@ impl Receiver {
             let Some(socket) = guard.socket.take() else {
                 return Ok(Outcome::Closed);
             };
-            let outcome = self.read(&mut guard, socket.as_fd(), wake, end);
+            guard.unsent = rest_of(socket.as_fd(), answer.unwrap_or_default());
+            let outcome = if guard.unsent.is_empty() {
+                self.read(&mut guard, socket.as_fd(), wake, end)
+            } else {
+                Ok(Outcome::Nothing)
+            };
             guard.socket = Some(socket);
             outcome
         })
@@ -416,6 +418,15 @@ impl Receiver {
     }
 }
 
+/// Send as much as a socket takes at once; what is left. An error shows when it is read.
+fn rest_of(socket: BorrowedFd<'_>, answer: &[u8]) -> Vec<u8> {
+    if answer.is_empty() {
+        return Vec::new();
+    }
+    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    answer[send(socket, answer, flags).unwrap_or(0)..].to_vec()
+}
+
 /// Whether there is something to read before `end`; false also where `wake` can be read.
 fn wait(socket: BorrowedFd<'_>, wake: BorrowedFd<'_>, end: Instant) -> Result<bool> {
     loop {
@@ -539,6 +550,12 @@ impl Received {
         offending: u32,
     ) -> Bound<'py, PyBytes> {
         PyBytes::new(py, &self.store.response(status, comment, offending))
+    }
+
+    /// The first eight bytes of the dataset, as far as it is in memory.
+    #[getter]
+    fn head<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.dataset[..self.dataset.len().min(8)])
     }
 
     /// The bytes of the dataset.
