@@ -132,7 +132,16 @@ class Bench:
         folder, kind = (None if sizes.quick else self._real_folder()), "real CT slices"
         if folder is None:
             folder, kind = self._series("CT", sizes.sent, sizes.matrix, sizes.matrix), "CT slices"
-        return self._send(folder, kind)
+        tables: list[Table | None] = [*self._send(folder, kind)]
+        # Of few images the start of sixteen senders is a large part.
+        longer = eager.lengthen(folder, self._folder / "longer", 4 * sizes.sent)
+        for count in sizes.associations[1:]:
+            title = f"Receiving {4 * sizes.sent} {kind} over {count} associations at once"
+            closest, repeats = receive.closest(), sizes.receive_repeats
+            tables.append(receive.answer(title, longer, repeats, closest, associations=count))
+            title = f"Receiving {sizes.sent} {kind} from {count} storescu at once"
+            tables.append(receive.answer(title, folder, repeats, closest, count, sender="storescu"))
+        return [table for table in tables if table is not None]
 
     def _receive_small(self) -> list[Table]:
         images = self._series("CT", self._sizes.small_images, 64, 64)
