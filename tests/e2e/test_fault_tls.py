@@ -1,12 +1,15 @@
 """N7 and N8 of the fault model: TLS (PS3.15 section B.9), with openssl and dcmtk as peers."""
 
+import itertools
 import logging
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.e2e import wire
@@ -18,6 +21,7 @@ from dicomnode.errors import IncorrectlyConfigured, PeerUnreachable
 from dicomnode.lib.dicom import load
 from dicomnode.lib.dimse import Address, echo, send
 from dicomnode.lib.tls import TLS
+from dicomnode.server.association import AssociationServer
 from dicomnode.server.limits import Limits
 from dicomnode.testing import (
     StoringNode,
@@ -267,3 +271,35 @@ def test_n7_a_client_that_says_nothing_after_its_handshake_ends_too(papers: Pape
                 found += part
             # The association was accepted, and aborted when the image stalled.
             assert found[0] == wire.ACCEPT and pdu(wire.ABORT, bytes(4))[:2] in found
+
+
+def test_a_peer_that_reads_no_answer_is_given_up_once(
+    papers: Papers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = ssl.create_default_context(cafile=papers.path("ca.crt"))
+    mine = papers.tls("deaf")
+    context.load_cert_chain(mine.certificate, mine.key)
+    moments: list[float] = []
+    store = AssociationServer.store
+
+    def storing(*arguments: Any) -> bytes:
+        moments.append(time.monotonic())
+        return store(*arguments)
+
+    monkeypatch.setattr(AssociationServer, "store", storing)
+    with running_node(Node, tls=papers.tls("node"), limits=HASTY) as node:
+        raw = socket.socket()
+        # So that few answers fit.
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        raw.settimeout(20)
+        raw.connect(("127.0.0.1", node.port))
+        with context.wrap_socket(raw, server_hostname="127.0.0.1") as peer:
+            peer.sendall(wire.request())
+            assert peer.recv(6)[:1] == bytes([wire.ACCEPT])
+            one = wire.store(*wire.image())
+            with suppress(OSError):
+                while len(moments) < 100_000:
+                    peer.sendall(one)
+        assert node.wait(lambda: not wire._connections(node), 20)
+    # Each image but the last is answered before the next one: none comes after the answer that was waited for.
+    assert max(b - a for a, b in itertools.pairwise(moments)) < 1.5

@@ -652,6 +652,23 @@ def test_the_same_request_has_the_same_answer_and_each_association_its_images() 
         assert [stored(node, f"P{number}") for number in range(24)] == [1] * 24
 
 
+def test_pynetdicoms_own_log_tells_of_each_request(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("pynetdicom"), "propagate", True)
+    caplog.set_level(logging.DEBUG, "pynetdicom")
+    with running_node(Node) as node:
+        for _ in range(3):
+            with Raw(node).open() as peer:
+                peer.release()
+        assert node.wait(lambda: not wire._connections(node), 10)
+    assert not [one for one in caplog.records if one.levelno >= logging.ERROR]
+    # The same of each, also of those that are known again.
+    for words in ("Request Parameters", "Accept Parameters", "Context ID:        3 (Accepted)"):
+        told = sum(words in one for one in caplog.messages)
+        assert told and told % 3 == 0, (words, told)
+
+
 def test_a_request_that_is_known_again_is_let_in_only_where_it_may_now() -> None:
     with node_of(limits=Limits(associations=2)) as node:
         for _ in range(3):

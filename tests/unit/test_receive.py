@@ -10,6 +10,7 @@ import itertools
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -414,3 +415,26 @@ def test_memory_of_one_dataset_is_used_again_but_never_seen() -> None:
     third = receiver.offer(wire.store("1.2.5", b"y"))
     assert bytes(memoryview(second)) == b"x" * 3000  # type: ignore[arg-type]
     assert bytes(memoryview(third)) == b"y"  # type: ignore[arg-type]
+
+
+def test_a_forked_process_makes_its_own_digests() -> None:
+    script = """
+import hashlib, os, time
+from dicomnode.lib.dicom import Receiver
+from tests.e2e import wire
+
+def digested():
+    data = os.urandom(200_000)
+    receiver = Receiver([(3, wire.EXPLICIT)], 1 << 20, 1 << 20, 1 << 20)
+    found = receiver.offer(wire.store("1.2.3", data))
+    return found.digest == hashlib.sha256(data).digest()
+
+assert digested()
+if not os.fork():
+    start = time.monotonic()
+    os._exit(not (digested() and time.monotonic() - start < 5))
+_, status = os.wait()
+assert status == 0, status
+"""
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=root, timeout=60)

@@ -20,7 +20,7 @@ from pynetdicom.presentation import PresentationContext
 
 from dicomnode.server.negotiation import plain_request
 
-# Larger requests, and more bytes of them, are not known again: decoded they take some forty times that.
+# Larger requests, and more bytes of them, are not known again: decoded they take up to seventy times that.
 _MOST_OF_ONE = 1 << 15
 _MOST = 1 << 19
 
@@ -38,19 +38,24 @@ class _Agreement:
     encoded: bytes
 
 
-class Request(A_ASSOCIATE_RQ):
+class Request:
     """A request for an association, decoded. Nobody changes it."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, pdu: bytes) -> None:
+        """Raises InvalidDicom, and whatever else comes of the bytes."""
         self.guard = threading.Lock()
         self.agreement: _Agreement | None = None
         self._primitive: A_ASSOCIATE | None = None
+        # pynetdicom looks up what to do by the class, so that it has to be this one.
+        self.pdu = A_ASSOCIATE_RQ()
+        self.pdu.decode(plain_request(pdu))
+        self._to_primitive = self.pdu.to_primitive
+        self.pdu.to_primitive = self._as_primitive  # type: ignore[method-assign]
 
-    def to_primitive(self) -> A_ASSOCIATE:
+    def _as_primitive(self) -> A_ASSOCIATE:
         with self.guard:
             if self._primitive is None:
-                self._primitive = super().to_primitive()
+                self._primitive = self._to_primitive()
         # An answer may be put down in it.
         return copy(self._primitive)
 
@@ -70,8 +75,7 @@ class Requests:
             if found is not None:
                 self._known.move_to_end(pdu)
                 return found
-        found = Request()
-        found.decode(plain_request(pdu))
+        found = Request(pdu)
         if len(pdu) > _MOST_OF_ONE:
             return found
         with self._guard:

@@ -398,12 +398,13 @@ class _Provider(DULServiceProvider):
         if bytestream[0] != _ASSOCIATE_REQUEST:
             return super()._decode_pdu(bytestream)
         try:
-            self.request = self._association.requests.of(bytes(bytestream))
+            request = self._association.requests.of(bytes(bytestream))
         except InvalidDicom as error:
             self._trouble = str(error)
             raise
-        evt.trigger(self.assoc, evt.EVT_PDU_RECV, {"pdu": self.request})
-        return self.request, "Evt6"
+        self.request = request
+        evt.trigger(self.assoc, evt.EVT_PDU_RECV, {"pdu": request.pdu})
+        return request.pdu, "Evt6"
 
     def _send(self, pdu: Any) -> None:
         known = agreed(self.request, pdu)
@@ -457,6 +458,9 @@ class _Provider(DULServiceProvider):
             return found
         if response is not None:
             self._answer(receiver, response)
+            if self._has_other_work:
+                # It may not have come through.
+                return None
         found = receiver.offer(b"")
         if found is not None or not (
             client.pending() or wait_readable(client, self.wake, _LOOK_SECONDS)

@@ -55,12 +55,15 @@ struct Queue {
     threads: usize,
     /// Whether one of them waits for a job.
     is_awaited: bool,
+    /// The process that has the threads: one that was forked has none.
+    process: u32,
 }
 
 static QUEUE: Mutex<Queue> = Mutex::new(Queue {
     jobs: VecDeque::new(),
     threads: 0,
     is_awaited: false,
+    process: 0,
 });
 static MORE: Condvar = Condvar::new();
 
@@ -80,6 +83,14 @@ where
     }
     let outcome = Arc::<Outcome>::default();
     let mut queue = queue();
+    if queue.process != std::process::id() {
+        *queue = Queue {
+            jobs: VecDeque::new(),
+            threads: 0,
+            is_awaited: false,
+            process: std::process::id(),
+        };
+    }
     queue.jobs.push_back(Job {
         kind,
         message: Arc::clone(message) as Message,
@@ -126,14 +137,12 @@ impl Coming {
     /// The digest; `message` is the one that was given.
     #[must_use]
     pub fn wait(&self, message: &[u8]) -> Vec<u8> {
-        let (digest, _) = self
+        let (mut digest, _) = self
             .outcome
             .is_there
             .wait_timeout_while(self.outcome.lock(), PATIENCE, |digest| digest.is_none())
             .unwrap_or_else(PoisonError::into_inner);
-        let found = digest.clone();
-        drop(digest);
-        found.unwrap_or_else(|| self.kind.of(message))
+        digest.get_or_insert_with(|| self.kind.of(message)).clone()
     }
 }
 
