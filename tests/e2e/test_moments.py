@@ -17,7 +17,7 @@ from pynetdicom import AE
 from pynetdicom.presentation import build_context
 from tests.e2e.test_commitment import Committing
 from tests.e2e.test_completeness import CT, Counting, Failing, FourOrEight, send_all
-from tests.e2e.wire import Raw, bare, store
+from tests.e2e.wire import Raw, bare, image, resident, store
 from tests.unit.test_storage import claim, instances, make_ready, opened
 from tests.unit.test_waits import expire
 
@@ -304,3 +304,26 @@ def test_images_that_come_at_once_keep_their_own_bytes_and_digests(
         assert row.digest == digest(sent[row.uid], 32 if hashed else 16)
         if hashed is not None:
             assert row.digest == hashed(sent[row.uid]).digest()
+
+
+def test_images_that_are_refused_take_no_memory_however_fast_they_come(tmp_path: Path) -> None:
+    # Not large enough for the disk, with another UID than the request tells: read whole, and kept by nobody.
+    refused = store("1.2.3.4", image(rows=1390, columns=1390)[1])
+    assert 3_500_000 < len(refused) < 4 << 20
+
+    def flood(_: int) -> set[int]:
+        with Raw(node).open() as peer:
+            statuses = set()
+            for _ in range(40):
+                for _ in range(3):
+                    peer.send(refused)
+                statuses |= {peer.status() for _ in range(3)}
+            peer.release()
+        return statuses
+
+    with running_node(Keeping, root_data_directory=tmp_path) as node:
+        before = resident()
+        with ThreadPoolExecutor(6) as pool:
+            assert set().union(*pool.map(flood, range(6))) == {0xA900}
+        # Six of each association that arrive, what waits for its digest, and what rests.
+        assert resident() - before < 160 << 20

@@ -697,8 +697,9 @@ def _begins_with_meta(received: Received, apart: Arrived | None) -> bool:
 
 def _digest_of(received: Received, apart: Arrived | None, size: int) -> bytes:
     """A digest of the dataset; what was received comes with one of the kind that is kept."""
-    if len(received.digest) == size:
-        return received.digest
+    digest = received.digest
+    if len(digest) == size:
+        return digest
     return digest_of(received.data, size) if apart is None else digest_of_file(apart.path, size)
 
 

@@ -13,7 +13,7 @@ const INPUT: usize = 256 << 10;
 /// Less is had from the system at once, more is not kept for others.
 const RESTING: std::ops::RangeInclusive<usize> = (64 << 10)..=(8 << 20);
 
-static DATASETS: Pool = Pool::new(32 << 20);
+static DATASETS: Pool = Pool::new(16 << 20);
 static INPUTS: Pool = Pool::new(8 << 20);
 
 /// Memory that rests, all of it written once, so that it need not be zeroed again; the last to come goes first.

@@ -25,6 +25,15 @@ const START: [u32; 8] = [
     0x5be0_cd19,
 ];
 
+/// How many messages are worth more together than one after the other.
+pub fn lanes() -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if x86::is_here() {
+        return LANES;
+    }
+    1
+}
+
 /// How far a message is.
 #[derive(Debug, Clone)]
 pub struct Progress {

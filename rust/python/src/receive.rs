@@ -107,7 +107,7 @@ enum Outcome {
     Nothing,
     Closed,
     Pass(Vec<u8>),
-    Store(Box<core::Store>, Kept),
+    Store(Box<core::Store>, Kept, Arc<Bytes>, Coming),
 }
 
 #[pymethods]
@@ -307,13 +307,9 @@ impl Receiver {
             Outcome::Nothing => Ok(None),
             Outcome::Closed => Ok(Some(PyBytes::new(py, b"").into_any())),
             Outcome::Pass(pdu) => Ok(Some(PyBytes::new(py, &pdu).into_any())),
-            Outcome::Store(mut store, kept) => {
-                let dataset = Arc::new(std::mem::take(&mut store.dataset));
+            Outcome::Store(store, kept, dataset, digest) => {
                 let received = Received {
-                    digest: match store.digest.take() {
-                        Some(digest) => Coming::known(self.kind, digest),
-                        None => hashing::begin(self.kind, &dataset),
-                    },
+                    digest,
                     store: *store,
                     dataset,
                     is_large: kept.is_large,
@@ -411,7 +407,13 @@ impl Receiver {
                         self.is_large.store(false, Ordering::Relaxed);
                         store.dataset = Bytes::default();
                     }
-                    return Ok(Some(Outcome::Store(store, std::mem::take(kept))));
+                    let dataset = Arc::new(std::mem::take(&mut store.dataset));
+                    let digest = match store.digest.take() {
+                        Some(digest) => Coming::known(self.kind, digest),
+                        None => hashing::begin(self.kind, &dataset),
+                    };
+                    let kept = std::mem::take(kept);
+                    return Ok(Some(Outcome::Store(store, kept, dataset, digest)));
                 }
             }
         }
