@@ -259,7 +259,7 @@ def test_L21_everything_is_flushed_before_it_is_acknowledged(
     for line in trace.read_text().splitlines():
         if "fsync" in line and re.search(r"incoming/(#|.*\.part)", line):
             events.append("file")
-        elif "link" in line and "/proc/self/fd/" in line and "Image_" in line:
+        elif "linkat(" in line and "Image_" in line and line.endswith("= 0"):
             events.append("link")
         elif "fsync" in line and "TRACED/ct>" in line:
             events.append("folder")
