@@ -232,7 +232,7 @@ def _is_in_order(uid: str, calls: list[Call], wal: list[Call], durability: str) 
     if durability == "process":
         assert not flushed
         return
-    folder = re.search(r"linkat\(\d+<([^>]*)>", linked.text)
+    folder = re.search(r'<([^<>]*)>, "Image_CT_', linked.text)
     assert folder is not None
     assert any("incoming/#" in one.text and last < one.begin < linked.begin for one in flushed)
     assert any(f"{folder[1]}>" in one.text and one.begin > linked.end for one in flushed)
