@@ -82,6 +82,13 @@ impl Queue {
         self.jobs.push_back(job);
     }
 
+    /// What was pushed last is not for a thread.
+    fn take_back(&mut self) {
+        if let Some(job) = self.jobs.pop_back() {
+            self.bytes -= job.message.len();
+        }
+    }
+
     fn pop(&mut self) -> Option<Job> {
         let job = self.jobs.pop_front()?;
         self.bytes -= job.message.len();
@@ -142,11 +149,11 @@ fn is_taken(job: Job) -> bool {
     if idle > 0 {
         queue.told += 1;
         MORE.notify_one();
-    } else if queue.threads == 0 || queue.threads < processors() {
+    } else if queue.threads < processors() {
         if Builder::new().name("digest".into()).spawn(work).is_ok() {
             queue.threads += 1;
         } else if queue.threads == 0 {
-            queue.pop();
+            queue.take_back();
             return false;
         }
     }
