@@ -368,6 +368,46 @@ def test_old_cases_that_are_done_are_forgotten_and_others_never() -> None:
     assert len(ledger.cases(State.FAILED)) == 5
 
 
+def test_those_who_bring_an_image_that_is_on_its_way_wait_for_it_also_where_it_fails(
+    storage: Storage,
+) -> None:
+    (image,) = instances(1)
+    begun, go = threading.Event(), threading.Event()
+
+    def fails(size: int) -> bytes:
+        begun.set()
+        assert go.wait(10) and size
+        raise OutOfResources("no room")
+
+    def bring_in_vain() -> None:
+        with pytest.raises(OutOfResources):
+            storage.add("P", ["ct"], image._replace(digest_of=fails))
+        found.append(0)
+
+    found: list[int] = []
+    threads = [threading.Thread(target=bring_in_vain)]
+    threads[0].start()
+    assert begun.wait(10)
+    for _ in range(5):
+        threads.append(
+            threading.Thread(target=lambda: found.append(storage.add("P", ["ct"], image)))
+        )
+        threads[-1].start()
+    while not storage._arriving["P"][image.sop_instance_uid]:
+        time.sleep(0.001)
+    assert not found
+    # Nobody else waits.
+    storage.add("other", ["ct"], instances(1, "other")[0])
+    go.set()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    (number,) = set(found) - {0}
+    assert found == [0] + [number] * 5
+    assert [row.uid for row in storage.ledger.instances(number)] == [image.sop_instance_uid]
+    assert not storage._arriving
+
+
 def test_many_threads_add_to_one_case_and_to_many(storage: Storage) -> None:
     batches = [(f"P{k % 3}", instances(10, f"P{k % 3}", seed=k)) for k in range(9)]
 
@@ -597,8 +637,7 @@ def test_rows_that_cannot_be_listed_leave_nobody_without_an_error() -> None:
     outcomes: list[str] = []
 
     class Broken:
-        @property
-        def input(self) -> str:
+        def __iter__(self) -> Iterator[object]:
             raise MemoryError
 
     def add(row: Any) -> None:

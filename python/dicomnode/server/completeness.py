@@ -188,7 +188,9 @@ class Completeness:
         """An image was stored: the clock of its case starts anew. Raises nothing."""
         with self._lock:
             now = self._now()
-            clock = self._clocks.setdefault(identifier, _Clock(now))
+            clock = self._clocks.get(identifier)
+            if clock is None:
+                clock = self._clocks[identifier] = _Clock(now)
             clock.since, clock.warned = now, math.inf
             self._plan_look(identifier, clock, now + self._first_look)
             was_kept, clock.kept = clock.kept, 0.0

@@ -7,7 +7,7 @@ that a wrong tag or value is an error before the first image comes.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydicom.multival import MultiValue
 
@@ -42,8 +42,7 @@ class Rule:
         return ""
 
 
-@dataclass(frozen=True)
-class Route:
+class Route(NamedTuple):
     """Where an image goes: its identifier, the inputs that take it, and why the others do not."""
 
     identifier: str

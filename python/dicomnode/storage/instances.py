@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from dicomnode.errors import NoRoom, OutOfResources
 from dicomnode.lib.dicom import Source, link
@@ -26,7 +26,7 @@ KEPT_BESIDES = 4096
 _MOST_TRIES = 10
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Staged:
     """Bytes that are whole but not yet in any folder."""
 
@@ -35,8 +35,7 @@ class Staged:
     data: bytes = b""
 
 
-@dataclass(frozen=True)
-class Arrived:
+class Arrived(NamedTuple):
     """A whole file, as yet without a name where it is to stay, that belongs to whoever wrote it."""
 
     descriptor: int
@@ -96,6 +95,8 @@ class FileInstances:
 
     def __init__(self, root: Path, incoming: Path, flush: bool = True) -> None:
         self._root = root
+        # Paths of images are joined by hand, because that is done for each.
+        self._base = str(root)
         self._incoming = incoming
         self._flush = flush
         # The folders that are there for sure, also after a power cut.
@@ -150,8 +151,7 @@ class FileInstances:
         raise ValueError("no name is free")
 
     def _link(self, staged: Staged, folder: str, name: str) -> bool:
-        # Joined by hand, because it is asked for each image.
-        directory = f"{self._root}/{folder}"
+        directory = f"{self._base}/{folder}"
         for _ in range(_MOST_TRIES):
             try:
                 if folder not in self._made:
@@ -188,8 +188,7 @@ class FileInstances:
             _close(descriptor)
 
     def source(self, folder: str, name: str) -> Source:
-        # Joined by hand, because it is asked for each image of a case whenever that is looked at.
-        return f"{self._root}/{folder}/{name}"
+        return f"{self._base}/{folder}/{name}"
 
     def size(self, folder: str, name: str) -> int | None:
         try:

@@ -15,13 +15,14 @@ import hashlib
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from dicomnode.errors import NoRoom, OutOfResources, UnknownCase
 
@@ -53,8 +54,7 @@ class Case:
     changed: float
 
 
-@dataclass(frozen=True)
-class InstanceRow:
+class InstanceRow(NamedTuple):
     """One instance in one input of a case."""
 
     input: str
@@ -185,22 +185,14 @@ class Ledger:
             self._db.close()
 
     @contextmanager
-    def transaction(
-        self, durable: bool = True, is_single: bool = False
-    ) -> Iterator[sqlite3.Connection]:
+    def transaction(self, durable: bool = True) -> Iterator[sqlite3.Connection]:
         """Changes that become durable together, or not at all. For this package.
 
-        A single statement is a transaction by itself, and costs less than one with a begin and an end. Raises OutOfResources where the ledger cannot be written.
+        Raises OutOfResources where the ledger cannot be written.
         """
         with self._lock:
             try:
-                wanted = self._durable if durable or self._durable == "OFF" else "NORMAL"
-                if wanted != self._synchronous:
-                    self._db.execute(f"PRAGMA synchronous = {wanted}")
-                    self._synchronous = wanted
-                if is_single:
-                    yield self._db
-                    return
+                self._flush_commits(durable)
                 self._db.execute("BEGIN IMMEDIATE")
                 try:
                     yield self._db
@@ -209,12 +201,21 @@ class Ledger:
                     raise
                 self._db.execute("COMMIT")
             except sqlite3.OperationalError as error:
-                with suppress(sqlite3.Error):
-                    if self._db.in_transaction:
-                        self._db.execute("ROLLBACK")
-                    # Then the next change finds room in what the log of the ledger has already.
-                    self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
-                raise NoRoom(f"the ledger cannot be written: {error}") from error
+                raise self._not_written(error) from error
+
+    def _flush_commits(self, durable: bool) -> None:
+        wanted = self._durable if durable or self._durable == "OFF" else "NORMAL"
+        if wanted != self._synchronous:
+            self._db.execute(f"PRAGMA synchronous = {wanted}")
+            self._synchronous = wanted
+
+    def _not_written(self, error: sqlite3.OperationalError) -> NoRoom:
+        with suppress(sqlite3.Error):
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            # Then the next change finds room in what the log of the ledger has already.
+            self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        return NoRoom(f"the ledger cannot be written: {error}")
 
     def changes(self) -> int:
         """A number that differs after another process has changed the ledger."""
@@ -555,17 +556,13 @@ class Ledger:
     def _write(self, batch: list[_Waiting]) -> None:
         trouble: OutOfResources | None = OutOfResources("the ledger was not written")
         try:
-            rows = [
-                (one.case_id, r.input, r.uid, r.file, r.size, r.digest, r.damaged)
-                for one in batch
-                for r in one.rows
-            ]
-            # A statement for each row would wait for the interpreter after each.
-            with self.transaction(is_single=len(rows) <= _MOST_AT_ONCE) as db:
-                for start in range(0, len(rows), _MOST_AT_ONCE):
-                    part = rows[start : start + _MOST_AT_ONCE]
-                    # Of one set of values, too, since this does not ask for the last row.
-                    db.executemany(_INSERT + ", ".join([_ROW] * len(part)), [tuple(chain(*part))])
+            rows = [(one.case_id, *row) for one in batch for row in one.rows]
+            if len(rows) <= _MOST_AT_ONCE:
+                self._insert(rows)
+            else:
+                with self.transaction():
+                    for start in range(0, len(rows), _MOST_AT_ONCE):
+                        self._insert(rows[start : start + _MOST_AT_ONCE])
         except OutOfResources as error:
             trouble = error
         else:
@@ -573,6 +570,17 @@ class Ledger:
         finally:
             for one in batch:
                 one.error, one.is_written = trouble, True
+
+    def _insert(self, rows: Sequence[tuple[object, ...]]) -> None:
+        """As one statement, a transaction by itself: more would wait for the interpreter after each."""
+        try:
+            self._flush_commits(durable=True)
+            # Of one set of values, since this does not ask for the last row.
+            self._db.executemany(
+                _INSERT + ", ".join([_ROW] * len(rows)), [tuple(chain.from_iterable(rows))]
+            )
+        except sqlite3.OperationalError as error:
+            raise self._not_written(error) from error
 
     def instances(self, case_id: int) -> list[InstanceRow]:
         """The instances of a case, damaged ones too."""

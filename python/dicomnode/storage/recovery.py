@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dicomnode.errors import InvalidDicom, OutOfResources
@@ -184,7 +184,7 @@ class Recovery:
             with suppress(OSError):
                 if digest_of_file(path, size) == row.digest:
                     digest = digest_of_file(path, self._digest_size)
-                    found.append(replace(row, digest=digest))
+                    found.append(row._replace(digest=digest))
         return found
 
     def _sizes(self, folder: str) -> dict[str, int] | None:
@@ -426,7 +426,7 @@ def mark_damaged(root: Path, case: Case, row: InstanceRow, logger: logging.Logge
     logger.error(
         "case %d: instance %s of input %r is damaged; %s", case.id, row.uid, row.input, fate
     )
-    return replace(row, damaged=True)
+    return row._replace(damaged=True)
 
 
 def delete_files(ledger: Ledger, instances: Instances, case: Case) -> None:

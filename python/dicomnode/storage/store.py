@@ -16,15 +16,14 @@ On disk, below the root:
     .dicomnode/unflushed                                           files may have to be flushed
 """
 
-import contextlib
 import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from dicomnode.errors import (
     InvalidDataset,
@@ -73,8 +72,7 @@ _MANY = 100
 Durability: TypeAlias = Literal["power", "process"]
 
 
-@dataclass(frozen=True)
-class Instance:
+class Instance(NamedTuple):
     """An image that arrived: who it is, what its file is called, and its bytes as a Part 10 object.
 
     `digest_of` gives the digest, of so many bytes, of the dataset without the file meta, so that a resend
@@ -142,8 +140,8 @@ class Storage:
         self._logger = logger
         self._open_cases: dict[str, OpenCase] = {}
         self._turns = Turns()
-        # The instances that are on their way into the open case of an identifier.
-        self._arriving: dict[str, set[str]] = {}
+        # The instances that are on their way into the open case of an identifier, and whether one waits for that.
+        self._arriving: dict[str, dict[str, bool]] = {}
         self._taken: Root | None = None
         #: Whether an association that brought images to a case is open; the node tells.
         self.is_open_for: Callable[[int], bool] = lambda _: False
@@ -260,9 +258,10 @@ class Storage:
         same SOPInstanceUID; the first is kept).
         """
         names, uid = tuple(input_names), instance.sop_instance_uid
-        with self.holding(identifier) as turn:
+        with self._turns.of(identifier) as turn:
             # The same image may be arriving over another association.
-            while uid in self._arriving.get(identifier, ()):
+            while uid in (arriving := self._arriving.get(identifier, {})):
+                arriving[uid] = True
                 turn.wait()
             known = self._open_cases.get(identifier)
             lacking = names if known is None else self._lacking(known, names, instance)
@@ -275,50 +274,53 @@ class Storage:
                 # Whoever wrote that has looked.
                 self.disk.check_room(sum(map(len, instance.chunks)))
             case = self._open_case(identifier)
-            self._arriving.setdefault(identifier, set()).add(uid)
+            self._arriving.setdefault(identifier, {})[uid] = False
         rows: list[InstanceRow] = []
         try:
             # While it is on its way, the case is neither claimed nor set aside.
             rows = self._put_instance(case, lacking, instance)
         finally:
-            with self.holding(identifier) as turn:
+            with self._turns.of(identifier) as turn:
                 arriving = self._arriving[identifier]
-                arriving.discard(uid)
+                is_awaited = arriving.pop(uid)
                 if not arriving:
                     del self._arriving[identifier]
                 if rows:
                     on_added(case.id)
                 for row in rows:
                     case.put(row)
-                turn.notify_all()
+                if is_awaited:
+                    turn.notify_all()
         return case.id
 
     def _put_instance(
         self, case: OpenCase, names: Iterable[str], instance: Instance
     ) -> list[InstanceRow]:
         """Make an instance durable in these inputs: its files, their folders, then the rows."""
-        arrived, uid = instance.arrived, instance.sop_instance_uid
-        kept = (
-            self._instances.staging(instance.chunks)
-            if arrived is None
-            else contextlib.nullcontext(Staged(arrived.size, arrived.descriptor))
-        )
-        with kept as staged:
-            rows: list[InstanceRow] = []
-            try:
-                for name in names:
-                    file = self._instances.place(
-                        staged,
-                        input_folder(case.folder, name),
-                        self._free_names(case, name, instance.name),
-                    )
-                    digest = instance.digest_of(self.digest_size)
-                    rows.append(InstanceRow(name, uid, file, staged.size, digest))
-                self.ledger.add_instances(case.id, rows)
-            except OutOfResources:
-                for row in rows:
-                    self._instances.remove(input_folder(case.folder, row.input), [row.file])
-                raise
+        if instance.arrived is not None:
+            staged = Staged(instance.arrived.size, instance.arrived.descriptor)
+            return self._put_staged(case, names, instance, staged)
+        with self._instances.staging(instance.chunks) as staged:
+            return self._put_staged(case, names, instance, staged)
+
+    def _put_staged(
+        self, case: OpenCase, names: Iterable[str], instance: Instance, staged: Staged
+    ) -> list[InstanceRow]:
+        rows: list[InstanceRow] = []
+        try:
+            for name in names:
+                file = self._instances.place(
+                    staged,
+                    input_folder(case.folder, name),
+                    self._free_names(case, name, instance.name),
+                )
+                digest = instance.digest_of(self.digest_size)
+                rows.append(InstanceRow(name, instance.sop_instance_uid, file, staged.size, digest))
+            self.ledger.add_instances(case.id, rows)
+        except OutOfResources:
+            for row in rows:
+                self._instances.remove(input_folder(case.folder, row.input), [row.file])
+            raise
         return rows
 
     @property
@@ -563,7 +565,7 @@ class Storage:
                                 input_folder(known.folder, row.input),
                                 self._free_names(known, row.input, stem),
                             )
-                        row = replace(row, file=file)  # noqa: PLW2901
+                        row = row._replace(file=file)  # noqa: PLW2901
                     rows.append(row)
                 self.ledger.add_instances(known.id, rows)
             except (OutOfResources, FileNotFoundError) as error:

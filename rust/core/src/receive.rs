@@ -27,6 +27,9 @@ const MOST_COMMAND: usize = 64 << 10;
 const MOST_OTHER: usize = 4 << 20;
 /// From so many missing bytes of a fragment on they are read to their place.
 const DIRECT: usize = 16 << 10;
+/// Of fragments from so many bytes on only the beginning is read before it is known where the rest belongs.
+const LONG: usize = 64 << 10;
+const AHEAD: usize = 512;
 
 /// What a stranger may take.
 #[derive(Debug, Clone, Copy)]
@@ -125,6 +128,8 @@ pub struct Receiver {
     start: usize,
     end: usize,
     place: Place,
+    /// Whether datasets come in long fragments.
+    is_long: bool,
     context: u8,
     message: Message,
     passed: VecDeque<Vec<u8>>,
@@ -145,6 +150,7 @@ impl Receiver {
             start: 0,
             end: 0,
             place: Place::Pdu,
+            is_long: false,
             context: 0,
             message: Message::None,
             passed: VecDeque::new(),
@@ -174,7 +180,13 @@ impl Receiver {
             // Only a PDU for somebody else is ever this long.
             self.input.grow();
         }
-        &mut self.input[self.end..]
+        let most = match self.place {
+            _ if !self.is_long => usize::MAX,
+            Place::Fragment { left, .. } => left + AHEAD,
+            _ => AHEAD,
+        };
+        let end = self.input.len().min(self.end.saturating_add(most));
+        &mut self.input[self.end..end]
     }
 
     /// So many bytes were put into the last [`Receiver::room`].
@@ -367,6 +379,10 @@ impl Receiver {
                     "a command within the dataset of another one",
                 ));
             }
+        }
+        // How long the last one is tells nothing about the others.
+        if !is_command && (length >= LONG || !is_last) {
+            self.is_long = length >= LONG;
         }
         self.place = Place::Fragment {
             left: length - 2,
@@ -676,6 +692,48 @@ mod tests {
             assert_eq!((store.context, store.message_id), (3, 7));
             assert_eq!(store.sop_instance_uid, b"1.2.3.4");
             assert_eq!((found.len(), store.size), (1, 70_000));
+        }
+    }
+
+    #[test]
+    fn of_long_fragments_hardly_more_than_the_head_is_read_ahead() {
+        let data = dataset(290_000);
+        let send = |length: usize| {
+            let mut bytes = data_pdu(3, 3, &command(C_STORE_RQ, true));
+            for (k, part) in data.chunks(length).enumerate() {
+                let is_last = (k + 1) * length >= data.len();
+                bytes.extend(data_pdu(3, if is_last { 2 } else { 0 }, part));
+            }
+            bytes
+        };
+        let bytes = [send(90_000), send(90_000), send(1000), send(1000)].concat();
+        let mut receiver = Receiver::new(vec![3], LIMITS, Kind::Sha256);
+        let (mut left, mut ahead, mut copied) = (&bytes[..], 0, Vec::new());
+        while copied.len() < 4 {
+            match receiver.step().unwrap() {
+                Step::Hungry => {
+                    let room = receiver.room();
+                    let count = room.len().min(left.len());
+                    room[..count].copy_from_slice(&left[..count]);
+                    receiver.filled(count).unwrap();
+                    ahead += receiver.end - receiver.start;
+                    left = &left[count..];
+                }
+                Step::Store(store) => {
+                    assert_eq!(&store.dataset[..], data);
+                    copied.push(std::mem::take(&mut ahead));
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        // The first one was not known to be long, and the third to be short.
+        assert!(copied[1] < 24_000, "{copied:?}");
+        assert!(copied[0] > 90_000 && copied[2] > 90_000, "{copied:?}");
+        assert!(left.is_empty());
+        for size in [1, 500, 513, 65_536, 131_072] {
+            let (found, _, _) = steps(&bytes, size, LIMITS).unwrap();
+            assert_eq!(found.len(), 4);
+            assert!(found.iter().all(|one| stored(one).dataset[..] == data));
         }
     }
 
