@@ -137,6 +137,10 @@ def _sessions() -> Iterator[bytes]:
             session += wire.store("1.2.3", data) + wire.store("1.2.4", data[:100]) + end
             yield struct.pack("<H", 1 + len(data) % 1000) + session
     command = wire.store_command()
+    long = wire.pdu(wire.DATA, wire.value(3, 3, command))
+    for control, size in ((0, 34_000), (0, 20_000), (2, 1000)):
+        long += wire.pdu(wire.DATA, wire.value(3, control, bytes(size)))
+    yield struct.pack("<H", 1000) + long + end
     values = [
         wire.value(3, 1 + 2 * (k + 1 == len(command)), command[k : k + 1])
         for k in range(len(command))

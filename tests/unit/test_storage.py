@@ -1,5 +1,6 @@
 """Storage without a network: what is kept, what is recovered, what is refused."""
 
+import contextlib
 import logging
 import resource
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from dicomnode.errors import InvalidRootDataDirectory, OutOfResources, UnknownCase
+from dicomnode.errors import InvalidRootDataDirectory, NoRoom, OutOfResources, UnknownCase
 from dicomnode.lib.dicom import encode
 from dicomnode.storage.instances import KEPT_BESIDES, FileInstances, MemoryInstances
 from dicomnode.storage.layout import digest_of
@@ -263,6 +264,31 @@ def test_a_ledger_in_use_is_not_taken_for_damaged(
     assert not list((tmp_path / ".dicomnode").glob("ledger-damaged*"))
     with opened(tmp_path) as storage:
         assert len(storage.ledger.instances(1)) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "cases SET identifier = CAST(x'50FF51' AS TEXT)",
+        "cases SET state = 'RECEIVINH'",
+        "instances SET file = CAST(x'FF' AS TEXT) WHERE uid = (SELECT max(uid) FROM instances)",
+    ],
+)
+def test_a_ledger_with_texts_that_are_none_is_rebuilt_from_the_files(
+    change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with opened(tmp_path) as storage:
+        for one in instances(3, "P"):
+            storage.add("P", ["ct"], one)
+    with contextlib.closing(sqlite3.connect(tmp_path / ".dicomnode/ledger.sqlite")) as db, db:
+        db.execute(f"UPDATE {change}")
+    with opened(tmp_path) as storage:
+        (case,) = storage.ledger.cases()
+        assert (case.identifier, case.state) == ("P", State.RECEIVING)
+        rows = storage.ledger.instances(case.id)
+        assert len(rows) == 3 and not any(row.damaged for row in rows)
+    assert "set aside" in caplog.text
+    assert "P\\xff" not in caplog.text and "\N{REPLACEMENT CHARACTER}" not in caplog.text
 
 
 def test_a_rebuild_that_was_interrupted_goes_on(
@@ -659,6 +685,25 @@ def test_rows_that_cannot_be_listed_leave_nobody_without_an_error() -> None:
         thread.join(10)
     assert sorted(outcomes) == ["MemoryError", "OutOfResources"]
     assert not ledger.instances(case.id)
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_rows_for_which_there_is_no_room_say_so_and_none_is_there(
+    count: int, tmp_path: Path
+) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    case = ledger.open_case("P", "P")
+    ledger.add_instances(case.id, [])
+    ((pages,),) = ledger._db.execute("PRAGMA page_count")
+    ledger._db.execute(f"PRAGMA max_page_count = {pages}")
+    rows = [InstanceRow("ct", f"1.{k}", "x" * 4000, 1, b"") for k in range(count)]
+    with pytest.raises(NoRoom, match="full"):
+        ledger.add_instances(case.id, rows)
+    assert not ledger.instances(case.id)
+    ledger._db.execute(f"PRAGMA max_page_count = {pages + 1000}")
+    ledger.add_instances(case.id, rows)
+    assert len(ledger.instances(case.id)) == count
+    ledger.close()
 
 
 def test_the_own_folders_stay_also_where_the_root_is_named_by_a_dot(

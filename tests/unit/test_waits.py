@@ -98,6 +98,21 @@ def test_a_revision_has_all_images_and_takes_none_from_the_earlier_case(
         assert storage.waits.of(number).revises == earlier
 
 
+def test_a_late_image_that_comes_with_all_others_makes_a_revision_too(tmp_path: Path) -> None:
+    images = instances(3)
+    with opened(tmp_path) as storage:
+        earlier = storage.add("P", ["ct"], images[0])
+        storage.add("P", ["ct"], images[1])
+        make_ready(storage, earlier)
+        claim(storage, earlier)
+        for one in images:
+            number = storage.add("P", ["ct"], one)
+        contents = storage.current("P")
+        assert contents is not None
+        assert storage.revise("P", contents, storage.ledger.case(earlier)) == 0
+        assert storage.waits.of(number).revises == earlier
+
+
 def test_an_earlier_case_that_is_done_gives_nothing(tmp_path: Path) -> None:
     first, late = instances(2)
     with opened(tmp_path) as storage:

@@ -15,6 +15,7 @@ import hashlib
 import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -150,6 +151,26 @@ class Ledger:
         except sqlite3.Error:
             self._db.close()
             raise
+
+    def check_rows(self) -> None:
+        """What SQLite's own check does not look at: whether texts are texts, and states are states.
+
+        Raises sqlite3.DatabaseError, which does not tell what is there instead: it may be of a patient.
+        """
+        with self._lock:
+            tables = self._db.execute(
+                "SELECT name FROM sqlite_master WHERE type = 'table'"
+            ).fetchall()
+            for (table,) in tables:
+                try:
+                    deque(self._db.execute(f'SELECT * FROM "{table}"'), maxlen=0)
+                except sqlite3.OperationalError as error:
+                    if "decode" not in str(error):
+                        raise
+                    raise sqlite3.DatabaseError(f"bytes that are no text in {table}") from None
+            states = {row[0] for row in self._db.execute("SELECT DISTINCT state FROM cases")}
+            if not states <= {state.value for state in State}:
+                raise sqlite3.DatabaseError("a state that is none in cases")
 
     def widen_log(self) -> None:
         """Let the log have the size that it comes to anyway, where changes have to survive a power cut.
@@ -557,12 +578,17 @@ class Ledger:
         trouble: OutOfResources | None = OutOfResources("the ledger was not written")
         try:
             rows = [(one.case_id, *row) for one in batch for row in one.rows]
-            if len(rows) <= _MOST_AT_ONCE:
-                self._insert(rows)
-            else:
+            if len(rows) > _MOST_AT_ONCE:
                 with self.transaction():
                     for start in range(0, len(rows), _MOST_AT_ONCE):
                         self._insert(rows[start : start + _MOST_AT_ONCE])
+            elif rows:
+                # A single statement is a transaction by itself, and costs less than one with a begin and an end.
+                try:
+                    self._flush_commits(durable=True)
+                    self._insert(rows)
+                except sqlite3.OperationalError as error:
+                    raise self._not_written(error) from error
         except OutOfResources as error:
             trouble = error
         else:
@@ -572,15 +598,11 @@ class Ledger:
                 one.error, one.is_written = trouble, True
 
     def _insert(self, rows: Sequence[tuple[object, ...]]) -> None:
-        """As one statement, a transaction by itself: more would wait for the interpreter after each."""
-        try:
-            self._flush_commits(durable=True)
-            # Of one set of values, since this does not ask for the last row.
-            self._db.executemany(
-                _INSERT + ", ".join([_ROW] * len(rows)), [tuple(chain.from_iterable(rows))]
-            )
-        except sqlite3.OperationalError as error:
-            raise self._not_written(error) from error
+        """As one statement: more would wait for the interpreter after each."""
+        # Of one set of values, since this does not ask for the last row.
+        self._db.executemany(
+            _INSERT + ", ".join([_ROW] * len(rows)), [tuple(chain.from_iterable(rows))]
+        )
 
     def instances(self, case_id: int) -> list[InstanceRow]:
         """The instances of a case, damaged ones too."""

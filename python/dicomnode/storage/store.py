@@ -282,15 +282,14 @@ class Storage:
         finally:
             with self._turns.of(identifier) as turn:
                 arriving = self._arriving[identifier]
-                is_awaited = arriving.pop(uid)
+                if arriving.pop(uid):
+                    turn.notify_all()
                 if not arriving:
                     del self._arriving[identifier]
                 if rows:
                     on_added(case.id)
                 for row in rows:
                     case.put(row)
-                if is_awaited:
-                    turn.notify_all()
         return case.id
 
     def _put_instance(

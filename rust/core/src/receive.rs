@@ -28,7 +28,7 @@ const MOST_OTHER: usize = 4 << 20;
 /// From so many missing bytes of a fragment on they are read to their place.
 const DIRECT: usize = 16 << 10;
 /// Of fragments from so many bytes on only the beginning is read before it is known where the rest belongs.
-const LONG: usize = 64 << 10;
+const LONG: usize = 32 << 10;
 const AHEAD: usize = 512;
 
 /// What a stranger may take.

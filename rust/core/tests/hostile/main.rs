@@ -193,9 +193,15 @@ fn sessions() -> Vec<Vec<u8>> {
     session.extend([5, 0, 0, 0, 0, 4, 0, 0, 0, 0]);
     let mut large = data_pdu(3, 3, &command(0x0001, true));
     large.extend(data_pdu(3, 2, &[7; 20_000]));
-    [1_u16, 3, 1000, 20_000]
+    let mut long = data_pdu(3, 3, &command(0x0001, true));
+    long.extend(data_pdu(3, 0, &[7; 35_000]));
+    long.extend(data_pdu(3, 0, &[8; 20_000]));
+    long.extend(data_pdu(3, 2, &[9; 1000]));
+    let cut = |size: u16, one: &[u8]| [&size.to_le_bytes()[..], one].concat();
+    [1, 3, 1000, 20_000]
         .iter()
-        .flat_map(|size| [&session, &large].map(|one| [&size.to_le_bytes()[..], one].concat()))
+        .flat_map(|size| [cut(*size, &session), cut(*size, &large)])
+        .chain([1000, 50_000].map(|size| cut(size, &long)))
         .collect()
 }
 
