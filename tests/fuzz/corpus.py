@@ -138,7 +138,7 @@ def _sessions() -> Iterator[bytes]:
             yield struct.pack("<H", 1 + len(data) % 1000) + session
     command = wire.store_command()
     long = wire.pdu(wire.DATA, wire.value(3, 3, command))
-    for control, size in ((0, 34_000), (0, 20_000), (2, 1000)):
+    for control, size in ((0, 34_000), (0, 10_000), (2, 1000)):
         long += wire.pdu(wire.DATA, wire.value(3, control, bytes(size)))
     yield struct.pack("<H", 1000) + long + end
     values = [

@@ -1,6 +1,5 @@
 """Storage without a network: what is kept, what is recovered, what is refused."""
 
-import contextlib
 import logging
 import resource
 import shutil
@@ -261,7 +260,16 @@ def test_a_ledger_in_use_is_not_taken_for_damaged(
         broken.setattr(sqlite3, "connect", locked)
         with pytest.raises(InvalidRootDataDirectory, match="locked"), opened(tmp_path):
             pass
-    assert not list((tmp_path / ".dicomnode").glob("ledger-damaged*"))
+    for trouble in ("database is locked", "disk I/O error"):
+
+        def fails(ledger: Ledger, said: str = trouble) -> None:
+            raise sqlite3.OperationalError(said)
+
+        with monkeypatch.context() as broken:
+            broken.setattr(Ledger, "check_rows", fails)
+            with pytest.raises(InvalidRootDataDirectory, match=trouble), opened(tmp_path):
+                pass
+    assert not list((tmp_path / ".dicomnode").glob("ledger-lost*"))
     with opened(tmp_path) as storage:
         assert len(storage.ledger.instances(1)) == 1
 
@@ -269,26 +277,63 @@ def test_a_ledger_in_use_is_not_taken_for_damaged(
 @pytest.mark.parametrize(
     "change",
     [
-        "cases SET identifier = CAST(x'50FF51' AS TEXT)",
-        "cases SET state = 'RECEIVINH'",
-        "instances SET file = CAST(x'FF' AS TEXT) WHERE uid = (SELECT max(uid) FROM instances)",
+        "UPDATE cases SET identifier = CAST(x'50FF51' AS TEXT)",
+        "UPDATE cases SET identifier = CAST(identifier AS BLOB)",
+        "UPDATE cases SET folder = CAST(folder AS BLOB)",
+        "UPDATE cases SET state = 'RECEIVINH'",
+        "UPDATE cases SET created = 'long ago'",
+        "UPDATE instances SET file = CAST(x'FF' AS TEXT) WHERE uid IN (SELECT max(uid) FROM instances)",
+        "UPDATE instances SET file = CAST(file AS BLOB)",
+        "UPDATE instances SET uid = CAST(uid AS BLOB) WHERE uid IN (SELECT max(uid) FROM instances)",
+        "ALTER TABLE cases RENAME COLUMN attempts TO attemptz",
+        # What damage to one page does: its index, or the table, has another value.
+        "INDEX case_state",
+        "INDEX case_folder",
     ],
 )
-def test_a_ledger_with_texts_that_are_none_is_rebuilt_from_the_files(
+def test_a_ledger_with_rows_that_none_can_be_is_rebuilt_from_the_files(
     change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with opened(tmp_path) as storage:
-        for one in instances(3, "P"):
-            storage.add("P", ["ct"], one)
-    with contextlib.closing(sqlite3.connect(tmp_path / ".dicomnode/ledger.sqlite")) as db, db:
-        db.execute(f"UPDATE {change}")
+        for one in instances(3, "PATIENT"):
+            storage.add("PATIENT", ["ct"], one)
+    path = tmp_path / ".dicomnode/ledger.sqlite"
+    with closing(sqlite3.connect(path)) as db:
+        if change.startswith("INDEX "):
+            ((page, size),) = db.execute(
+                "SELECT rootpage, page_size FROM sqlite_master, pragma_page_size WHERE name = ?",
+                (change.removeprefix("INDEX "),),
+            )
+        else:
+            db.execute(change)
+            db.commit()
+    if change.startswith("INDEX "):
+        whole = bytearray(path.read_bytes())
+        start, end = (page - 1) * size, page * size
+        word = b"RECEIVING" if "state" in change else b"PATIENT"
+        at = whole.index(word, start, end)
+        whole[at] = 0xFF
+        path.write_bytes(whole)
     with opened(tmp_path) as storage:
         (case,) = storage.ledger.cases()
-        assert (case.identifier, case.state) == ("P", State.RECEIVING)
+        assert (case.identifier, case.state) == ("PATIENT", State.RECEIVING)
+        assert storage.ledger.case(case.id) == case
         rows = storage.ledger.instances(case.id)
         assert len(rows) == 3 and not any(row.damaged for row in rows)
     assert "set aside" in caplog.text
-    assert "P\\xff" not in caplog.text and "\N{REPLACEMENT CHARACTER}" not in caplog.text
+    assert "PATIENT" not in caplog.text.replace("PATIENT/", "") and "x50" not in caplog.text
+
+
+def test_a_schema_that_is_no_text_is_damage_too(tmp_path: Path) -> None:
+    with opened(tmp_path) as storage:
+        storage.add("P", ["ct"], instances(1)[0])
+    path = tmp_path / ".dicomnode/ledger.sqlite"
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(b"CREATE TABLE instances") + len(b"CREATE TABLE ")] = 0xFF
+    path.write_bytes(whole)
+    with opened(tmp_path) as storage:
+        assert len(storage.ledger.instances(1)) == 1
+    assert list((tmp_path / ".dicomnode").glob("ledger-lost*"))
 
 
 def test_a_rebuild_that_was_interrupted_goes_on(
@@ -687,7 +732,7 @@ def test_rows_that_cannot_be_listed_leave_nobody_without_an_error() -> None:
     assert not ledger.instances(case.id)
 
 
-@pytest.mark.parametrize("count", [3, 40])
+@pytest.mark.parametrize("count", [3, 17, 40])
 def test_rows_for_which_there_is_no_room_say_so_and_none_is_there(
     count: int, tmp_path: Path
 ) -> None:
@@ -696,7 +741,12 @@ def test_rows_for_which_there_is_no_room_say_so_and_none_is_there(
     ledger.add_instances(case.id, [])
     ((pages,),) = ledger._db.execute("PRAGMA page_count")
     ledger._db.execute(f"PRAGMA max_page_count = {pages}")
+    # Of 17 the last one is a statement of its own.
     rows = [InstanceRow("ct", f"1.{k}", "x" * 4000, 1, b"") for k in range(count)]
+    if count == 17:
+        rows = [row._replace(file="x") for row in rows[:16]] + [
+            rows[16]._replace(file="x" * 100_000)
+        ]
     with pytest.raises(NoRoom, match="full"):
         ledger.add_instances(case.id, rows)
     assert not ledger.instances(case.id)

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from importlib.resources import files
@@ -80,6 +80,7 @@ class ResultRow:
 
 #: In these states a case is over, and its files are deleted.
 OVER = (State.DONE, State.EXPIRED)
+_TABLES = files(__package__).joinpath("ledger.sql").read_text("utf-8")
 # A case is in one of these until it is claimed.
 _UNCLAIMED = (State.RECEIVING, State.READY, State.FAILED)
 # Of the tables in ledger.sql; a ledger of another version is left alone.
@@ -144,32 +145,46 @@ class Ledger:
             if version != _VERSION:
                 # Not without need: there may be no room for it.
                 self._db.execute(f"PRAGMA user_version = {_VERSION}")
-            self._db.executescript(files(__package__).joinpath("ledger.sql").read_text("utf-8"))
-            found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            self._db.executescript(_TABLES)
+            found = self._db.execute("PRAGMA integrity_check(1)").fetchone()[0]
             if found != "ok":
                 raise sqlite3.DatabaseError(found)
-        except sqlite3.Error:
+        except UnicodeDecodeError:
+            # What SQLite told of it cannot be told.
+            self._db.close()
+            raise sqlite3.DatabaseError("bytes that are no text in its schema") from None
+        except BaseException:
             self._db.close()
             raise
 
     def check_rows(self) -> None:
-        """What SQLite's own check does not look at: whether texts are texts, and states are states.
+        """Whether each value is of the kind that its column has, texts are texts, and states are states.
 
-        Raises sqlite3.DatabaseError, which does not tell what is there instead: it may be of a patient.
+        SQLite's own check does not look at that. Raises sqlite3.DatabaseError, which does not tell what is there
+        instead: it may be of a patient.
         """
-        with self._lock:
-            tables = self._db.execute(
-                "SELECT name FROM sqlite_master WHERE type = 'table'"
-            ).fetchall()
-            for (table,) in tables:
+        with self._lock, closing(sqlite3.connect(":memory:")) as fresh:
+            fresh.executescript(_TABLES)
+            for (table,) in fresh.execute("SELECT name FROM sqlite_master WHERE type = 'table'"):
+                columns = _columns(fresh, table)
+                if _columns(self._db, table) != columns:
+                    raise sqlite3.DatabaseError(f"other columns than those of {table}")
+                # Not by an index, which has values of its own.
+                rows = f"{table} NOT INDEXED"
+                others = " OR ".join(
+                    f"typeof({name}) != '{kind.lower()}'" for name, kind in columns if kind
+                )
                 try:
-                    deque(self._db.execute(f'SELECT * FROM "{table}"'), maxlen=0)
+                    deque(self._db.execute(f"SELECT * FROM {rows}"), maxlen=0)
+                    found = self._db.execute(f"SELECT 1 FROM {rows} WHERE {others or 0} LIMIT 1")
+                    if found.fetchone():
+                        raise sqlite3.DatabaseError(f"a value of another kind in {table}")
                 except sqlite3.OperationalError as error:
                     if "decode" not in str(error):
                         raise
                     raise sqlite3.DatabaseError(f"bytes that are no text in {table}") from None
-            states = {row[0] for row in self._db.execute("SELECT DISTINCT state FROM cases")}
-            if not states <= {state.value for state in State}:
+            states = self._db.execute("SELECT DISTINCT state FROM cases NOT INDEXED")
+            if not {row[0] for row in states} <= {state.value for state in State}:
                 raise sqlite3.DatabaseError("a state that is none in cases")
 
     def widen_log(self) -> None:
@@ -218,7 +233,9 @@ class Ledger:
                 try:
                     yield self._db
                 except BaseException:
-                    self._db.execute("ROLLBACK")
+                    # SQLite may have done so itself.
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
                     raise
                 self._db.execute("COMMIT")
             except sqlite3.OperationalError as error:
@@ -694,6 +711,11 @@ class Ledger:
         with self.transaction() as db:
             db.execute("DELETE FROM instances WHERE case_id = ?", (case_id,))
             db.execute("DELETE FROM results WHERE case_id = ?", (case_id,))
+
+
+def _columns(db: sqlite3.Connection, table: str) -> list[tuple[str, str]]:
+    """Name and kind of each."""
+    return [(row[1], row[2]) for row in db.execute(f"PRAGMA table_info({table})")]
 
 
 def _case(row: tuple[object, ...]) -> Case:

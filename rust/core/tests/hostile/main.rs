@@ -195,13 +195,14 @@ fn sessions() -> Vec<Vec<u8>> {
     large.extend(data_pdu(3, 2, &[7; 20_000]));
     let mut long = data_pdu(3, 3, &command(0x0001, true));
     long.extend(data_pdu(3, 0, &[7; 35_000]));
-    long.extend(data_pdu(3, 0, &[8; 20_000]));
+    long.extend(data_pdu(3, 0, &[8; 10_000]));
+    let too_long = [&long[..], &data_pdu(3, 2, &[9; 10_000])].concat();
     long.extend(data_pdu(3, 2, &[9; 1000]));
     let cut = |size: u16, one: &[u8]| [&size.to_le_bytes()[..], one].concat();
     [1, 3, 1000, 20_000]
         .iter()
         .flat_map(|size| [cut(*size, &session), cut(*size, &large)])
-        .chain([1000, 50_000].map(|size| cut(size, &long)))
+        .chain([cut(1000, &long), cut(50_000, &long), cut(1000, &too_long)])
         .collect()
 }
 

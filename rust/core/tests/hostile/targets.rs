@@ -338,7 +338,7 @@ fn received(sent: &[u8], size: usize) -> (Vec<(Vec<u8>, u64)>, bool) {
     };
     let limits = Limits {
         pdu: 1 << 16,
-        dataset: 1 << 16,
+        dataset: 48 << 10,
         memory: 4096,
     };
     let mut receiver = Receiver::new(vec![1, 3], limits, Kind::Blake3);
