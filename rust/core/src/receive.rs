@@ -28,7 +28,12 @@ const MOST_OTHER: usize = 4 << 20;
 /// From so many missing bytes of a fragment on they are read to their place.
 const DIRECT: usize = 16 << 10;
 /// Of fragments from so many bytes on only the beginning is read before it is known where the rest belongs.
-const LONG: usize = 32 << 10;
+const LONG: usize = if cfg!(debug_assertions) {
+    // Within reach of what is fuzzed.
+    32 << 10
+} else {
+    64 << 10
+};
 const AHEAD: usize = 512;
 
 /// What a stranger may take.
