@@ -262,11 +262,11 @@ def test_a_ledger_in_use_is_not_taken_for_damaged(
             pass
     for trouble in ("database is locked", "disk I/O error"):
 
-        def fails(ledger: Ledger, said: str = trouble) -> None:
+        def fails(*_: object, said: str = trouble) -> None:
             raise sqlite3.OperationalError(said)
 
         with monkeypatch.context() as broken:
-            broken.setattr(Ledger, "check_rows", fails)
+            broken.setattr("dicomnode.storage.ledger.check_values", fails)
             with pytest.raises(InvalidRootDataDirectory, match=trouble), opened(tmp_path):
                 pass
     assert not list((tmp_path / ".dicomnode").glob("ledger-lost*"))

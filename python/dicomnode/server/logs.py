@@ -99,7 +99,7 @@ def current() -> Scope:
 
 def hide_patient(patient: Callable[[], frozenset[str]]) -> None:
     """From now on, until the innermost `about` ends, do not show this patient."""
-    scope = _scope.get()
+    scope = current()
     if scope is not _NOTHING:
         scope.patient, scope._words = patient, None
         _active.add(scope)

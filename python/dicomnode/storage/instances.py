@@ -199,7 +199,7 @@ class FileInstances:
     def remove(self, folder: str, names: Iterable[str]) -> None:
         # By hand, too: pathlib interns each part of a path, and the interpreter's table of such texts is moved,
         # megabytes at once, whenever it has been turned over.
-        root = str(self._root)
+        root = self._base
         own = f"{root}/{self._incoming.parent.relative_to(self._root)}"
         directory = f"{root}/{folder}"
         self._made.discard(folder)

@@ -15,9 +15,8 @@ import hashlib
 import sqlite3
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from importlib.resources import files
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dicomnode.errors import NoRoom, OutOfResources, UnknownCase
+from dicomnode.storage.damage import check_values
 
 
 class State(Enum):
@@ -149,6 +149,7 @@ class Ledger:
             found = self._db.execute("PRAGMA integrity_check(1)").fetchone()[0]
             if found != "ok":
                 raise sqlite3.DatabaseError(found)
+            check_values(self._db, _TABLES, {state.value for state in State})
         except UnicodeDecodeError:
             # What SQLite told of it cannot be told.
             self._db.close()
@@ -156,36 +157,6 @@ class Ledger:
         except BaseException:
             self._db.close()
             raise
-
-    def check_rows(self) -> None:
-        """Whether each value is of the kind that its column has, texts are texts, and states are states.
-
-        SQLite's own check does not look at that. Raises sqlite3.DatabaseError, which does not tell what is there
-        instead: it may be of a patient.
-        """
-        with self._lock, closing(sqlite3.connect(":memory:")) as fresh:
-            fresh.executescript(_TABLES)
-            for (table,) in fresh.execute("SELECT name FROM sqlite_master WHERE type = 'table'"):
-                columns = _columns(fresh, table)
-                if _columns(self._db, table) != columns:
-                    raise sqlite3.DatabaseError(f"other columns than those of {table}")
-                # Not by an index, which has values of its own.
-                rows = f"{table} NOT INDEXED"
-                others = " OR ".join(
-                    f"typeof({name}) != '{kind.lower()}'" for name, kind in columns if kind
-                )
-                try:
-                    deque(self._db.execute(f"SELECT * FROM {rows}"), maxlen=0)
-                    found = self._db.execute(f"SELECT 1 FROM {rows} WHERE {others or 0} LIMIT 1")
-                    if found.fetchone():
-                        raise sqlite3.DatabaseError(f"a value of another kind in {table}")
-                except sqlite3.OperationalError as error:
-                    if "decode" not in str(error):
-                        raise
-                    raise sqlite3.DatabaseError(f"bytes that are no text in {table}") from None
-            states = self._db.execute("SELECT DISTINCT state FROM cases NOT INDEXED")
-            if not {row[0] for row in states} <= {state.value for state in State}:
-                raise sqlite3.DatabaseError("a state that is none in cases")
 
     def widen_log(self) -> None:
         """Let the log have the size that it comes to anyway, where changes have to survive a power cut.
@@ -711,11 +682,6 @@ class Ledger:
         with self.transaction() as db:
             db.execute("DELETE FROM instances WHERE case_id = ?", (case_id,))
             db.execute("DELETE FROM results WHERE case_id = ?", (case_id,))
-
-
-def _columns(db: sqlite3.Connection, table: str) -> list[tuple[str, str]]:
-    """Name and kind of each."""
-    return [(row[1], row[2]) for row in db.execute(f"PRAGMA table_info({table})")]
 
 
 def _case(row: tuple[object, ...]) -> Case:

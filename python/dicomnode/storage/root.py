@@ -85,7 +85,7 @@ class Root:
                 self._set_ledger_aside(path, "is gone, but there are results")
             elif is_lost:
                 self.rebuild.begin()
-            return _sound(Ledger(path, self._is_flushed))
+            return Ledger(path, self._is_flushed)
         except sqlite3.OperationalError as error:
             raise InvalidRootDataDirectory(
                 f"the ledger {path} cannot be opened: {error}"
@@ -117,15 +117,6 @@ def _let_go(root: "weakref.ref[Root]") -> None:
     owner = root()
     if owner is not None:
         owner.let_go()
-
-
-def _sound(ledger: Ledger) -> Ledger:
-    try:
-        ledger.check_rows()
-    except BaseException:
-        ledger.close()
-        raise
-    return ledger
 
 
 def _lock(descriptor: int) -> bool:

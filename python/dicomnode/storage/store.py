@@ -258,7 +258,7 @@ class Storage:
         same SOPInstanceUID; the first is kept).
         """
         names, uid = tuple(input_names), instance.sop_instance_uid
-        with self._turns.of(identifier) as turn:
+        with self.holding(identifier) as turn:
             # The same image may be arriving over another association.
             while uid in (arriving := self._arriving.get(identifier, {})):
                 arriving[uid] = True
@@ -280,7 +280,7 @@ class Storage:
             # While it is on its way, the case is neither claimed nor set aside.
             rows = self._put_instance(case, lacking, instance)
         finally:
-            with self._turns.of(identifier) as turn:
+            with self.holding(identifier) as turn:
                 arriving = self._arriving[identifier]
                 if arriving.pop(uid):
                     turn.notify_all()

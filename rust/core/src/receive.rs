@@ -34,6 +34,7 @@ const LONG: usize = if cfg!(debug_assertions) {
 } else {
     64 << 10
 };
+/// So much is read beyond what is known to be there.
 const AHEAD: usize = 512;
 
 /// What a stranger may take.
