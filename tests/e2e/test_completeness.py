@@ -5,6 +5,7 @@ The clock of a node is replaced, so that nothing here waits for time to go by.
 
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -92,6 +93,16 @@ def waits(node: AbstractPipeline, case: Case | int) -> str:
 def is_told(node: AbstractPipeline, text: str, number: int = 1) -> bool:
     """Wait until a case says that it waits for this."""
     return node.wait(lambda: text in waits(node, number), 20)
+
+
+def wait_for_ends(node: AbstractPipeline, left: int) -> None:
+    """Wait until no more than so many associations are open, and all is done for those that were."""
+    server = node._server
+    assert server is not None
+    end = time.monotonic() + 20
+    while len(server._visits) > left or server._working._busy:
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 def send_all(node: AbstractPipeline, datasets: Iterable[Dataset]) -> None:
@@ -184,6 +195,8 @@ def test_a_case_that_many_bring_is_asked_once_and_tells_what_it_waits_for() -> N
                 others.enter_context(sender(node))(one)
             others.close()
             assert is_told(node, "an association that brought images of it is open")
+            # Whoever ends one after the last would have it looked at, too.
+            wait_for_ends(node, 1)
             assert asked == []
         wait_for_cases(node, State.DONE)
         assert (node.seen, asked) == ([9], [9])

@@ -390,7 +390,9 @@ def test_the_outbox_is_listed_and_sent_again_by_command(tmp_path: Path) -> None:
         with listening(peer, port):
             assert "case 1 is sent now" in run("resend", 1, "--root", tmp_path)
             assert node.wait(lambda: len(peer.uids) == 4, 30)
-            assert node.wait(lambda: outbox_of(node).exports(1)[0].attempts == 1, 30)
+            assert node.wait(
+                lambda: [one.attempts for one in outbox_of(node).exports(1)] == [1], 30
+            )
             shown = run("outbox", "--root", tmp_path, "--case", 1)
             assert shown.count("0x0000") == 3 and shown.count("0xA700") == 1
             assert shown.count("SENT") == 3 and shown.count("PENDING") == 1
