@@ -23,6 +23,7 @@ __all__ = [
     "debug_build",
     "digest",
     "is_dicom",
+    "is_uid",
     "jpeg_has_simd",
     "link",
     "load",
@@ -64,6 +65,15 @@ class Header:
         """A short ASCII value (UI, CS, IS) without padding; empty where absent.
 
         What is no ASCII is a replacement character.
+        """
+
+    def ordinary(
+        self, sop_class_uid: str, sop_instance_uid: str, tag: int
+    ) -> tuple[str, str] | None:
+        """Identifier and name of an ordinary image, which is the one that its sender said; None for any other.
+
+        Ordinary are plain values of `tag`, which is that of the identifier, of Modality and of InstanceNumber. The
+        name is `Image_<modality>_<instance number>`.
         """
 
     def tags(self) -> list[int]:
@@ -421,6 +431,12 @@ def load(
 
     Raises InvalidDicom for a damaged object, an empty file that is called like an image, and a file
     given by name that is no object; OSError.
+    """
+
+def is_uid(text: str) -> bool:
+    """Whether a text is a UID (PS3.5 section 9.1): digits and dots, at most 64 characters.
+
+    Leading zeros in a component are accepted, since objects in the field have them.
     """
 
 def is_dicom(path: str) -> bool:

@@ -40,6 +40,7 @@ from dicomnode.lib.dicom import (
 )
 from dicomnode.lib.grinders import numpy_grinder, volume_grinder
 from dicomnode.lib.images import read_slices
+from dicomnode.server.association import file_stem
 from dicomnode.testing import make_series, write_series
 
 
@@ -499,6 +500,59 @@ def test_a_uid_is_digits_and_dots(text: str) -> None:
 )
 def test_what_is_no_uid(text: str) -> None:
     assert not is_uid(text)
+
+
+def _raw(tag: int, vr: str, value: bytes) -> bytes:
+    padded = value + (b" " if len(value) % 2 else b"")
+    numbers = (tag >> 16, tag & 0xFFFF)
+    head = b"".join(number.to_bytes(2, "little") for number in numbers)
+    return head + vr.encode() + len(padded).to_bytes(2, "little") + padded
+
+
+_VALUES = st.binary(max_size=20) | st.sampled_from(
+    [
+        b"CT",
+        b"MR",
+        b"7",
+        b"+7",
+        b"-07",
+        b"0",
+        b"PHANTOM-1",
+        b" A ",
+        b"A\\B",
+        b"a~",
+        b"1.5",
+        b"a_b",
+        b"Image.1",
+    ]
+)
+
+
+@given(_VALUES, _VALUES, _VALUES, st.sampled_from(["LO", "SH", "UI", "LT"]), st.booleans())
+def test_an_ordinary_image_has_the_names_that_a_closer_look_gives(
+    modality: bytes, identifier: bytes, number: bytes, vr: str, is_latin: bool
+) -> None:
+    data = (
+        (_raw(0x00080005, "CS", b"ISO_IR 100") if is_latin else b"")
+        + _raw(0x00080016, "UI", b"1.2.3\0")
+        + _raw(0x00080018, "UI", b"1.2.4\0")
+        + _raw(0x00080060, "CS", modality)
+        + _raw(0x00100020, vr, identifier)
+        + _raw(0x00200013, "IS", number)
+    )
+    header = scan(data, "1.2.840.10008.1.2.1")
+    found = header.ordinary("1.2.3", "1.2.4", 0x00100020)
+    assert header.ordinary("1.2.3", "1.2.5", 0x00100020) is None
+    assert header.ordinary("1.2", "1.2.4", 0x00100020) is None
+    if found is not None:
+        assert found == (identifier_of(header, 0x00100020), file_stem(header, "1.2.4"))
+    elif re.fullmatch(rb"[A-Z]{1,16}", modality) and re.fullmatch(rb"[0-9]{1,12}", number):
+        plain = re.fullmatch(rb" *[!-Z]+ *", identifier)
+        assert not (plain and vr in ("LO", "SH"))
+
+
+def test_a_text_that_utf8_cannot_hold_is_no_uid() -> None:
+    assert not is_uid("1.2.\udc80")
 
 
 def test_tags_are_given_in_any_form() -> None:

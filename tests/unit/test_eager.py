@@ -94,12 +94,10 @@ def test_a_node_without_eager_inputs_has_no_threads_and_does_nothing() -> None:
         before = threading.active_count()
         with eager_over(storage, inputs=()) as eager:
             assert threading.active_count() == before
-            with storage.holding("P"):
-                # It would wait for the lock, in this other thread.
-                other = threading.Thread(target=eager.add, args=("P", "1.2.3"))
-                other.start()
-                other.join(10)
-                assert not other.is_alive()
+            # Then a node does not tell it of images at all.
+            assert not eager.is_wanted
+        with eager_over(storage) as eager:
+            assert eager.is_wanted
 
 
 def test_an_answer_waits_until_hardly_any_decoding_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

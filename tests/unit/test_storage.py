@@ -370,8 +370,8 @@ def test_memory_is_limited_and_let_go() -> None:
     with memory.staging([b"x" * 60]) as staged:
         with pytest.raises(OutOfResources), memory.staging([b"x" * 60]):
             pass
-        memory.place(staged, "a", ["1"])
-        memory.place(staged, "b", ["1"])
+        assert memory.place(staged, "a", "1")
+        assert memory.place(staged, "b", "1")
     memory.remove("a", ["1"])
     with pytest.raises(OutOfResources), memory.staging([b"x" * 60]):
         pass
@@ -384,8 +384,8 @@ def test_memory_is_limited_and_let_go() -> None:
 def test_the_same_bytes_twice_are_counted_and_let_go_twice() -> None:
     memory, data = MemoryInstances(2 * (KEPT_BESIDES + 50)), b"x" * 40
     with memory.staging([data]) as one, memory.staging([data]) as other:
-        memory.place(one, "a", ["1"])
-        memory.place(other, "b", ["1"])
+        assert memory.place(one, "a", "1")
+        assert memory.place(other, "b", "1")
     for folder in ("a", "b"):
         memory.remove(folder, ["1"])
     with memory.staging([b"x" * 100]):
@@ -398,7 +398,7 @@ def test_what_is_kept_of_an_image_besides_its_bytes_counts(kind: type[MemoryInst
     with closing(memory), suppress(OutOfResources), ExitStack() as stack:
         while count < 1000:
             staged = stack.enter_context(memory.staging([b"x"]))
-            memory.place(staged, "a", [str(count)])
+            assert memory.place(staged, "a", str(count))
             count += 1
     # In shared memory each has a page at least.
     assert count == (1 << 20) // (KEPT_BESIDES + (1 if kind is MemoryInstances else 4096))
@@ -407,9 +407,11 @@ def test_what_is_kept_of_an_image_besides_its_bytes_counts(kind: type[MemoryInst
 def test_files_are_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "own" / "incoming").mkdir(parents=True)
     files = FileInstances(tmp_path, tmp_path / "own" / "incoming")
-    for data, name in ((b"one", "1"), (b"two", "2")):
-        with files.staging([data]) as staged:
-            assert files.place(staged, "a/b", iter(["1", "2", "3"])) == name
+    with files.staging([b"one"]) as staged:
+        assert files.place(staged, "a/b", "1")
+    with files.staging([b"two"]) as staged:
+        assert not files.place(staged, "a/b", "1")
+        assert files.place(staged, "a/b", "2")
     assert (tmp_path / "a" / "b" / "1").read_bytes() == b"one"
     files.remove("a/b", ["1"])
     assert (tmp_path / "a" / "b" / "2").read_bytes() == b"two"
@@ -732,6 +734,65 @@ def test_rows_that_cannot_be_listed_leave_nobody_without_an_error() -> None:
     assert not ledger.instances(case.id)
 
 
+def test_many_that_write_wait_for_one_and_each_learns_what_came_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    case = ledger.open_case("P", "P")
+    real, batches, outcomes = Ledger._insert, [], []
+
+    def insert(self: Ledger, rows: Any) -> None:
+        batches.append(len(rows))
+        if len(batches) % 3 == 0:
+            raise sqlite3.OperationalError("disk is full")
+        # Others come meanwhile.
+        time.sleep(0.002)
+        real(self, rows)
+
+    def add(number: int) -> None:
+        for k in range(20):
+            uid = f"1.{number}.{k}"
+            try:
+                ledger.add_instances(case.id, [InstanceRow("ct", uid, uid, 1, b"")])
+            except OutOfResources:
+                outcomes.append((uid, False))
+            else:
+                outcomes.append((uid, True))
+
+    monkeypatch.setattr(Ledger, "_insert", insert)
+    threads = [threading.Thread(target=add, args=[number]) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert sum(batches) == len(outcomes) == 160 > len(batches) > 2
+    stored = {row.uid for row in ledger.instances(case.id)}
+    assert stored == {uid for uid, is_stored in outcomes if is_stored}
+    assert 0 < len(stored) < 160
+    ledger.close()
+
+
+def test_who_is_broken_off_while_it_waits_to_write_holds_up_nobody() -> None:
+    ledger = Ledger(None)
+    case = ledger.open_case("P", "P")
+    real = ledger._lock
+
+    class Breaking:
+        def __enter__(self) -> None:
+            raise KeyboardInterrupt
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    ledger._lock = Breaking()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        ledger.add_instances(case.id, [InstanceRow("ct", "1.2.3", "file", 1, b"")])
+    ledger._lock = real
+    ledger.add_instances(case.id, [InstanceRow("ct", "1.2.4", "file", 1, b"")])
+    assert [row.uid for row in ledger.instances(case.id)] == ["1.2.4"]
+
+
 @pytest.mark.parametrize("count", [3, 17, 40])
 def test_rows_for_which_there_is_no_room_say_so_and_none_is_there(
     count: int, tmp_path: Path
@@ -766,7 +827,7 @@ def test_the_own_folders_stay_also_where_the_root_is_named_by_a_dot(
     kept = FileInstances(root, own / "incoming")
     for folder in (".dicomnode/outbox/1", "P/ct"):
         with kept.staging([b"image"]) as staged:
-            assert kept.place(staged, folder, ["one.dcm"]) == "one.dcm"
+            assert kept.place(staged, folder, "one.dcm")
         kept.remove(folder, ["one.dcm", "gone.dcm"])
     assert sorted(one.name for one in own.iterdir()) == ["incoming", "outbox"]
     assert [one.name for one in tmp_path.iterdir()] == [".dicomnode"]

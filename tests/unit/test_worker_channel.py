@@ -232,14 +232,15 @@ def test_an_arena_of_its_own_memory_is_not_handed_over() -> None:
 def test_shared_instances_count_once_and_are_gone_with_their_last_place() -> None:
     instances = SharedInstances(2 * (4096 + KEPT_BESIDES) + 2000)
     with instances.staging([b"a" * 3000, b"b"]) as staged:
-        assert instances.place(staged, "one", ["x", "y"]) == "x"
+        assert instances.place(staged, "one", "x")
     with instances.placed("one", "x") as staged:
-        assert instances.place(staged, "two", ["x"]) == "x"
+        assert instances.place(staged, "two", "x")
     assert instances.size("one", "x") == 3001
     path = Path(str(instances.source("one", "x")))
     assert path.read_bytes() == b"a" * 3000 + b"b"
     with instances.staging([b"c" * 3000]) as staged:
-        assert instances.place(staged, "one", ["x", "y"]) == "y"
+        assert not instances.place(staged, "one", "x")
+        assert instances.place(staged, "one", "y")
     with pytest.raises(OutOfResources, match="memory_limit"), instances.staging([b"d" * 3000]):
         pass
     instances.remove("one", ["x"])

@@ -34,6 +34,7 @@ from dicomnode._core import Received as Received
 from dicomnode._core import Receiver as Receiver
 from dicomnode._core import digest as digest
 from dicomnode._core import is_dicom as is_dicom
+from dicomnode._core import is_uid as is_uid
 from dicomnode._core import link as link
 from dicomnode._core import part10_prefix as part10_prefix
 from dicomnode._core import scan as scan
@@ -69,7 +70,6 @@ LAYOUT_TAGS: Final = (
     0x00102210, 0x00209161, 0x00209162, 0x00209163, 0x00209228, 0x0062000B,
 )  # fmt: skip
 _IMAGE_SEQUENCES: Final = (0x00283000, 0x52009229, 0x52009230)
-_UID: Final = re.compile(r"[0-9]+(\.[0-9]+)*")
 # What is a name as it is.
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 # Text that is the same in every character set of DICOM: in some of them a backslash or a tilde is not.
@@ -354,14 +354,6 @@ def identifier_of(header: Header, tag: int) -> str:
     if not text.strip(" \0\\"):
         return ""
     return text.strip(" \0").encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def is_uid(text: str) -> bool:
-    """Whether a text is a UID (PS3.5 section 9.1): digits and dots, at most 64 characters.
-
-    Leading zeros in a component are accepted, since objects in the field have them.
-    """
-    return len(text) <= 64 and _UID.fullmatch(text) is not None
 
 
 def safe_name(text: str) -> str:

@@ -45,7 +45,7 @@ from dicomnode.server.logs import Scope, about, hide_patient
 from dicomnode.server.meters import Meters
 from dicomnode.server.routing import Rule, route
 from dicomnode.server.transport import Keeping, NodeAssociation
-from dicomnode.storage.instances import Arrived
+from dicomnode.storage.instances import Staged
 from dicomnode.storage.layout import digest_of, digest_of_file
 from dicomnode.storage.store import DuplicateInstance, Instance, Storage
 
@@ -64,6 +64,8 @@ _CLASS_NOT_SUPPORTED = 0x0122
 # Result, source and reason of an A-ASSOCIATE-RJ (PS3.8 section 9.3.4).
 _NOT_RECOGNIZED = 0x01, 0x01, 0x03
 _LIMIT_EXCEEDED = 0x02, 0x03, 0x02
+# Of its first element, little endian.
+_GROUP_OF_META = b"\x02\x00"
 # As it is in the name of a file.
 _INSTANCE_NUMBER = re.compile(r"[+-]?[0-9]{1,12}")
 # An image larger than this goes to the disk while it arrives.
@@ -189,8 +191,9 @@ class Reception:
     committing: Committing
     #: Called after an image was stored, before the answer, with its identifier and SOPInstanceUID.
     on_stored: Callable[[str, str], None]
-    #: Called after that: begins to decode it. Whatever becomes of it, the image is stored.
-    decode: Callable[[str, str], None]
+    #: Called after that: begins to decode it, None where nothing is decoded on arrival. Whatever becomes of it,
+    #: the image is stored.
+    decode: Callable[[str, str], None] | None
     #: Called after an association, with the identifiers that it touched.
     on_end: Callable[[Iterable[str]], None]
 
@@ -508,12 +511,12 @@ class AssociationServer:
             )
         greatest.cut_off()
 
-    def store(self, association: Association, received: Received) -> bytes:
+    def store(self, association: NodeAssociation, received: Received) -> bytes:
         """Keep an image, and answer."""
         # Without a visit the connection has closed while this image was on its way.
         visit = self._visits.get(association) or _Visit(over=True)
         try:
-            with self._working, Scope(getattr(association, "number", None)):
+            with self._working, Scope(association.number):
                 status, comment = self._answered(association, received, visit)
         finally:
             # A log may keep an error, with all that it has seen.
@@ -522,7 +525,7 @@ class AssociationServer:
 
     def _answered(
         self,
-        association: Association,
+        association: NodeAssociation,
         received: Received,
         visit: _Visit,
     ) -> tuple[int, str]:
@@ -544,36 +547,37 @@ class AssociationServer:
             else:
                 visit.refused += 1
             late = visit.over
-        if identifier:
+        decode = self._reception.decode
+        if identifier and decode is not None:
             # Which may take a while: this association has brought an image before that.
-            self._decode(identifier, uid)
+            self._decode(decode, identifier, uid)
         if late and identifier:
             # The connection closed while this image was being stored.
             self._interrupt([case_id])
             self._reception.on_end([identifier])
         return status, comment
 
-    def _decode(self, identifier: str, uid: str) -> None:
+    def _decode(self, decode: Callable[[str, str], None], identifier: str, uid: str) -> None:
         try:
-            self._reception.decode(identifier, uid)
+            decode(identifier, uid)
         except Exception:
             # The same edge: it is stored, and answered so; it is decoded when it is ground.
             self._logger.exception("%s is stored, but not decoded on arrival", uid)
 
     def _store(
         self,
-        association: Association,
+        association: NodeAssociation,
         received: Received,
         visit: _Visit,
     ) -> tuple[int, str, str, int]:
         """Status, comment, and identifier and number of the case where the image was stored."""
         uid, sop_class = received.sop_instance_uid, received.sop_class_uid
-        context = association._accepted_cx[received.context_id]
+        agreed_class, syntax = association.agreed[received.context_id]
         if not is_uid(uid):
             return self._refuse(uid, _INVALID_INSTANCE, "SOPInstanceUID is no UID")
-        if sop_class != str(context.abstract_syntax):
+        if sop_class != agreed_class:
             return self._refuse(uid, _CLASS_NOT_SUPPORTED, "SOP class is not that of the context")
-        limits = self._reception.limits
+        reception, limits = self._reception, self._reception.limits
         visit.size += received.size
         if (
             visit.stored + visit.refused >= limits.instances
@@ -581,17 +585,19 @@ class AssociationServer:
         ):
             return self._refuse(uid, _OUT_OF_RESOURCES, "too many images in one association")
         file = received.file
-        arrived = None if file is None else Arrived(*file)
+        arrived = None if file is None else Staged(file[1], file[0])
         if received.is_large and arrived is None:
             self._storage.disk.check_room(received.size)
             raise OutOfResources(
                 "cannot write: " + errno.errorcode.get(received.errno or 0, "no file for it")
             )
-        syntax = str(context.transfer_syntax[0])
-        self._reception.meters.bytes_received.add(received.size)
+        reception.meters.bytes_received.add(received.size)
         # What is too large for memory is read from its file.
         apart = arrived if received.is_large else None
-        if _begins_with_meta(received, apart):
+        head = received.head if apart is None else _head_of(apart, received.size)
+        if head.startswith(_GROUP_OF_META):
+            # Readers take that for more of the file meta information: in the file another transfer syntax would count
+            # than the one that it came in, also the deflated one, which is not taken.
             return self._refuse(uid, _NOT_UNDERSTOOD, "dataset begins with file meta information")
         try:
             header = scan(received, syntax) if apart is None else scan(apart.path)
@@ -599,13 +605,15 @@ class AssociationServer:
             self._logger.error("%s cannot be understood: %s", uid, error)
             return self._refuse(uid, _NOT_UNDERSTOOD, "dataset cannot be understood")
         hide_patient(partial(patient_words, header))
-        for tag, wanted, name in (
-            (0x00080018, uid, "SOPInstanceUID"),
-            (0x00080016, sop_class, "SOPClassUID"),
-        ):
-            if header.text(tag) != wanted:
-                return self._refuse(uid, _DOES_NOT_MATCH, f"{name} differs from the request")
-        accept = self._reception.accept
+        identifier, name = header.ordinary(sop_class, uid, reception.identifier_tag) or (None, "")
+        if identifier is None:
+            for tag, wanted, said in (
+                (0x00080018, uid, "SOPInstanceUID"),
+                (0x00080016, sop_class, "SOPClassUID"),
+            ):
+                if header.text(tag) != wanted:
+                    return self._refuse(uid, _DOES_NOT_MATCH, f"{said} differs from the request")
+        accept = reception.accept
         if accept is not None:
             offered = LazyDataset(
                 self._prefix(association, received) + received.data if apart is None else apart.path
@@ -624,27 +632,30 @@ class AssociationServer:
             header,
             Instance(
                 uid,
-                _file_stem(header, uid),
+                name or file_stem(header, uid),
                 chunks,
                 partial(_digest_of, received, apart),
                 arrived,
             ),
+            identifier,
             visit,
         )
 
-    def _prefix(self, association: Association, received: Received) -> bytes:
+    def _prefix(self, association: NodeAssociation, received: Received) -> bytes:
         """What its Part 10 object has before the dataset."""
         return part10_prefix(
             received.sop_class_uid,
             received.sop_instance_uid,
-            str(association._accepted_cx[received.context_id].transfer_syntax[0]),
+            association.agreed[received.context_id][1],
             str(association.requestor.ae_title or "").strip(),
         )
 
-    def _keep(self, header: Header, instance: Instance, visit: _Visit) -> tuple[int, str, str, int]:
+    def _keep(
+        self, header: Header, instance: Instance, identifier: str | None, visit: _Visit
+    ) -> tuple[int, str, str, int]:
         reception, uid = self._reception, instance.sop_instance_uid
         try:
-            target = route(header, reception.rules, reception.identifier_tag)
+            target = route(header, reception.rules, reception.identifier_tag, identifier)
         except InvalidDicom as error:
             self._logger.error("%s cannot be understood: %s", uid, error)
             return self._refuse(uid, _NOT_UNDERSTOOD, "dataset cannot be understood")
@@ -673,7 +684,9 @@ class AssociationServer:
         except DuplicateInstance as error:
             self._logger.error("%s; the first is kept", error)
             return self._refuse(uid, _DUPLICATE, "same SOPInstanceUID, other content")
-        self._logger.debug("%s stored in case %d: %s", uid, case_id, ", ".join(target.accepted))
+        if self._logger.isEnabledFor(logging.DEBUG):
+            names = ", ".join(target.accepted)
+            self._logger.debug("%s stored in case %d: %s", uid, case_id, names)
         reception.on_stored(target.identifier, uid)
         return _SUCCESS, "", target.identifier, case_id
 
@@ -683,19 +696,12 @@ class AssociationServer:
         return status, comment, "", 0
 
 
-def _begins_with_meta(received: Received, apart: Arrived | None) -> bool:
-    """Whether a dataset, at the end of a file apart, begins with group 0002.
-
-    Readers take that for more of the file meta information: in the file another transfer syntax would
-    count than the one that it came in, also the deflated one, which is not taken.
-    """
-    head = received.head
-    if apart is not None:
-        head = os.pread(apart.descriptor, 2, apart.size - received.size)
-    return head.startswith(b"\x02\x00")
+def _head_of(apart: Staged, size: int) -> bytes:
+    """The first two bytes of a dataset of so many, at the end of a file."""
+    return os.pread(apart.descriptor, 2, apart.size - size)
 
 
-def _digest_of(received: Received, apart: Arrived | None, size: int) -> bytes:
+def _digest_of(received: Received, apart: Staged | None, size: int) -> bytes:
     """A digest of the dataset; what was received comes with one of the kind that is kept."""
     digest = received.digest
     if len(digest) == size:
@@ -703,7 +709,7 @@ def _digest_of(received: Received, apart: Arrived | None, size: int) -> bytes:
     return digest_of(received.data, size) if apart is None else digest_of_file(apart.path, size)
 
 
-def _file_stem(header: Header, uid: str) -> str:
+def file_stem(header: Header, uid: str) -> str:
     """The seed's name without `.dcm`: `Image_<modality>_<instance number>`.
 
     Without a modality `Image_unknown_...`, without an instance number its UID instead.

@@ -192,7 +192,8 @@ class Completeness:
             if clock is None:
                 clock = self._clocks[identifier] = _Clock(now)
             clock.since, clock.warned = now, math.inf
-            self._plan_look(identifier, clock, now + self._first_look)
+            if now + self._first_look < clock.next:
+                self._plan_look(identifier, clock, now + self._first_look)
             was_kept, clock.kept = clock.kept, 0.0
             is_other = self._owners.is_other(uid, identifier)
         if was_kept or is_other:

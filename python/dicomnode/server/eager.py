@@ -59,9 +59,14 @@ class EagerDecoding:
             arena.close()
         self._pool.shutdown(cancel_futures=True)
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether there is an eager input."""
+        return bool(self._readings)
+
     def add(self, identifier: str, uid: str) -> None:
         """Begin to decode an image that was stored, and wait until hardly any decoding is left."""
-        if not self._readings or self._is_closed:
+        if self._is_closed:
             return
         self._begin(identifier, uid)
         with self._fewer:

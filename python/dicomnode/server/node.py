@@ -492,7 +492,7 @@ class AbstractPipeline:
                 accept=None if type(self).filter is AbstractPipeline.filter else self.filter,
                 most_bytes=limit,
                 on_stored=runner.arrived,
-                decode=eager.add,
+                decode=eager.add if eager.is_wanted else None,
                 on_end=runner.left,
             ),
             storage,

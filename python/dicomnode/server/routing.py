@@ -122,8 +122,10 @@ def _text(value: Any) -> str:
     return "\\".join(map(str, value)) if isinstance(value, MultiValue) else str(value)
 
 
-def route(header: Header, rules: tuple[Rule, ...], identifier_tag: int) -> Route:
-    """Where the image with this header goes.
+def route(
+    header: Header, rules: tuple[Rule, ...], identifier_tag: int, identifier: str | None = None
+) -> Route:
+    """Where the image with this header goes; with `identifier`, where that is known.
 
     Raises InvalidDicom where an attribute that a rule looks at cannot be understood.
     """
@@ -135,4 +137,6 @@ def route(header: Header, rules: tuple[Rule, ...], identifier_tag: int) -> Route
             refused[rule.input_name] = reason
         else:
             accepted.append(rule.input_name)
-    return Route(identifier_of(header, identifier_tag), tuple(accepted), refused)
+    if identifier is None:
+        identifier = identifier_of(header, identifier_tag)
+    return Route(identifier, tuple(accepted), refused)

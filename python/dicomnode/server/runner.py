@@ -112,6 +112,8 @@ class Runner:
             self._failures,
             meters,
         )
+        #: Called with identifier and SOPInstanceUID of an image that was stored.
+        self.arrived = self._completeness.arrived
         #: Storage commitment, for the association server.
         self.committing = Committing(
             work.ae_title,
@@ -131,10 +133,6 @@ class Runner:
         """Have all cases looked at that take images, as an earlier run left them."""
         self._completeness.recall()
         self._completeness.check_soon(self._storage.open_identifiers())
-
-    def arrived(self, identifier: str, uid: str) -> None:
-        """An image was stored."""
-        self._completeness.arrived(identifier, uid)
 
     def _is_postponed(self) -> bool:
         return bool(self._failures or self._put_offs or self._place.is_waiting())

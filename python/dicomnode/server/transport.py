@@ -63,7 +63,7 @@ _RELEASE_REQUEST = 0x05
 class Service(Protocol):
     """What the owner of a transport does with what arrives."""
 
-    def store(self, association: Association, received: Received) -> bytes:
+    def store(self, association: "NodeAssociation", received: Received) -> bytes:
         """Keep an image; the PDU of the response. Raises nothing."""
 
     def arriving(self, association: Association) -> None:
@@ -422,11 +422,15 @@ class _Provider(DULServiceProvider):
             raise OSError("closed")
         is_plain = not isinstance(client, ssl.SSLSocket)
         association, keeping = self._association, self._association.keeping
+        association.agreed = {
+            int(context.context_id or 0): (
+                str(context.abstract_syntax),
+                str(context.transfer_syntax[0]),
+            )
+            for context in association.accepted_contexts
+        }
         self.receiver = Receiver(
-            [
-                (int(context.context_id or 0), str(context.transfer_syntax[0]))
-                for context in association.accepted_contexts
-            ],
+            [(number, syntax) for number, (_, syntax) in association.agreed.items()],
             # A tolerance for senders that count the headers in.
             limits.pdu_bytes + 1024,
             limits.instance_bytes,
@@ -548,6 +552,8 @@ class NodeAssociation(Association):
         #: There was room for it among the associations.
         self.was_let_in = False
         self.keeping = keeping
+        #: SOP class and transfer syntax of each accepted presentation context, once images may come.
+        self.agreed: dict[int, tuple[str, str]] = {}
         # Who serves its messages that are no images.
         self._servant: threading.Thread | None = None
         self.dimse = _Messages(self)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from dicomnode.errors import NoRoom, OutOfResources
 from dicomnode.lib.dicom import Source, link
@@ -28,22 +28,15 @@ _MOST_TRIES = 10
 
 @dataclass(eq=False, slots=True)
 class Staged:
-    """Bytes that are whole but not yet in any folder."""
+    """Bytes that are whole but not yet in any folder: those of an open file, or `data`."""
 
     size: int
     descriptor: int = -1
     data: bytes = b""
 
-
-class Arrived(NamedTuple):
-    """A whole file, as yet without a name where it is to stay, that belongs to whoever wrote it."""
-
-    descriptor: int
-    size: int
-
     @property
     def path(self) -> str:
-        """By what it can be read, as long as it is open."""
+        """By what a file can be read, as long as it is open."""
         return f"/proc/self/fd/{self.descriptor}"
 
 
@@ -59,10 +52,10 @@ class Instances(Protocol):
     def flush(self, staged: Staged) -> None:
         """As `place` does it before anything has a name. Raises OutOfResources."""
 
-    def place(self, staged: Staged, folder: str, names: Iterable[str]) -> str:
-        """Put staged bytes into a folder under the first of `names` that is free, and tell it.
+    def place(self, staged: Staged, folder: str, name: str) -> bool:
+        """Put staged bytes into a folder under a name; False, and nothing is done, where that is taken.
 
-        Raises OutOfResources; never overwrites.
+        Raises OutOfResources.
         """
 
     def placed(self, folder: str, name: str) -> AbstractContextManager[Staged]:
@@ -141,26 +134,20 @@ class FileInstances:
         name = self._incoming / f"{secrets.token_hex(16)}.part"
         return os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600), name
 
-    def place(self, staged: Staged, folder: str, names: Iterable[str]) -> str:
+    def place(self, staged: Staged, folder: str, name: str) -> bool:
+        directory = f"{self._base}/{folder}"
         try:
-            for name in names:
-                if self._link(staged, folder, name):
-                    return name
+            for _ in range(_MOST_TRIES):
+                try:
+                    if folder not in self._made:
+                        self._make(folder)
+                    return link(staged.descriptor, staged.size, directory, name, self._flush)
+                except FileNotFoundError:
+                    # It was removed, or one above it, since it was empty.
+                    self._made.discard(folder)
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), directory)
         except OSError as error:
             raise out_of_resources(error) from error
-        raise ValueError("no name is free")
-
-    def _link(self, staged: Staged, folder: str, name: str) -> bool:
-        directory = f"{self._base}/{folder}"
-        for _ in range(_MOST_TRIES):
-            try:
-                if folder not in self._made:
-                    self._make(folder)
-                return link(staged.descriptor, staged.size, directory, name, self._flush)
-            except FileNotFoundError:
-                # It was removed, or one above it, since it was empty.
-                self._made.discard(folder)
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), directory)
 
     def _make(self, folder: str) -> None:
         # Who finds a folder that another thread makes waits until it is durable.
@@ -273,14 +260,13 @@ class MemoryInstances:
     def flush(self, staged: Staged) -> None:
         pass
 
-    def place(self, staged: Staged, folder: str, names: Iterable[str]) -> str:
+    def place(self, staged: Staged, folder: str, name: str) -> bool:
         with self._lock:
-            for name in names:
-                if (folder, name) not in self._kept:
-                    self._kept[folder, name] = staged
-                    self._places[staged] += 1
-                    return name
-        raise ValueError("no name is free")
+            if (folder, name) in self._kept:
+                return False
+            self._kept[folder, name] = staged
+            self._places[staged] += 1
+            return True
 
     @contextmanager
     def placed(self, folder: str, name: str) -> Iterator[Staged]:

@@ -1,6 +1,7 @@
 """Where things lie below the root of a node, and how a file is known to be what it was."""
 
 import itertools
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +20,8 @@ BLAKE3: Final = 16
 OWNER = "case"
 
 
+# Asked for with each image.
+@lru_cache(maxsize=1024)
 def input_folder(case_folder: str, input_name: str) -> str:
     """The folder of an input's images, relative to the root."""
     return f"{case_folder}/{safe_name(input_name)}"

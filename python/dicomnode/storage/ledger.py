@@ -113,6 +113,8 @@ class _Waiting:
     rows: list[InstanceRow]
     is_written: bool = False
     error: OutOfResources | None = None
+    #: Held until they are written, or are to be; None where nobody else would do that.
+    turn: "threading.Lock | None" = None
 
 
 class Ledger:
@@ -126,6 +128,8 @@ class Ledger:
         self._lock = threading.RLock()
         self._queue: list[_Waiting] = []
         self._queue_lock = threading.Lock()
+        # Whether somebody writes what is in the queue.
+        self._is_written_for = False
         self._durable = "FULL" if flush else "OFF"
         self._synchronous = ""
         self._db = sqlite3.connect(
@@ -549,23 +553,47 @@ class Ledger:
         """Record instances as stored. Their files have to be durable before.
 
         What several threads record at the same time is one transaction: the first to come writes
-        for all that wait by then.
+        for all that wait by then, and then the first of those that came meanwhile.
         """
         mine = _Waiting(case_id, list(rows))
         with self._queue_lock:
             self._queue.append(mine)
-        with self._lock:
-            if not mine.is_written:
+            if self._is_written_for:
+                mine.turn = threading.Lock()
+                mine.turn.acquire()
+            self._is_written_for = True
+        if mine.turn is not None:
+            # Each has a lock of its own: with one for all they would wake each other one after the other.
+            mine.turn.acquire()
+        if not mine.is_written:
+            self._write_for_all(mine)
+        if mine.error is not None:
+            raise mine.error
+
+    def _write_for_all(self, mine: _Waiting) -> None:
+        batch: list[_Waiting] = []
+        try:
+            with self._lock:
                 with self._queue_lock:
                     batch, self._queue = self._queue, []
                 self._write(batch)
-        if mine.error is not None:
-            raise mine.error
+        finally:
+            with self._queue_lock:
+                # It is there yet where this was broken off.
+                self._queue = [one for one in self._queue if one is not mine]
+                following = self._queue[:1]
+                self._is_written_for = bool(following)
+            for one in (*batch, *following):
+                if one is not mine and one.turn is not None:
+                    one.turn.release()
 
     def _write(self, batch: list[_Waiting]) -> None:
         trouble: OutOfResources | None = OutOfResources("the ledger was not written")
         try:
-            rows = [(one.case_id, *row) for one in batch for row in one.rows]
+            rows: list[tuple[object, ...]] = []
+            for one in batch:
+                for row in one.rows:
+                    rows.append((one.case_id, *row))  # noqa: PERF401  (no call for each batch)
             if len(rows) > _MOST_AT_ONCE:
                 with self.transaction():
                     for start in range(0, len(rows), _MOST_AT_ONCE):
@@ -573,7 +601,8 @@ class Ledger:
             elif rows:
                 # A single statement is a transaction by itself, and costs less than one with a begin and an end.
                 try:
-                    self._flush_commits(durable=True)
+                    if self._synchronous != self._durable:
+                        self._flush_commits(durable=True)
                     self._insert(rows)
                 except sqlite3.OperationalError as error:
                     raise self._not_written(error) from error

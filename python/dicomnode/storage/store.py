@@ -38,7 +38,6 @@ from dicomnode.lib.expected import series_of
 from dicomnode.storage.commitments import Commitments
 from dicomnode.storage.disk import Disk
 from dicomnode.storage.instances import (
-    Arrived,
     Buffer,
     FileInstances,
     Instances,
@@ -61,7 +60,7 @@ from dicomnode.storage.outbox import Outbox
 from dicomnode.storage.recovery import OpenCase, Recovery, delete_files, mark_damaged
 from dicomnode.storage.root import Root
 from dicomnode.storage.shared import SharedInstances
-from dicomnode.storage.turns import Turns
+from dicomnode.storage.turns import Turn, Turns
 from dicomnode.storage.waits import Waits
 
 _DONE_KEPT = 1000
@@ -77,14 +76,14 @@ class Instance(NamedTuple):
 
     `digest_of` gives the digest, of so many bytes, of the dataset without the file meta, so that a resend
     in another association counts as the same; it is asked for as late as possible. Where it is in a file
-    already, that is `arrived`, and there are no `chunks`.
+    already, that is `arrived`, which belongs to whoever wrote it, and there are no `chunks`.
     """
 
     sop_instance_uid: str
     name: str
     chunks: Sequence[Buffer]
     digest_of: Callable[[int], bytes]
-    arrived: Arrived | None = None
+    arrived: Staged | None = None
 
 
 class DuplicateInstance(Exception):
@@ -257,12 +256,26 @@ class Storage:
         Raises OutOfResources (nothing was stored) and DuplicateInstance (other content under the
         same SOPInstanceUID; the first is kept).
         """
-        names, uid = tuple(input_names), instance.sop_instance_uid
-        with self.holding(identifier) as turn:
+        turn = self._turns.take(identifier)
+        try:
+            return self._add(turn, identifier, tuple(input_names), instance, on_added)
+        finally:
+            self._turns.give(identifier, turn)
+
+    def _add(
+        self,
+        turn: Turn,
+        identifier: str,
+        names: tuple[str, ...],
+        instance: Instance,
+        on_added: Callable[[int], None],
+    ) -> int:
+        uid = instance.sop_instance_uid
+        with turn.lock:
             # The same image may be arriving over another association.
             while uid in (arriving := self._arriving.get(identifier, {})):
                 arriving[uid] = True
-                turn.wait()
+                turn.condition.wait()
             known = self._open_cases.get(identifier)
             lacking = names if known is None else self._lacking(known, names, instance)
             if known is not None and not lacking:
@@ -273,17 +286,17 @@ class Storage:
             if instance.arrived is None:
                 # Whoever wrote that has looked.
                 self.disk.check_room(sum(map(len, instance.chunks)))
-            case = self._open_case(identifier)
+            case = known or self._open_case(identifier)
             self._arriving.setdefault(identifier, {})[uid] = False
         rows: list[InstanceRow] = []
         try:
             # While it is on its way, the case is neither claimed nor set aside.
-            rows = self._put_instance(case, lacking, instance)
+            rows = self._put_instance(case, lacking, instance, instance.arrived)
         finally:
-            with self.holding(identifier) as turn:
+            with turn.lock:
                 arriving = self._arriving[identifier]
                 if arriving.pop(uid):
-                    turn.notify_all()
+                    turn.condition.notify_all()
                 if not arriving:
                     del self._arriving[identifier]
                 if rows:
@@ -293,26 +306,16 @@ class Storage:
         return case.id
 
     def _put_instance(
-        self, case: OpenCase, names: Iterable[str], instance: Instance
+        self, case: OpenCase, names: Iterable[str], instance: Instance, staged: Staged | None
     ) -> list[InstanceRow]:
         """Make an instance durable in these inputs: its files, their folders, then the rows."""
-        if instance.arrived is not None:
-            staged = Staged(instance.arrived.size, instance.arrived.descriptor)
-            return self._put_staged(case, names, instance, staged)
-        with self._instances.staging(instance.chunks) as staged:
-            return self._put_staged(case, names, instance, staged)
-
-    def _put_staged(
-        self, case: OpenCase, names: Iterable[str], instance: Instance, staged: Staged
-    ) -> list[InstanceRow]:
+        if staged is None:
+            with self._instances.staging(instance.chunks) as made:
+                return self._put_instance(case, names, instance, made)
         rows: list[InstanceRow] = []
         try:
             for name in names:
-                file = self._instances.place(
-                    staged,
-                    input_folder(case.folder, name),
-                    self._free_names(case, name, instance.name),
-                )
+                file = self._place(case, name, staged, instance.name)
                 digest = instance.digest_of(self.digest_size)
                 rows.append(InstanceRow(name, instance.sop_instance_uid, file, staged.size, digest))
             self.ledger.add_instances(case.id, rows)
@@ -346,12 +349,15 @@ class Storage:
                 )
         return lacking
 
-    def _free_names(self, case: OpenCase, input_name: str, stem: str) -> Iterator[str]:
-        """`stem.dcm`, `stem~2.dcm`, ...: starts where the last instance of that name ended."""
-        key = (input_name, stem)
-        for number in itertools.count(case.suffixes.get(key, 0) + 1):
-            case.suffixes[key] = number
-            yield f"{stem}.dcm" if number == 1 else f"{stem}~{number}.dcm"
+    def _place(self, case: OpenCase, input_name: str, staged: Staged, stem: str) -> str:
+        """Put staged bytes into an input as `stem.dcm`, `stem~2.dcm`, ..., the first that is free; which it is."""
+        key, folder = (input_name, stem), input_folder(case.folder, input_name)
+        while True:
+            # It starts where the last instance of that name ended.
+            number = case.suffixes[key] = case.suffixes.get(key, 0) + 1
+            file = f"{stem}.dcm" if number == 1 else f"{stem}~{number}.dcm"
+            if self._instances.place(staged, folder, file):
+                return file
 
     def _open_case(self, identifier: str) -> OpenCase:
         case = self._open_cases.get(identifier)
@@ -559,11 +565,7 @@ class Storage:
                         source = input_folder(earlier.folder, row.input)
                         stem = row.file.removesuffix(".dcm").partition("~")[0]
                         with self._instances.placed(source, row.file) as placed:
-                            file = self._instances.place(
-                                placed,
-                                input_folder(known.folder, row.input),
-                                self._free_names(known, row.input, stem),
-                            )
+                            file = self._place(known, row.input, placed, stem)
                         row = row._replace(file=file)  # noqa: PLW2901
                     rows.append(row)
                 self.ledger.add_instances(known.id, rows)
@@ -709,7 +711,9 @@ class Storage:
 
     def _put(self, folder: str, name: str, data: Buffer) -> str:
         with self._instances.staging([data]) as staged:
-            return self._instances.place(staged, folder, [name])
+            if not self._instances.place(staged, folder, name):
+                raise ValueError(f"{folder}/{name} is there already")
+        return name
 
     def undelivered(self, case_id: int, endpoint: str) -> list[ResultRow]:
         """The results that an endpoint has not acknowledged yet."""

@@ -15,21 +15,40 @@ class Turns:
 
     def __init__(self) -> None:
         self.guard = threading.Lock()
-        self.held: dict[str, _Turn] = {}
-        self.spare: list[_Turn] = []
+        self.held: dict[str, Turn] = {}
+        self.spare: list[Turn] = []
 
     def of(self, name: str) -> AbstractContextManager[threading.Condition]:
         """Inside it is the turn of this thread; the condition can be waited for."""
         return _Holding(self, name)
 
+    def take(self, name: str) -> "Turn":
+        """The lock of a name, there until `give`; for whoever wants it several times in a row."""
+        with self.guard:
+            turn = self.held.get(name)
+            if turn is None:
+                turn = self.held[name] = self.spare.pop() if self.spare else Turn()
+            turn.users += 1
+        return turn
 
-class _Turn:
-    """A lock, and how many want it."""
+    def give(self, name: str, turn: "Turn", is_free: bool = True) -> None:
+        """Whoever took a lock does not want it any more; `is_free` tells whether it does not have it."""
+        with self.guard:
+            turn.users -= 1
+            if not turn.users:
+                del self.held[name]
+                if is_free and len(self.spare) < _MOST_SPARE:
+                    self.spare.append(turn)
 
-    __slots__ = ("condition", "users")
+
+class Turn:
+    """A lock, its condition, and how many want it."""
+
+    __slots__ = ("condition", "lock", "users")
 
     def __init__(self) -> None:
-        self.condition = threading.Condition()
+        self.lock = threading.RLock()
+        self.condition = threading.Condition(self.lock)
         self.users = 0
 
 
@@ -42,30 +61,15 @@ class _Holding:
         self._turns, self._name = turns, name
 
     def __enter__(self) -> threading.Condition:
-        turns, name = self._turns, self._name
-        with turns.guard:
-            turn = turns.held.get(name)
-            if turn is None:
-                turn = turns.held[name] = turns.spare.pop() if turns.spare else _Turn()
-            turn.users += 1
-        self._turn = turn
+        self._turn = turn = self._turns.take(self._name)
         try:
             turn.condition.acquire()
         except BaseException:
             # It may have been taken already, and is for nobody else then.
-            self._leave(is_free=False)
+            self._turns.give(self._name, turn, is_free=False)
             raise
         return turn.condition
 
     def __exit__(self, *error: object) -> None:
         self._turn.condition.release()
-        self._leave(is_free=True)
-
-    def _leave(self, is_free: bool) -> None:
-        turns, turn = self._turns, self._turn
-        with turns.guard:
-            turn.users -= 1
-            if not turn.users:
-                del turns.held[self._name]
-                if is_free and len(turns.spare) < _MOST_SPARE:
-                    turns.spare.append(turn)
+        self._turns.give(self._name, self._turn)

@@ -18,6 +18,7 @@
 //! | [`color`] | samples of colour, one pixel after the other, in RGB |
 //! | [`digest`] | how content is known again |
 //! | [`hashing`] | digests of several images at once |
+//! | [`names`] | what an ordinary image is called |
 //! | [`receive`] | the bytes of an association to whole C-STORE requests |
 //! | [`source`] | a file or bytes in memory |
 //! | [`error`] | the one error type |
@@ -34,6 +35,7 @@ pub mod hashing;
 pub mod image;
 pub mod incoming;
 pub mod meta;
+pub mod names;
 pub mod pixels;
 pub mod receive;
 pub mod scan;

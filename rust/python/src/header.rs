@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use dicomnode_core::scan as core;
+use dicomnode_core::{names, scan as core};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString};
 
@@ -74,6 +74,27 @@ impl Header {
         Ok(PyString::new(py, text.trim_matches([' ', '\0'])))
     }
 
+    /// Identifier and name of an ordinary image, which is the one that its sender said; None for any other.
+    ///
+    /// Ordinary are plain values of `tag`, which is that of the identifier, of Modality and of InstanceNumber. The
+    /// name is `Image_<modality>_<instance number>`.
+    fn ordinary(
+        &self,
+        py: Python<'_>,
+        sop_class_uid: &str,
+        sop_instance_uid: &str,
+        tag: u32,
+    ) -> PyResult<Option<(String, String)>> {
+        let whole = self.owner.bytes(py);
+        let find = || names::ordinary(&self.header, whole, sop_class_uid, sop_instance_uid, tag);
+        let found = if self.header.is_in_memory() {
+            attached(py, find)?
+        } else {
+            detached(py, find)?
+        };
+        Ok(found.map(|names| (names.identifier, names.stem)))
+    }
+
     /// The tags present, in the order of the file, group 0002 left out.
     fn tags(&self) -> Vec<u32> {
         self.header.layout().tags()
@@ -116,6 +137,14 @@ pub fn scan(
         detached(py, work)?
     };
     Ok(Header { header, owner })
+}
+
+/// Whether a text is a UID (PS3.5 section 9.1): digits and dots, at most 64 characters.
+///
+/// Leading zeros in a component are accepted, since objects in the field have them.
+#[pyfunction]
+pub fn is_uid(text: &Bound<'_, PyString>) -> bool {
+    text.to_str().is_ok_and(names::is_uid)
 }
 
 /// Whether a file starts like a DICOM object (a Part 10 prefix, or a plausible bare dataset).

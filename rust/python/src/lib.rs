@@ -23,7 +23,7 @@ mod _core {
     #[pymodule_export]
     use crate::digest::digest;
     #[pymodule_export]
-    use crate::header::{Header, is_dicom, scan};
+    use crate::header::{Header, is_dicom, is_uid, scan};
     #[pymodule_export]
     use crate::image::{Image, load, scan_images, stack};
     #[pymodule_export]
