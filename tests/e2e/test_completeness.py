@@ -96,11 +96,16 @@ def is_told(node: AbstractPipeline, text: str, number: int = 1) -> bool:
 
 
 def wait_for_ends(node: AbstractPipeline, left: int) -> None:
-    """Wait until no more than so many associations are open, and all is done for those that were."""
-    server = node._server
-    assert server is not None
+    """Wait until no more than so many associations are open, and their cases were looked at."""
+    server, runner = node._server, node._runner
+    assert server is not None and runner is not None
+
+    def is_over() -> bool:
+        is_ended = len(server._visits) <= left and not server._working._busy
+        return is_ended and not runner._completeness.is_pending()
+
     end = time.monotonic() + 20
-    while len(server._visits) > left or server._working._busy:
+    while not is_over():
         assert time.monotonic() < end
         time.sleep(0.005)
 
@@ -299,6 +304,7 @@ def test_an_association_counts_from_its_first_image_on_while_that_is_decoded(
             assert go_on.wait(60)
 
     monkeypatch.setattr(EagerDecoding, "add", add)
+    monkeypatch.setattr(EagerDecoding, "is_wanted", True)
     with running_node(Counting) as node:
         other = threading.Thread(target=send_all, args=(node, [third]))
         other.start()
