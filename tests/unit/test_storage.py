@@ -773,24 +773,117 @@ def test_many_that_write_wait_for_one_and_each_learns_what_came_of_it(
     ledger.close()
 
 
-def test_who_is_broken_off_while_it_waits_to_write_holds_up_nobody() -> None:
+def _add(ledger: Ledger, number: int, outcomes: dict[int, str]) -> None:
+    row = InstanceRow("ct", f"1.{number}", f"{number}", 1, b"")
+    try:
+        ledger.add_instances(1, [row])
+    except (OutOfResources, MemoryError, KeyboardInterrupt) as error:
+        outcomes[number] = type(error).__name__
+    else:
+        outcomes[number] = "stored"
+
+
+@contextmanager
+def _waiting(ledger: Ledger, count: int) -> Iterator[dict[int, str]]:
+    """So many threads add a row each and are held up meanwhile; then what came of them."""
+    outcomes: dict[int, str] = {}
+    threads = []
+    with ledger._lock:
+        for number in range(count):
+            thread = threading.Thread(target=_add, args=[ledger, number, outcomes], daemon=True)
+            thread.start()
+            threads.append(thread)
+            while len(ledger._queue) <= number:
+                time.sleep(0.005)
+        yield outcomes
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("place", ["_write", "_insert", "_lock", "_flush_commits"])
+@pytest.mark.parametrize("kind", [MemoryError, KeyboardInterrupt])
+def test_whoever_writes_for_others_and_is_broken_off_tells_nobody_stored(
+    place: str, kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ledger = Ledger(None)
-    case = ledger.open_case("P", "P")
-    real = ledger._lock
+    ledger.open_case("P", "P")
+    ledger._synchronous = ""
 
     class Breaking:
         def __enter__(self) -> None:
-            raise KeyboardInterrupt
+            raise kind
 
         def __exit__(self, *error: object) -> None:
             pass
 
-    ledger._lock = Breaking()  # type: ignore[assignment]
-    with pytest.raises(KeyboardInterrupt):
-        ledger.add_instances(case.id, [InstanceRow("ct", "1.2.3", "file", 1, b"")])
-    ledger._lock = real
-    ledger.add_instances(case.id, [InstanceRow("ct", "1.2.4", "file", 1, b"")])
-    assert [row.uid for row in ledger.instances(case.id)] == ["1.2.4"]
+    def breaking(*given: Any, **named: Any) -> None:
+        raise kind
+
+    if place == "_lock":
+        with monkeypatch.context() as patch:
+            patch.setattr(ledger, "_lock", Breaking())
+            outcomes: dict[int, str] = {}
+            _add(ledger, 0, outcomes)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(Ledger, place, breaking)
+            with _waiting(ledger, 3) as outcomes:
+                pass
+    assert outcomes.pop(0) == kind.__name__
+    assert set(outcomes.values()) <= {"OutOfResources"}
+    assert not ledger.instances(1)
+    # And nobody is held up by that.
+    with _waiting(ledger, 3) as outcomes:
+        pass
+    assert outcomes == dict.fromkeys(range(3), "stored")
+    assert len(ledger.instances(1)) == 3 and not ledger._queue and not ledger._has_leader
+
+
+def test_who_is_broken_off_while_another_one_writes_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ledger = Ledger(None)
+    ledger.open_case("P", "P")
+    real, is_writing, go_on = Ledger._insert, threading.Event(), threading.Event()
+
+    def insert(self: Ledger, rows: Any) -> None:
+        is_writing.set()
+        assert go_on.wait(30)
+        real(self, rows)
+
+    class Breaking:
+        """The lock of one that gives up."""
+
+        count = 0
+
+        def acquire(self) -> None:
+            self.count += 1
+            if self.count > 1:
+                raise KeyboardInterrupt
+
+        def release(self) -> None:
+            raise AssertionError("nobody waits for it")
+
+    monkeypatch.setattr(Ledger, "_insert", insert)
+    outcomes: dict[int, str] = {}
+    first = threading.Thread(target=_add, args=[ledger, 0, outcomes], daemon=True)
+    first.start()
+    assert is_writing.wait(30)
+    with monkeypatch.context() as patch:
+        patch.setattr("dicomnode.storage.ledger.threading.Lock", Breaking)
+        _add(ledger, 1, outcomes)
+    assert outcomes == {1: "KeyboardInterrupt"}
+    last = threading.Thread(target=_add, args=[ledger, 2, outcomes], daemon=True)
+    last.start()
+    while not ledger._queue:
+        time.sleep(0.005)
+    go_on.set()
+    for thread in (first, last):
+        thread.join(10)
+        assert not thread.is_alive()
+    assert outcomes == {0: "stored", 1: "KeyboardInterrupt", 2: "stored"}
+    assert {row.uid for row in ledger.instances(1)} == {"1.0", "1.2"}
 
 
 @pytest.mark.parametrize("count", [3, 17, 40])

@@ -601,11 +601,12 @@ class AssociationServer:
             return self._refuse(uid, _NOT_UNDERSTOOD, "dataset begins with file meta information")
         try:
             header = scan(received, syntax) if apart is None else scan(apart.path)
+            ordinary = header.ordinary(sop_class, uid, reception.identifier_tag)
         except InvalidDicom as error:
             self._logger.error("%s cannot be understood: %s", uid, error)
             return self._refuse(uid, _NOT_UNDERSTOOD, "dataset cannot be understood")
         hide_patient(partial(patient_words, header))
-        identifier, name = header.ordinary(sop_class, uid, reception.identifier_tag) or (None, "")
+        identifier, name = ordinary or (None, "")
         if identifier is None:
             for tag, wanted, said in (
                 (0x00080018, uid, "SOPInstanceUID"),

@@ -105,16 +105,17 @@ _MOST_AT_ONCE = 16
 _CASE = "id, identifier, folder, state, sealed, attempts, error, created, changed"
 
 
-@dataclass
+@dataclass(eq=False)
 class _Waiting:
     """Rows of an instance that wait for the next transaction, and what came of them."""
 
     case_id: int
     rows: list[InstanceRow]
+    #: Held until that is known, or it is for this one to write.
+    turn: "threading.Lock"
+    is_leading: bool = False
     is_written: bool = False
     error: OutOfResources | None = None
-    #: Held until they are written, or are to be; None where nobody else would do that.
-    turn: "threading.Lock | None" = None
 
 
 class Ledger:
@@ -128,8 +129,8 @@ class Ledger:
         self._lock = threading.RLock()
         self._queue: list[_Waiting] = []
         self._queue_lock = threading.Lock()
-        # Whether somebody writes what is in the queue.
-        self._is_written_for = False
+        # Whether somebody writes what is in the queue, or is about to.
+        self._has_leader = False
         self._durable = "FULL" if flush else "OFF"
         self._synchronous = ""
         self._db = sqlite3.connect(
@@ -550,47 +551,54 @@ class Ledger:
     # Instances
 
     def add_instances(self, case_id: int, rows: Iterable[InstanceRow]) -> None:
-        """Record instances as stored. Their files have to be durable before.
+        """Record instances as stored. Their files have to be durable before. Not within `transaction`.
 
         What several threads record at the same time is one transaction: the first to come writes
-        for all that wait by then, and then the first of those that came meanwhile.
+        for all that wait by then, and then the first of those that came meanwhile. Raises OutOfResources where
+        that was not written.
         """
-        mine = _Waiting(case_id, list(rows))
+        # Each has a lock of its own: with one for all they would wake each other one after the other.
+        mine = _Waiting(case_id, list(rows), threading.Lock())
+        mine.turn.acquire()
         with self._queue_lock:
             self._queue.append(mine)
-            if self._is_written_for:
-                mine.turn = threading.Lock()
-                mine.turn.acquire()
-            self._is_written_for = True
-        if mine.turn is not None:
-            # Each has a lock of its own: with one for all they would wake each other one after the other.
-            mine.turn.acquire()
-        if not mine.is_written:
-            self._write_for_all(mine)
-        if mine.error is not None:
-            raise mine.error
-
-    def _write_for_all(self, mine: _Waiting) -> None:
+            mine.is_leading = not self._has_leader
+            self._has_leader = True
         batch: list[_Waiting] = []
         try:
-            with self._lock:
-                with self._queue_lock:
-                    batch, self._queue = self._queue, []
-                self._write(batch)
+            if not mine.is_leading:
+                mine.turn.acquire()
+            if mine.is_leading:
+                with self._lock:
+                    with self._queue_lock:
+                        batch, self._queue = self._queue, batch
+                    self._write(batch)
         finally:
-            with self._queue_lock:
-                # It is there yet where this was broken off.
-                self._queue = [one for one in self._queue if one is not mine]
-                following = self._queue[:1]
-                self._is_written_for = bool(following)
-            for one in (*batch, *following):
-                if one is not mine and one.turn is not None:
+            if mine.is_leading or not mine.is_written:
+                self._hand_over(mine, batch)
+        if mine.error is not None:
+            raise mine.error
+        if not mine.is_written:
+            raise OutOfResources("the ledger was not written")
+
+    def _hand_over(self, mine: _Waiting, batch: list[_Waiting]) -> None:
+        """Whoever is done, or was broken off, does not wait any more; those of its batch and the next one go on."""
+        with self._queue_lock:
+            if mine in self._queue:
+                self._queue.remove(mine)
+            if mine.is_leading:
+                mine.is_leading = self._has_leader = False
+                for one in self._queue:
+                    one.is_leading = self._has_leader = True
                     one.turn.release()
+                    break
+        for one in batch:
+            if one is not mine:
+                one.turn.release()
 
     def _write(self, batch: list[_Waiting]) -> None:
-        trouble: OutOfResources | None = OutOfResources("the ledger was not written")
+        rows: list[tuple[object, ...]] = []
         try:
-            rows: list[tuple[object, ...]] = []
             for one in batch:
                 for row in one.rows:
                     rows.append((one.case_id, *row))  # noqa: PERF401  (no call for each batch)
@@ -607,12 +615,11 @@ class Ledger:
                 except sqlite3.OperationalError as error:
                     raise self._not_written(error) from error
         except OutOfResources as error:
-            trouble = error
-        else:
-            trouble = None
-        finally:
             for one in batch:
-                one.error, one.is_written = trouble, True
+                one.error = error
+        else:
+            for one in batch:
+                one.is_written = True
 
     def _insert(self, rows: Sequence[tuple[object, ...]]) -> None:
         """As one statement: more would wait for the interpreter after each."""
