@@ -580,6 +580,18 @@ def test_n16_garbage_in_place_of_a_request_ends_the_connection() -> None:
             peer.socket.close()
 
 
+SHARED = {
+    # The server's, which it has for all of them.
+    *("_ae", "_server", "_service", "_handlers", "requests", "keeping", "limits"),
+    # What is replaced where it changes, never changed itself.
+    *("agreed", "on_end", "on_trouble", "_last", "_common_ext"),
+    # What is not changed once there is a connection.
+    *("_contexts", "_user_info", "address_info"),
+    # Of a thread that is never started: that of the association does its work.
+    *("_invoke_excepthook", "_kwargs", "_started", "_stderr", "_target"),
+}
+
+
 def known(node: AbstractPipeline) -> Requests:
     assert node._server is not None
     assert node._server._server is not None
@@ -650,6 +662,49 @@ def test_the_same_request_has_the_same_answer_and_each_association_its_images() 
         assert results == {1: 0, 3: 0, 5: 3, 7: 4}
         assert accepted.presentation_context[1].transfer_syntax == wire.EXPLICIT
         assert [stored(node, f"P{number}") for number in range(24)] == [1] * 24
+
+
+def test_nothing_of_one_negotiation_is_in_the_answer_to_another() -> None:
+    push = "1.2.840.10008.1.20.1"
+    role = b"\x54\0\0\x18" + struct.pack(">H", 20) + push.encode() + b"\1\1"
+    contexts = [(1, push, (wire.IMPLICIT,))]
+
+    def roles(asked: bytes) -> int:
+        with Raw(node) as peer:
+            peer.send(asked)
+            kind, answer = peer.receive()
+            assert kind == wire.ACCEPT
+            peer.release()
+        return answer.count(role[4:24])
+
+    with node_of() as node:
+        found = [roles(wire.request(contexts=contexts, more=more)) for more in (role, b"") * 3]
+    assert found == [1, 0] * 3
+
+
+def test_associations_share_nothing_that_one_of_them_changes() -> None:
+    with node_of() as node:
+        assert node._server is not None and node._server._server is not None
+        pattern = node._server._server.pattern
+        first, second = pattern.again(), pattern.again()
+        try:
+            for one, other in (
+                (vars(first), vars(second)),
+                (vars(first.provider), vars(second.provider)),
+                (vars(first.requestor), vars(second.requestor)),
+                (vars(first.acceptor), vars(second.acceptor)),
+            ):
+                shared = {
+                    name
+                    for name, value in one.items()
+                    if value is other[name]
+                    and not isinstance(value, str | int | float | bool | frozenset | None)
+                    and value != ()
+                }
+                assert shared <= SHARED, shared - SHARED
+        finally:
+            for made in (first, second):
+                made.provider.wake.close()
 
 
 def test_pynetdicoms_own_log_tells_of_each_request(

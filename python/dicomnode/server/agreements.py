@@ -31,9 +31,8 @@ class _Agreement:
 
     accepted: dict[int, PresentationContext]
     rejected: list[PresentationContext]
-    #: What pynetdicom knows the acceptance by, the same without contexts, and as a PDU and its bytes.
+    #: What pynetdicom knows the acceptance by, as a PDU, and its bytes.
     primitive: A_ASSOCIATE
-    short: A_ASSOCIATE
     pdu: A_ASSOCIATE_AC
     encoded: bytes
 
@@ -111,33 +110,22 @@ class Negotiation(ACSE):
         association._accepted_cx = dict(agreed.accepted)
         association._rejected_cx = list(agreed.rejected)
         self.acceptor.primitive = agreed.primitive
-        association.provider.send_pdu(agreed.short)
         evt.trigger(association, evt.EVT_ACCEPTED, {})
         association.is_established = True
+        association.provider.accept(agreed.pdu, agreed.encoded)
         evt.trigger(association, evt.EVT_ESTABLISHED, {})
 
     def _agreement(self, association: Any) -> _Agreement:
         primitive = self.acceptor.primitive
         assert primitive is not None
-        short = copy(primitive)
-        short.presentation_context_definition_results_list = []
         pdu = A_ASSOCIATE_AC(primitive)
         return _Agreement(
             dict(association._accepted_cx),
             list(association._rejected_cx),
             primitive,
-            short,
             pdu,
             pdu.encode(),
         )
 
 
-def agreed(request: Request | None, pdu: Any) -> tuple[A_ASSOCIATE_AC, bytes] | None:
-    """What is to be sent for an acceptance without contexts; None for whatever else is sent."""
-    agreement = None if request is None else request.agreement
-    if agreement is None or not isinstance(pdu, A_ASSOCIATE_AC) or pdu.presentation_context:
-        return None
-    return agreement.pdu, agreement.encoded
-
-
-__all__ = ["Negotiation", "Request", "Requests", "agreed"]
+__all__ = ["Negotiation", "Request", "Requests"]

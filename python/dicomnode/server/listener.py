@@ -6,6 +6,7 @@ the next one.
 
 import contextlib
 import errno
+import functools
 import ipaddress
 import logging
 import socket
@@ -13,6 +14,7 @@ import ssl
 import threading
 import time
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
@@ -20,7 +22,11 @@ from typing import Any, TypeAlias
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.presentation import PresentationContext
-from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
+from pynetdicom.transport import (
+    AddressInformation,
+    RequestHandler,
+    ThreadedAssociationServer,
+)
 
 from dicomnode.server.agreements import Requests
 from dicomnode.server.limits import Limits
@@ -45,6 +51,12 @@ class _Contexts(list[PresentationContext]):
         return self
 
 
+@functools.lru_cache(256)
+def _address(host: str) -> AddressInformation:
+    """Of a peer; pynetdicom looks it up in the names of the system."""
+    return AddressInformation(host, 0)
+
+
 class _Handler(RequestHandler):
     """Makes an association of a connection."""
 
@@ -53,28 +65,23 @@ class _Handler(RequestHandler):
 
     def _create_association(self) -> Association:
         server = self.server
-        association = NodeAssociation(
-            self.ae, server.service, server.limits, server.keeping, server.requests
-        )
-        association._server = server
-        association.name = "AcceptorThread"
+        association = server.pattern.again()
         association.on_end = partial(server.forget, association)
         association.on_trouble = partial(server.complain, association)
-        association.acceptor.maximum_length = self.ae.maximum_pdu_size
-        association.acceptor.ae_title = server.ae_title
-        association.acceptor.address_info = self.local
-        association.acceptor.implementation_class_uid = self.ae.implementation_class_uid
-        association.acceptor.implementation_version_name = self.ae.implementation_version_name
-        association.acceptor.supported_contexts = server.contexts
         association.requestor.address_info = self.remote
         association.use(self.request)
-        association._handlers = {
-            event: list(bound) if isinstance(bound, list) else bound
-            for event, bound in server._handlers.items()
-        }
         server.add(self.request, association)
         self._made = association
         return association
+
+    @property
+    def remote(self) -> AddressInformation:
+        host, port, *more = self.client_address
+        found = copy(_address(host))
+        found.port = port
+        if more:
+            found.flowinfo, found.scope_id = more
+        return found
 
     def handle(self) -> None:
         client = self.request
@@ -132,6 +139,23 @@ class Server(ThreadedAssociationServer):
         # Oldest first.
         self._connections: dict[socket.socket, _Connection] = {}
         super().__init__(ae, address, ae.ae_title, _Contexts(contexts), tls, handlers, _Handler)
+        #: What all its associations have in common.
+        self.pattern = self._pattern(ae)
+
+    def _pattern(self, ae: AE) -> NodeAssociation:
+        made = NodeAssociation(ae, self.service, self.limits, self.keeping, self.requests)
+        made.provider.wake.close()
+        made._server = self
+        made.name = "AcceptorThread"
+        made._handlers = self._handlers
+        acceptor = made.acceptor
+        acceptor.maximum_length = ae.maximum_pdu_size
+        acceptor.ae_title = self.ae_title
+        acceptor.address_info = AddressInformation.from_tuple(self.server_address)
+        acceptor.implementation_class_uid = ae.implementation_class_uid
+        acceptor.implementation_version_name = ae.implementation_version_name
+        acceptor.supported_contexts = self.contexts
+        return made
 
     def _bind_defaults(self) -> None:
         """Without pynetdicom's own log of all that comes, where nobody reads it when the node opens: it costs

@@ -19,7 +19,9 @@ import socket
 import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,16 +30,16 @@ from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dul import DULServiceProvider
-from pynetdicom.fsm import InvalidEventError
-from pynetdicom.pdu import A_ABORT_RQ
+from pynetdicom.fsm import InvalidEventError, StateMachine
+from pynetdicom.pdu import A_ABORT_RQ, A_ASSOCIATE_AC
 from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.transport import AssociationSocket
 
 from dicomnode.errors import InvalidDicom
 from dicomnode.lib.dicom import Received, Receiver
-from dicomnode.server.agreements import Negotiation, Request, Requests, agreed
+from dicomnode.server.agreements import Negotiation, Request, Requests
 from dicomnode.server.limits import Limits
-from dicomnode.server.waiting import MonotonicTimer, SignallingQueue, Wake, wait_readable
+from dicomnode.server.waiting import Line, MonotonicTimer, Wake, wait_readable
 
 # How long a thread waits at most before it looks at its timers again.
 _LOOK_SECONDS = 0.5
@@ -51,13 +53,16 @@ _ESTABLISHED = "Sta6"
 _CLOSING = "Sta13"
 _IDLE = "Sta1"
 _AWAITING = "Sta2"
-# Of pynetdicom's events: an unrecognised or invalid PDU.
+_ASKED = "Sta3"
+# Of pynetdicom's events: an unrecognised or invalid PDU, and nothing but a request for an association.
 _NOT_UNDERSTOOD = "Evt19"
+_REQUESTED = deque(["Evt6"])
 # All but a request for an association and an abort.
 _NO_REQUESTS = [bytes([number]) for number in range(0x02, 0x07)]
 _PDU_TYPES = [bytes([number]) for number in range(0x01, 0x08)]
 _ASSOCIATE_REQUEST = 0x01
 _RELEASE_REQUEST = 0x05
+_RELEASE_RESPONSE = b"\x06\0\0\0\0\4\0\0\0\0"
 
 
 class Service(Protocol):
@@ -209,12 +214,38 @@ def _no_request(head: bytes) -> str:
 class _Provider(DULServiceProvider):
     """The upper layer service; in the state of an established association the core reads."""
 
+    # Each is a `Line`; pynetdicom has queues at which threads can wait.
+    event_queue: Any
+    to_provider_queue: Any
+    to_user_queue: Any
+    _recv_pdu: Any
+
     def __init__(self, association: "NodeAssociation", service: Service, limits: Limits) -> None:
         super().__init__(association)
         self.limits = limits
-        self.wake = Wake()
         self._service = service
-        self._association = association
+        self._run_loop_delay = 0.0
+        self._begin(association)
+
+    def again(self, association: "NodeAssociation") -> "_Provider":
+        """One like this one, for another association."""
+        made = _Provider.__new__(_Provider)
+        made.__dict__.update(self.__dict__)
+        made._begin(association)
+        return made
+
+    def _begin(self, association: "NodeAssociation") -> None:
+        """What each association has for itself."""
+        self._assoc = self._association = association
+        self.state_machine = StateMachine(self)
+        self.wake = Wake()
+        self.socket = None
+        self.event_queue = Line()
+        self._recv_pdu = Line()
+        self.to_provider_queue = Line(self.wake.set)
+        self.to_user_queue = Line(association.tell)
+        self._idle_timer = MonotonicTimer(self.limits.idle_seconds)
+        self.artim_timer = MonotonicTimer(self.limits.idle_seconds)
         self.receiver: Receiver | None = None
         #: What the peer asked for.
         self.request: Request | None = None
@@ -228,11 +259,6 @@ class _Provider(DULServiceProvider):
         # Since when an image is whole that is not answered.
         self._whole = math.inf
         self._last: tuple[float, int] = (0.0, 0)
-        self._run_loop_delay = 0.0
-        self._idle_timer = MonotonicTimer(limits.idle_seconds)
-        self.artim_timer = MonotonicTimer(limits.idle_seconds)
-        self.to_provider_queue = SignallingQueue(self.wake.set)
-        self.to_user_queue = SignallingQueue(association.tell)
         # The thread that runs this, while it does.
         self._runner: threading.Thread | None = None
 
@@ -393,6 +419,19 @@ class _Provider(DULServiceProvider):
         if self._trouble and not self.is_aborting and not self._association.was_let_in:
             self.is_aborting = True
             self._association.complain(self._trouble)
+        elif is_first and self.event_queue == _REQUESTED and self._is_known:
+            self._ask()
+
+    @property
+    def _is_known(self) -> bool:
+        return self.request is not None and self.request.agreement is not None
+
+    def _ask(self) -> None:
+        """Take a request that is known again to whoever negotiates, as the state machine does in some rounds more."""
+        self.event_queue.clear()
+        self.artim_timer.stop()
+        self.state_machine.current_state = _ASKED
+        self._association.ask(self._recv_pdu.get().to_primitive())
 
     def _decode_pdu(self, bytestream: bytearray) -> tuple[Any, str]:
         if bytestream[0] != _ASSOCIATE_REQUEST:
@@ -406,14 +445,13 @@ class _Provider(DULServiceProvider):
         evt.trigger(self.assoc, evt.EVT_PDU_RECV, {"pdu": request.pdu})
         return request.pdu, "Evt6"
 
-    def _send(self, pdu: Any) -> None:
-        known = agreed(self.request, pdu)
-        if known is None or self.socket is None:
-            super()._send(pdu)
-            return
-        accepted, encoded = known
+    def accept(self, pdu: A_ASSOCIATE_AC, encoded: bytes) -> None:
+        """Answer a request for an association that is known again, where the state machine would do the same."""
+        if self.socket is None:
+            raise OSError("closed")
         self.socket.send(encoded)
-        evt.trigger(self.assoc, evt.EVT_PDU_SENT, {"pdu": accepted})
+        self.state_machine.current_state = _ESTABLISHED
+        evt.trigger(self.assoc, evt.EVT_PDU_SENT, {"pdu": pdu})
 
     def _new_receiver(self) -> Receiver:
         limits = self.limits
@@ -499,6 +537,8 @@ class _Provider(DULServiceProvider):
         """Give a PDU to pynetdicom."""
         if found[0] == _RELEASE_REQUEST:
             self._service.released(self._association)
+            if len(found) == len(_RELEASE_RESPONSE) and self._release():
+                return
         try:
             pdu, event = self._decode_pdu(bytearray(found))
         except Exception as error:
@@ -506,6 +546,20 @@ class _Provider(DULServiceProvider):
             raise InvalidDicom(f"a PDU of type 0x{found[0]:02X} cannot be decoded") from error
         self.event_queue.put(event)
         self._recv_pdu.put(pdu)
+
+    def _release(self) -> bool:
+        """Answer the request for a release of an association that nothing else is done for, and close it.
+
+        As the state machine does in some rounds more; False where that has to do it.
+        """
+        connection, association = self.socket, self._association
+        if self._has_other_work or not association.has_served or connection is None:
+            return False
+        connection.send(_RELEASE_RESPONSE)
+        association.leave()
+        self.state_machine.current_state = _CLOSING
+        connection.close()
+        return True
 
 
 class _Messages(DIMSEServiceProvider):
@@ -546,7 +600,6 @@ class NodeAssociation(Association):
         super().__init__(ae, "acceptor")
         #: Those that came to its server.
         self.requests = requests
-        self.acse = Negotiation(self)
         #: In the log.
         self.number: int | None = None
         #: There was room for it among the associations.
@@ -556,14 +609,35 @@ class NodeAssociation(Association):
         self.agreed: dict[int, tuple[str, str]] = {}
         # Who serves its messages that are no images.
         self._servant: threading.Thread | None = None
-        self.dimse = _Messages(self)
-        self.dul = self.provider = _Provider(self, service, limits)
+        self.provider = _Provider(self, service, limits)
+        self._begin()
         self.acse_timeout = limits.idle_seconds
         self.dimse_timeout = limits.stall_seconds
         self.network_timeout = limits.idle_seconds
         #: What the listener does where its connection has ended, and where it has to be ended and why.
         self.on_end: Callable[[], None] = lambda: None
         self.on_trouble: Callable[[str], None] = lambda _: None
+
+    def again(self) -> "NodeAssociation":
+        """One like this one, which was never used: pynetdicom's way to make one takes a millisecond."""
+        made = NodeAssociation.__new__(NodeAssociation)
+        made.__dict__.update(self.__dict__)
+        threading.Thread.__init__(made, target=made.run_reactor, name=self.name, daemon=True)
+        made.provider = self.provider.again(made)
+        made.requestor, made.acceptor = copy(self.requestor), copy(self.acceptor)
+        for user in (made.requestor, made.acceptor):
+            user.assoc = made
+            user.reset_negotiation_items()
+        made._accepted_cx, made._rejected_cx = {}, []
+        made._dul_ready, made._reactor_checkpoint = threading.Event(), threading.Event()
+        made._reactor_checkpoint.set()
+        made._begin()
+        return made
+
+    def _begin(self) -> None:
+        """What serves it is of itself."""
+        self.dul = self.provider
+        self.acse, self.dimse = Negotiation(self), _Messages(self)
 
     @property
     def arriving(self) -> int:
@@ -634,27 +708,40 @@ class NodeAssociation(Association):
         """Answer the request for it, if that has come."""
         asked = self.provider.receive_pdu()
         if isinstance(asked, A_ASSOCIATE):
-            self.requestor.primitive = asked
-            evt.trigger(self, evt.EVT_REQUESTED, {})
-            if not (self.is_aborted or self.is_rejected):
-                self.acse.negotiate_association()
-            self._kill = not self.is_established
+            self.ask(asked)
         elif asked is not None or self.provider.is_over:
             # Whoever was there has left before that.
             self._kill = True
+
+    def ask(self, asked: A_ASSOCIATE) -> None:
+        """Accept or reject a request for it."""
+        self.requestor.primitive = asked
+        evt.trigger(self, evt.EVT_REQUESTED, {})
+        if not (self.is_aborted or self.is_rejected):
+            self.acse.negotiate_association()
+        self._kill = not self.is_established
 
     def _leave(self) -> None:
         """Answer a request for a release; note an abort, or that the connection is lost."""
         if self.acse.is_release_requested():
             self.acse.send_release(is_response=True)
-            self.is_released = True
-            event = evt.EVT_RELEASED
+            self.leave()
         else:
             self.provider.receive_pdu()
             self.is_aborted = True
-            event = evt.EVT_ABORTED
+            self._kill, self.is_established = True, False
+            evt.trigger(self, evt.EVT_ABORTED, {})
+
+    @property
+    def has_served(self) -> bool:
+        """Whether nothing but images came, or nothing is left of what else came."""
+        return self._servant is None and not self.dimse.msg_queue.queue
+
+    def leave(self) -> None:
+        """The peer has its answer to a request for a release."""
+        self.is_released = True
         self._kill, self.is_established = True, False
-        evt.trigger(self, event, {})
+        evt.trigger(self, evt.EVT_RELEASED, {})
 
     def _serve(self) -> None:
         """Serve messages that are no images, each as long as it takes, while others are read."""

@@ -10,6 +10,7 @@ import select
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -68,16 +69,32 @@ class Wake:
             self.number = -1
 
 
-class SignallingQueue(queue.Queue[Any]):
-    """A queue that tells when something was put into it."""
+class Line(deque[Any]):
+    """A queue of pynetdicom's at which nobody waits: whoever puts something into it tells so."""
 
-    def __init__(self, tell: Callable[[], None]) -> None:
+    def __init__(self, tell: Callable[[], None] = lambda: None) -> None:
         super().__init__()
         self._tell = tell
 
-    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
-        super().put(item, block, timeout)
+    @property
+    def queue(self) -> "Line":
+        """What is in it."""
+        return self
+
+    def put(self, item: Any) -> None:
+        self.append(item)
         self._tell()
+
+    def get(self, block: bool = False, timeout: float | None = None) -> Any:
+        """The first; raises queue.Empty where there is none, at once."""
+        del block, timeout
+        try:
+            return self.popleft()
+        except IndexError:
+            raise queue.Empty from None
+
+    def empty(self) -> bool:
+        return not self
 
 
 def wait_readable(client: socket.socket, wake: Wake, seconds: float) -> bool:
@@ -92,4 +109,4 @@ def wait_readable(client: socket.socket, wake: Wake, seconds: float) -> bool:
     return client.fileno() in found
 
 
-__all__ = ["MonotonicTimer", "SignallingQueue", "Wake", "wait_readable"]
+__all__ = ["Line", "MonotonicTimer", "Wake", "wait_readable"]
