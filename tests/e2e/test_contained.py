@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
-from pynetdicom.acse import ACSE
 from tests.e2e import wire
 
 from dicomnode.errors import (
@@ -335,16 +334,16 @@ def test_an_error_of_the_user_that_speaks_of_a_shutdown_fails_its_case(where: st
 def break_before_the_last_answer(node: AbstractPipeline, series: list[Dataset]) -> None:
     """Send all, and lose the connection when the last image is stored and not yet answered."""
     assert node._server is not None
-    count, real = iter(range(1, len(series) + 1)), AssociationServer._answered
+    count, real = iter(range(1, len(series) + 1)), AssociationServer.store
 
-    def breaking(self: AssociationServer, one: NodeAssociation, *given: Any) -> tuple[int, str]:
+    def breaking(self: AssociationServer, one: NodeAssociation, *given: Any) -> bytes:
         answer = real(self, one, *given)
         if next(count, 0) == len(series):
             one.cut_off()
         return answer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AssociationServer, "_answered", breaking)
+        patch.setattr(AssociationServer, "store", breaking)
         with pytest.raises(CouldNotCompleteDIMSEMessage):
             send(address_of(node), series)
 
@@ -353,14 +352,13 @@ def test_a_release_counts_from_its_request_also_where_the_peer_hangs_up_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The connection is closed before the association's own thread says that it was released."""
-    real = ACSE.send_release
+    real = NodeAssociation.leave
 
-    def slow(self: ACSE, is_response: bool = False) -> None:
-        real(self, is_response)
-        if is_response:
-            time.sleep(0.3)
+    def slow(self: NodeAssociation) -> None:
+        time.sleep(0.3)
+        real(self)
 
-    monkeypatch.setattr(ACSE, "send_release", slow)
+    monkeypatch.setattr(NodeAssociation, "leave", slow)
     series = make_series(2)
     with running_node(Silent) as node:
         for count in (1, 2):

@@ -234,14 +234,14 @@ def test_what_is_sent_again_because_the_last_answer_was_lost_is_not_delivered_tw
 ) -> None:
     code = """
     from dicomnode.server.association import AssociationServer
-    answered, count = AssociationServer._answered, []
+    answered, count = AssociationServer.store, []
     def dying(*given):
         count.append(answered(*given))
         if len(count) == 5 and not (root / "died").exists():
             (root / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return count[-1]
-    AssociationServer._answered = dying
+    AssociationServer.store = dying
 
     class Five(Two):
         def validate(self):

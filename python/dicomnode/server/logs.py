@@ -43,15 +43,14 @@ class Scope:
 
     association: int | None = None
     case: int | None = None
-    #: Tells what may not be in a log, when it is asked the first time.
+    #: Tells what may not be in a log, when it is asked the first time; whoever changes it first forgets the words.
     patient: Callable[[], frozenset[str]] | None = None
-    _words: frozenset[str] | None = None
+    words: frozenset[str] | None = None
     _token: "Token[Scope] | None" = None
 
     def __enter__(self) -> "Scope":
         self._token = _scope.set(self)
-        if self.patient is not None:
-            _active.add(self)
+        _active.add(self)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -61,18 +60,19 @@ class Scope:
 
     def hide(self, text: str) -> str:
         """A text without what is known of the patient that this is about."""
-        if self.patient is None:
+        patient, words = self.patient, self.words
+        if patient is None:
             return text
-        if self._words is None:
+        if words is None:
             try:
-                self._words = self.patient()
+                words = self.words = patient()
             except (DicomnodeError, sqlite3.Error, OSError, KeyError):
                 return "*** (not shown: the patient cannot be read now)"
-        return redacted(text, self._words)
+        return redacted(text, words)
 
 
 _NOTHING = Scope()
-# Those that have a patient. A thread that user code starts has none of its own.
+# All that something runs in. A thread that user code starts has none of its own.
 _active: set[Scope] = set()
 _scope: ContextVar[Scope] = ContextVar("dicomnode_scope", default=_NOTHING)
 
@@ -95,14 +95,6 @@ def about(
 def current() -> Scope:
     """What runs in this thread is about."""
     return _scope.get()
-
-
-def hide_patient(patient: Callable[[], frozenset[str]]) -> None:
-    """From now on, until the innermost `about` ends, do not show this patient."""
-    scope = current()
-    if scope is not _NOTHING:
-        scope.patient, scope._words = patient, None
-        _active.add(scope)
 
 
 class Annotating(logging.Filter):

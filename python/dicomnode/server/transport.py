@@ -39,6 +39,7 @@ from dicomnode.errors import InvalidDicom
 from dicomnode.lib.dicom import Received, Receiver
 from dicomnode.server.agreements import Negotiation, Request, Requests
 from dicomnode.server.limits import Limits
+from dicomnode.server.logs import Scope
 from dicomnode.server.waiting import Line, MonotonicTimer, Wake, wait_readable
 
 # How long a thread waits at most before it looks at its timers again.
@@ -376,8 +377,7 @@ class _Provider(DULServiceProvider):
             while isinstance(found, Received):
                 self._began = None
                 # Its sender is not idle, also where it never pauses so that this loop would end.
-                self._idle_timer.restart()
-                self._whole = time.monotonic()
+                self._whole = self._idle_timer._start_time = time.monotonic()
                 response = self._service.store(self._association, found)
                 # Its memory is that of the next one.
                 found = None
@@ -638,6 +638,8 @@ class NodeAssociation(Association):
         """What serves it is of itself."""
         self.dul = self.provider
         self.acse, self.dimse = Negotiation(self), _Messages(self)
+        #: What its thread logs is about it, and about the patient of the image that it stores.
+        self.scope = Scope()
 
     @property
     def arriving(self) -> int:
@@ -679,7 +681,8 @@ class NodeAssociation(Association):
     def run_reactor(self) -> None:
         """All of an association that only sends images: pynetdicom's thread for the connection is this one."""
         self._started_dul = True
-        self.provider.run_reactor()
+        with Scope(self.number) as self.scope:
+            self.provider.run_reactor()
 
     def attend(self) -> None:
         """Do what pynetdicom has a second thread for, until there is one for a message that is no image."""

@@ -32,7 +32,6 @@ class MonotonicTimer(Timer):
     def start(self) -> None:
         self._start_time, self._end_time = time.monotonic(), None
 
-    # Asked for with each image.
     restart = start
 
     def stop(self) -> None:
