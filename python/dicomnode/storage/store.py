@@ -271,6 +271,7 @@ class Storage:
         on_added: Callable[[int], None],
     ) -> int:
         uid = instance.sop_instance_uid
+        rows: list[InstanceRow] = []
         with turn.lock:
             # The same image may be arriving over another association.
             while uid in (arriving := self._arriving.get(identifier, {})):
@@ -288,7 +289,6 @@ class Storage:
                 self.disk.check_room(sum(map(len, instance.chunks)))
             case = known or self._open_case(identifier)
             self._arriving.setdefault(identifier, {})[uid] = False
-        rows: list[InstanceRow] = []
         try:
             # While it is on its way, the case is neither claimed nor set aside.
             rows = self._put_instance(case, lacking, instance, instance.arrived)
