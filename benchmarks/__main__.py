@@ -11,6 +11,7 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks import (
+    associations,
     cine,
     compressed,
     eager,
@@ -73,6 +74,7 @@ class Bench:
             "cine": self._cine,
             "receive": self._receive,
             "receive_small": self._receive_small,
+            "associations": self._associations,
             "eager": self._eager,
             "send": self._sending,
             "start": lambda: [start.answer(self._sizes.kept, self._sizes.receive_repeats)],
@@ -146,6 +148,13 @@ class Bench:
     def _receive_small(self) -> list[Table]:
         images = self._series("CT", self._sizes.small_images, 64, 64)
         return self._send(images, "images of 64 x 64")
+
+    def _associations(self) -> list[Table]:
+        count, repeats = self._sizes.small_images, self._sizes.receive_repeats
+        # Those that keep images in another way negotiate in the same one.
+        apart = ('"process"', "in memory", "our socket settings", "+B", "made to flush")
+        found = [one for one in receive.receivers() if not any(word in one.name for word in apart)]
+        return [associations.answer(found, contexts, count, repeats) for contexts in (1, 120)]
 
     def _sending(self) -> list[Table]:
         sizes = self._sizes

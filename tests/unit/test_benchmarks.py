@@ -6,6 +6,7 @@ from pathlib import Path
 import pydicom
 import pytest
 from benchmarks import (
+    associations,
     cine,
     eager,
     floor,
@@ -132,6 +133,13 @@ def test_images_that_arrived_are_counted(folder: Path) -> None:
     assert table is not None
     assert {row.name: row.wrong for row in table.rows if row.wrong} == {}
     assert [len(row.seconds) for row in table.rows] == [1, 1]
+
+
+@pytest.mark.parametrize("contexts", [1, 120])
+def test_associations_without_an_image_end_as_they_should(contexts: int) -> None:
+    ours, *_ = receive.receivers()
+    table = associations.answer([ours], contexts, 5, 1)
+    assert [(row.wrong, len(row.seconds)) for row in table.rows] == [("", 1)]
 
 
 @pytest.mark.skipif(receive.program("dcmsend") is None, reason="dcmtk is missing")
