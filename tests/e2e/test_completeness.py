@@ -101,8 +101,7 @@ def wait_for_ends(node: AbstractPipeline, left: int) -> None:
     assert server is not None and runner is not None
 
     def is_over() -> bool:
-        is_busy = server._working.others(threading.current_thread())
-        is_ended = len(server._visits) <= left and not is_busy
+        is_ended = len(server._visits) <= left and not server._working._busy
         return is_ended and not runner._completeness.is_pending()
 
     end = time.monotonic() + 20

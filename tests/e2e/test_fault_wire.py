@@ -26,6 +26,7 @@ from dicomnode.server.agreements import Requests
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.limits import Limits
 from dicomnode.server.node import AbstractPipeline
+from dicomnode.server.transport import _Socket
 from dicomnode.testing import State, running_node, wait_for_cases
 
 HASTY = {"idle_seconds": 1.5, "stall_seconds": 1.0}
@@ -680,6 +681,21 @@ def test_nothing_of_one_negotiation_is_in_the_answer_to_another() -> None:
     with node_of() as node:
         found = [roles(wire.request(contexts=contexts, more=more)) for more in (role, b"") * 3]
     assert found == [1, 0] * 3
+
+
+def test_a_place_is_free_as_soon_as_a_release_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = _Socket.send
+
+    def slow(self: _Socket, data: bytes) -> None:
+        real(self, data)
+        if data[0] == wire.RELEASED:
+            time.sleep(0.05)
+
+    monkeypatch.setattr(_Socket, "send", slow)
+    with node_of(limits=Limits(associations=1)) as node:
+        for _ in range(4):
+            with Raw(node).open() as peer:
+                peer.release()
 
 
 def test_associations_share_nothing_that_one_of_them_changes() -> None:

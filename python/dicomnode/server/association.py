@@ -41,7 +41,7 @@ from dicomnode.lib.redaction import patient_words
 from dicomnode.server.commitment import Asking, Committing
 from dicomnode.server.limits import Limits
 from dicomnode.server.listener import Network, NodeEntity, Server, is_within
-from dicomnode.server.logs import Scope, about
+from dicomnode.server.logs import Scope, about, hide_patient
 from dicomnode.server.meters import Meters
 from dicomnode.server.routing import Rule, route
 from dicomnode.server.transport import Keeping, NodeAssociation
@@ -133,51 +133,39 @@ class _Visit:
 
 
 class _Working:
-    """The threads that store an image or end an association."""
+    """The threads that store an image or end an association, and how deep they are in it."""
 
     def __init__(self) -> None:
         # Each thread changes only what is of itself, so that none waits for another for each image.
-        #: The associations whose thread stores an image.
-        self.storing: set[threading.Thread] = set()
-        # Of all others how deep they are in it.
-        self._busy: dict[threading.Thread, int] = {}
+        self._busy: dict[int | None, int] = {}
         self._idle = threading.Condition(threading.Lock())
-        #: Somebody waits, who wants to be told when one of them is done.
-        self.is_awaited = False
+        self._is_awaited = False
 
     def __enter__(self) -> None:
-        thread = threading.current_thread()
+        thread = threading.get_ident()
         self._busy[thread] = self._busy.get(thread, 0) + 1
 
     def __exit__(self, *error: object) -> None:
-        thread = threading.current_thread()
+        thread = threading.get_ident()
         depth = self._busy[thread] - 1
         if depth:
             self._busy[thread] = depth
             return
         del self._busy[thread]
         # Whoever waits has said so before it looks.
-        if self.is_awaited:
-            self.tell()
+        if self._is_awaited:
+            with self._idle:
+                self._idle.notify_all()
 
-    def tell(self) -> None:
-        """One is done."""
-        with self._idle:
-            self._idle.notify_all()
-
-    def others(self, thread: threading.Thread) -> bool:
-        """Whether there is one but this."""
-        return any(one is not thread for one in (*self.storing, *self._busy))
-
-    def __contains__(self, thread: threading.Thread) -> bool:
-        return thread in self.storing or thread in self._busy
+    def __contains__(self, thread: int | None) -> bool:
+        return thread in self._busy
 
     def wait(self, seconds: float) -> None:
         """Until there is none but this one."""
-        own = threading.current_thread()
+        own = threading.get_ident()
         with self._idle:
-            self.is_awaited = True
-            self._idle.wait_for(lambda: not self.others(own), seconds)
+            self._is_awaited = True
+            self._idle.wait_for(lambda: not any(one != own for one in list(self._busy)), seconds)
 
 
 @dataclass(frozen=True)
@@ -304,7 +292,7 @@ class AssociationServer:
 
     def is_busy(self, thread: threading.Thread) -> bool:
         """Whether a thread is storing an image or ending an association, where user code runs."""
-        return thread in self._working
+        return thread.ident in self._working
 
     def is_open_for(self, case_id: int) -> bool:
         """Whether an association that brought images to a case is open."""
@@ -527,42 +515,47 @@ class AssociationServer:
         """Keep an image, and answer."""
         # Without a visit the connection has closed while this image was on its way.
         visit = self._visits.get(association) or _Visit(over=True)
-        working, uid = self._working, received.sop_instance_uid
-        working.storing.add(association)
         try:
-            try:
-                status, comment, identifier, case_id = self._store(association, received, visit)
-            except OutOfResources as error:
-                self._logger.error("%s not stored: %s", uid, error)
-                status, comment, identifier, case_id = _OUT_OF_RESOURCES, "out of resources", "", 0
-            except Exception:
-                # filter() and functions in required_values are the user's: anything can come here.
-                self._logger.exception("%s not stored", uid)
-                status, comment, identifier = _NOT_UNDERSTOOD, "the node failed, see its log", ""
-                case_id = 0
-            self._reception.meters.instances.add(label=f"0x{status:04X}")
-            with visit.lock:
-                if identifier:
-                    visit.stored += 1
-                else:
-                    visit.refused += 1
-                late = visit.over
-            decode = self._reception.decode
-            if identifier and decode is not None:
-                # Which may take a while: this association has brought an image before that.
-                self._decode(decode, identifier, uid)
-            if late and identifier:
-                # The connection closed while this image was being stored.
-                self._interrupt([case_id])
-                self._reception.on_end([identifier])
+            with self._working, Scope(association.number):
+                status, comment = self._answered(association, received, visit)
         finally:
-            association.scope.patient = None
-            working.storing.discard(association)
-            if working.is_awaited:
-                working.tell()
             # A log may keep an error, with all that it has seen.
             received.close()
         return received.response(status, comment[:64])
+
+    def _answered(
+        self,
+        association: NodeAssociation,
+        received: Received,
+        visit: _Visit,
+    ) -> tuple[int, str]:
+        uid = received.sop_instance_uid
+        try:
+            status, comment, identifier, case_id = self._store(association, received, visit)
+        except OutOfResources as error:
+            self._logger.error("%s not stored: %s", uid, error)
+            status, comment, identifier, case_id = _OUT_OF_RESOURCES, "out of resources", "", 0
+        except Exception:
+            # filter() and functions in required_values are the user's: anything can come here.
+            self._logger.exception("%s not stored", uid)
+            status, comment, identifier = _NOT_UNDERSTOOD, "the node failed, see its log", ""
+            case_id = 0
+        self._reception.meters.instances.add(label=f"0x{status:04X}")
+        with visit.lock:
+            if identifier:
+                visit.stored += 1
+            else:
+                visit.refused += 1
+            late = visit.over
+        decode = self._reception.decode
+        if identifier and decode is not None:
+            # Which may take a while: this association has brought an image before that.
+            self._decode(decode, identifier, uid)
+        if late and identifier:
+            # The connection closed while this image was being stored.
+            self._interrupt([case_id])
+            self._reception.on_end([identifier])
+        return status, comment
 
     def _decode(self, decode: Callable[[str, str], None], identifier: str, uid: str) -> None:
         try:
@@ -612,8 +605,7 @@ class AssociationServer:
         except InvalidDicom as error:
             self._logger.error("%s cannot be understood: %s", uid, error)
             return self._refuse(uid, _NOT_UNDERSTOOD, "dataset cannot be understood")
-        scope = association.scope
-        scope.words, scope.patient = None, partial(patient_words, header)
+        hide_patient(partial(patient_words, header))
         identifier, name = ordinary or (None, "")
         if identifier is None:
             for tag, wanted, said in (

@@ -43,14 +43,15 @@ class Scope:
 
     association: int | None = None
     case: int | None = None
-    #: Tells what may not be in a log, when it is asked the first time; whoever changes it first forgets the words.
+    #: Tells what may not be in a log, when it is asked the first time.
     patient: Callable[[], frozenset[str]] | None = None
-    words: frozenset[str] | None = None
+    _words: frozenset[str] | None = None
     _token: "Token[Scope] | None" = None
 
     def __enter__(self) -> "Scope":
         self._token = _scope.set(self)
-        _active.add(self)
+        if self.patient is not None:
+            _active.add(self)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -60,19 +61,18 @@ class Scope:
 
     def hide(self, text: str) -> str:
         """A text without what is known of the patient that this is about."""
-        patient, words = self.patient, self.words
-        if patient is None:
+        if self.patient is None:
             return text
-        if words is None:
+        if self._words is None:
             try:
-                words = self.words = patient()
+                self._words = self.patient()
             except (DicomnodeError, sqlite3.Error, OSError, KeyError):
                 return "*** (not shown: the patient cannot be read now)"
-        return redacted(text, words)
+        return redacted(text, self._words)
 
 
 _NOTHING = Scope()
-# All that something runs in. A thread that user code starts has none of its own.
+# Those that have a patient. A thread that user code starts has none of its own.
 _active: set[Scope] = set()
 _scope: ContextVar[Scope] = ContextVar("dicomnode_scope", default=_NOTHING)
 
@@ -95,6 +95,14 @@ def about(
 def current() -> Scope:
     """What runs in this thread is about."""
     return _scope.get()
+
+
+def hide_patient(patient: Callable[[], frozenset[str]]) -> None:
+    """From now on, until the innermost `about` ends, do not show this patient."""
+    scope = current()
+    if scope is not _NOTHING:
+        scope.patient, scope._words = patient, None
+        _active.add(scope)
 
 
 class Annotating(logging.Filter):

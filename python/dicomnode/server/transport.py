@@ -39,7 +39,6 @@ from dicomnode.errors import InvalidDicom
 from dicomnode.lib.dicom import Received, Receiver
 from dicomnode.server.agreements import Negotiation, Request, Requests
 from dicomnode.server.limits import Limits
-from dicomnode.server.logs import Scope
 from dicomnode.server.waiting import Line, MonotonicTimer, Wake, wait_readable
 
 # How long a thread waits at most before it looks at its timers again.
@@ -555,8 +554,12 @@ class _Provider(DULServiceProvider):
         connection, association = self.socket, self._association
         if self._has_other_work or not association.has_served or connection is None:
             return False
-        connection.send(_RELEASE_RESPONSE)
+        if evt.EVT_PDU_RECV in association._handlers:
+            # Somebody reads pynetdicom's own log, which tells of each PDU.
+            return False
+        # Before the peer knows: it may ask for the next association at once.
         association.leave()
+        connection.send(_RELEASE_RESPONSE)
         self.state_machine.current_state = _CLOSING
         connection.close()
         return True
@@ -638,8 +641,6 @@ class NodeAssociation(Association):
         """What serves it is of itself."""
         self.dul = self.provider
         self.acse, self.dimse = Negotiation(self), _Messages(self)
-        #: What its thread logs is about it, and about the patient of the image that it stores.
-        self.scope = Scope()
 
     @property
     def arriving(self) -> int:
@@ -681,8 +682,7 @@ class NodeAssociation(Association):
     def run_reactor(self) -> None:
         """All of an association that only sends images: pynetdicom's thread for the connection is this one."""
         self._started_dul = True
-        with Scope(self.number) as self.scope:
-            self.provider.run_reactor()
+        self.provider.run_reactor()
 
     def attend(self) -> None:
         """Do what pynetdicom has a second thread for, until there is one for a message that is no image."""
@@ -741,7 +741,7 @@ class NodeAssociation(Association):
         return self._servant is None and not self.dimse.msg_queue.queue
 
     def leave(self) -> None:
-        """The peer has its answer to a request for a release."""
+        """The peer has its answer to a request for a release, or is about to get it."""
         self.is_released = True
         self._kill, self.is_established = True, False
         evt.trigger(self, evt.EVT_RELEASED, {})
