@@ -552,7 +552,7 @@ class _Provider(DULServiceProvider):
         As the state machine does in some rounds more; False where that has to do it.
         """
         connection, association = self.socket, self._association
-        if self._has_other_work or not association.has_served or connection is None:
+        if self._has_other_work or not association.has_images_only or connection is None:
             return False
         if evt.EVT_PDU_RECV in association._handlers:
             # Somebody reads pynetdicom's own log, which tells of each PDU.
@@ -736,8 +736,8 @@ class NodeAssociation(Association):
             evt.trigger(self, evt.EVT_ABORTED, {})
 
     @property
-    def has_served(self) -> bool:
-        """Whether nothing but images came, or nothing is left of what else came."""
+    def has_images_only(self) -> bool:
+        """Whether nothing but images came."""
         return self._servant is None and not self.dimse.msg_queue.queue
 
     def leave(self) -> None:
