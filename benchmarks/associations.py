@@ -6,6 +6,7 @@ them. The first ones, in which a receiver gets warm, do not count.
 """
 
 import socket
+import statistics
 import struct
 import time
 from collections.abc import Sequence
@@ -73,7 +74,7 @@ def answer(receivers: Sequence[Receiver], contexts: int, count: int, repeats: in
             rows.append(Row(name, wrong=wrong[name]))
             continue
         seconds, cpu = zip(*results[name], strict=True)
-        rate, cost = count / sorted(seconds)[len(seconds) // 2], 1000 * min(cpu) / count
+        rate, cost = count / statistics.median(seconds), 1000 * statistics.median(cpu) / count
         rows.append(Row(name, seconds, extra=(f"{rate:.0f}", f"{cost:.2f}")))
     title = f"{count} associations without an image, one after the other, with {contexts} presentation context"
     title += "s" * (contexts > 1)
@@ -84,8 +85,7 @@ def _run(receiver: Receiver, asked: bytes, count: int) -> tuple[float, float]:
     """Seconds, and those of the receiver's processor."""
     target = scratch() / "received"
     target.mkdir(parents=True)
-    process, port = receiver.start(target)
-    try:
+    with receiver.running(target) as (process, port):
         for _ in range(_FIRST):
             _associate(port, asked)
         cpu, begin = cpu_seconds(process.pid), time.perf_counter()
@@ -94,13 +94,4 @@ def _run(receiver: Receiver, asked: bytes, count: int) -> tuple[float, float]:
         seconds = time.perf_counter() - begin
         # What a receiver does after its answer is its work, too.
         time.sleep(0.2)
-        used = cpu_seconds(process.pid) - cpu
-    finally:
-        if process.stdin is not None:
-            process.stdin.close()
-        else:
-            process.terminate()
-        process.wait(30)
-        if process.stdout is not None:
-            process.stdout.close()
-    return seconds, used
+        return seconds, cpu_seconds(process.pid) - cpu

@@ -19,7 +19,8 @@ import tempfile
 import time
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -56,6 +57,21 @@ class Receiver(ABC):
     @abstractmethod
     def start(self, folder: Path) -> tuple["subprocess.Popen[str]", int]:
         """The process and its port."""
+
+    @contextmanager
+    def running(self, folder: Path) -> Iterator[tuple["subprocess.Popen[str]", int]]:
+        """The process and its port, which ends with this."""
+        process, port = self.start(folder)
+        try:
+            yield process, port
+        finally:
+            if process.stdin is not None:
+                process.stdin.close()
+            else:
+                process.terminate()
+            process.wait(30)
+            if process.stdout is not None:
+                process.stdout.close()
 
     @abstractmethod
     def count(self, process: "subprocess.Popen[str]", folder: Path) -> int:
@@ -311,21 +327,14 @@ def _run(
     """Seconds, CPU seconds and memory growth of the receiver, and how many images arrived."""
     target = place / "received"
     target.mkdir(parents=True)
-    process, port = receiver.start(target)
     try:
-        cpu, memory = cpu_seconds(process.pid), memory_mb("VmRSS", process.pid)
-        seconds = senders.send(port, paths_of(folder), place)
-        used = cpu_seconds(process.pid) - cpu
-        peak = memory_mb("VmHWM", process.pid) - memory
-        count = receiver.count(process, target)
+        with receiver.running(target) as (process, port):
+            cpu, memory = cpu_seconds(process.pid), memory_mb("VmRSS", process.pid)
+            seconds = senders.send(port, paths_of(folder), place)
+            used = cpu_seconds(process.pid) - cpu
+            peak = memory_mb("VmHWM", process.pid) - memory
+            count = receiver.count(process, target)
     finally:
-        if process.stdin is not None:
-            process.stdin.close()
-        else:
-            process.terminate()
-        process.wait(30)
-        if process.stdout is not None:
-            process.stdout.close()
         forget(place)
     return seconds, used, peak, count
 

@@ -60,8 +60,7 @@ def _run(name: str, folder: Path, options: Sequence[str]) -> tuple[float, float,
     target = place / "received"
     target.mkdir()
     receiver = Storescp("storescp", *options, no_delay=True)
-    process, port = receiver.start(target)
-    try:
+    with receiver.running(target) as (process, port):
         kind = name.partition(",")[0]
         if kind in ("dicomnode", "pynetdicom"):
             done = subprocess.run(
@@ -76,9 +75,6 @@ def _run(name: str, folder: Path, options: Sequence[str]) -> tuple[float, float,
         else:
             seconds, cpu = _dcmtk(kind, port, folder, place)
         count = receiver.count(process, target)
-    finally:
-        process.terminate()
-        process.wait(30)
     return seconds, cpu, count
 
 
