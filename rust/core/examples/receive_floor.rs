@@ -120,11 +120,12 @@ fn serve(mut peer: TcpStream, root: &Path, number: usize, flush: bool, log: &Log
     };
     let numbers = contexts.iter().map(|one| one.0).collect();
     let mut receiver = Receiver::new(numbers, limits, kind);
-    let incoming = Incoming {
+    let mut incoming = Incoming {
         folder: root.join("incoming"),
         least_free: 0,
         title: "FLOOR".to_owned(),
         syntaxes: contexts,
+        spare: None,
     };
     let (mut growing, mut written, mut count) = (None, 0, 0_u32);
     loop {

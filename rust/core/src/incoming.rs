@@ -30,15 +30,25 @@ pub struct Incoming {
     pub title: String,
     /// The transfer syntax of each presentation context.
     pub syntaxes: Vec<(u8, String)>,
+    /// A file for the next image; see [`Incoming::prepare`].
+    pub spare: Option<OwnedFd>,
 }
 
 impl Incoming {
+    /// Open a file for the next image while nothing else is to be done: without a name, so that nothing is left of it
+    /// whatever comes. Where that fails, [`Incoming::begin`] tells.
+    pub fn prepare(&mut self) {
+        if self.spare.is_none() {
+            self.spare = self.open_unnamed().ok();
+        }
+    }
+
     /// A file that holds what comes before the dataset; None for an image without a UID, which nobody
     /// will keep.
     ///
     /// # Errors
     /// Where it cannot be opened or written; `NOSPC` where too little is free.
-    pub fn begin(&self, store: &Store) -> Result<Option<Growing>, Errno> {
+    pub fn begin(&mut self, store: &Store) -> Result<Option<Growing>, Errno> {
         let (Some(class), Some(uid)) = (
             uid_of(&store.sop_class_uid),
             uid_of(&store.sop_instance_uid),
@@ -90,14 +100,21 @@ impl Incoming {
         Ok(count)
     }
 
-    fn open(&self) -> Result<(OwnedFd, Option<Name>), Errno> {
-        let (flags, mode) = (OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR);
-        match openat(CWD, &self.folder, flags | OFlags::TMPFILE, mode) {
+    fn open(&mut self) -> Result<(OwnedFd, Option<Name>), Errno> {
+        if let Some(file) = self.spare.take() {
+            return Ok((file, None));
+        }
+        match self.open_unnamed() {
             Ok(file) => Ok((file, None)),
             // A file system that has no such files.
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT | Errno::INVAL) => self.open_named(),
             Err(error) => Err(error),
         }
+    }
+
+    fn open_unnamed(&self) -> Result<OwnedFd, Errno> {
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::TMPFILE;
+        openat(CWD, &self.folder, flags, Mode::RUSR | Mode::WUSR)
     }
 
     fn open_named(&self) -> Result<(OwnedFd, Option<Name>), Errno> {
@@ -189,37 +206,49 @@ pub fn link(
     name: &str,
     flush: bool,
 ) -> io::Result<bool> {
+    if !flush {
+        return give_name(opened, size, CWD, &folder.join(name));
+    }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let place = openat(CWD, folder, flags, Mode::empty())?;
-    if flush {
-        // A flush for each name that is taken would be one for each image of that name.
-        if statat(&place, name, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
-            return Ok(false);
-        }
-        fsync(opened)?;
+    // A flush for each name that is taken would be one for each image of that name.
+    if statat(&place, name, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
+        return Ok(false);
     }
+    fsync(opened)?;
+    if !give_name(opened, size, place.as_fd(), Path::new(name))? {
+        return Ok(false);
+    }
+    if let Err(error) = fsync(&place) {
+        let _ = unlinkat(&place, name, AtFlags::empty());
+        return Err(error.into());
+    }
+    Ok(true)
+}
+
+fn give_name(
+    opened: BorrowedFd<'_>,
+    size: u64,
+    place: BorrowedFd<'_>,
+    path: &Path,
+) -> io::Result<bool> {
     let found = fstat(opened)?.st_size;
     if u64::try_from(found) != Ok(size) {
         let trouble = format!("{found} of {size} bytes are in the file");
         return Err(io::Error::other(trouble));
     }
-    match linkat(opened, "", &place, name, AtFlags::EMPTY_PATH).or_else(|error| match error {
+    match linkat(opened, "", place, path, AtFlags::EMPTY_PATH).or_else(|error| match error {
         // Before Linux 6.10 that was for the superuser.
         Errno::NOENT | Errno::PERM => {
             let file = format!("/proc/self/fd/{}", opened.as_raw_fd());
-            linkat(&place, file, &place, name, AtFlags::SYMLINK_FOLLOW)
+            linkat(CWD, file, place, path, AtFlags::SYMLINK_FOLLOW)
         }
         other => Err(other),
     }) {
-        Ok(()) => {}
-        Err(Errno::EXIST) => return Ok(false),
-        Err(error) => return Err(error.into()),
+        Ok(()) => Ok(true),
+        Err(Errno::EXIST) => Ok(false),
+        Err(error) => Err(error.into()),
     }
-    if flush && let Err(error) = fsync(&place) {
-        let _ = unlinkat(&place, name, AtFlags::empty());
-        return Err(error.into());
-    }
-    Ok(true)
 }
 
 #[cfg(test)]
@@ -257,7 +286,39 @@ mod tests {
             least_free: 0,
             title: "SENDER".to_owned(),
             syntaxes: vec![(3, "1.2.840.10008.1.2.1".to_owned())],
+            spare: None,
         }
+    }
+
+    fn store() -> Store {
+        Store {
+            context: 3,
+            sop_class_uid: b"1.2.840.10008.5.1.4.1.1.2".to_vec(),
+            sop_instance_uid: b"1.2.3".to_vec(),
+            ..Store::default()
+        }
+    }
+
+    #[test]
+    fn a_file_that_was_prepared_is_for_one_image_and_leaves_nothing() {
+        let folder = Folder::new();
+        let mut wanted = incoming(&folder);
+        wanted.prepare();
+        let prepared = wanted.spare.as_ref().unwrap().as_raw_fd();
+        wanted.prepare();
+        let first = wanted.begin(&store()).unwrap().unwrap();
+        assert_eq!(first.as_fd().as_raw_fd(), prepared);
+        assert!(wanted.spare.is_none() && !first.has_name());
+        let second = wanted.begin(&store()).unwrap().unwrap();
+        assert_ne!(second.as_fd().as_raw_fd(), prepared);
+        wanted.prepare();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        drop((wanted, second));
+        assert!(link(first.as_fd(), 0, folder.path(), "first", true).unwrap());
+        fs::remove_dir_all(folder.path()).unwrap();
+        let mut wanted = incoming(&folder);
+        wanted.prepare();
+        assert_eq!(wanted.begin(&store()).map(|_| ()), Err(Errno::NOENT));
     }
 
     #[test]
@@ -293,12 +354,7 @@ mod tests {
     fn without_a_uid_or_room_there_is_no_file() {
         let folder = Folder::new();
         let mut wanted = incoming(&folder);
-        let mut store = Store {
-            context: 3,
-            sop_class_uid: b"1.2.840.10008.5.1.4.1.1.2".to_vec(),
-            sop_instance_uid: b"1.2.3".to_vec(),
-            ..Store::default()
-        };
+        let mut store = store();
         assert!(wanted.begin(&store).unwrap().is_some());
         wanted.least_free = u64::MAX;
         assert_eq!(
@@ -315,13 +371,8 @@ mod tests {
     #[test]
     fn parts_end_where_large_pages_do_and_the_last_one_anywhere() {
         let folder = Folder::new();
-        let wanted = incoming(&folder);
-        let store = Store {
-            context: 3,
-            sop_class_uid: b"1.2.840.10008.5.1.4.1.1.2".to_vec(),
-            sop_instance_uid: b"1.2.3".to_vec(),
-            ..Store::default()
-        };
+        let mut wanted = incoming(&folder);
+        let store = store();
         let bytes: Vec<u8> = (0..300_000_u32).map(|one| one.to_le_bytes()[0]).collect();
         let mut growing = wanted.begin(&store).unwrap().unwrap();
         let head = growing.head.clone();

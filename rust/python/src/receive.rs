@@ -71,7 +71,12 @@ struct Kept {
 impl Kept {
     /// Write what has come and is not written yet, whole parts of it where it is not the last; after a
     /// failure nothing is kept. Whether anything was to be written.
-    fn write(&mut self, incoming: Option<&Incoming>, store: &core::Store, is_last: bool) -> bool {
+    fn write(
+        &mut self,
+        incoming: Option<&mut Incoming>,
+        store: &core::Store,
+        is_last: bool,
+    ) -> bool {
         let Some(incoming) = incoming else {
             return false;
         };
@@ -149,6 +154,7 @@ impl Receiver {
             least_free,
             title: title.to_owned(),
             syntaxes: contexts,
+            spare: None,
         });
         Ok(Receiver {
             state: Mutex::new(State {
@@ -219,6 +225,9 @@ impl Receiver {
     fn close(&self) {
         let mut state = self.lock();
         state.socket = None;
+        if let Some(incoming) = &mut state.incoming {
+            incoming.spare = None;
+        }
         state.kept = Kept::default();
         self.is_arriving.store(false, Ordering::Relaxed);
         self.is_large.store(false, Ordering::Relaxed);
@@ -257,7 +266,7 @@ impl Receiver {
             };
             guard.unsent = rest_of(socket.as_fd(), answer.unwrap_or_default());
             let outcome = if guard.unsent.is_empty() {
-                self.read(&mut guard, socket.as_fd(), wake, end)
+                self.read(&mut guard, socket.as_fd(), wake, end, answer.is_some())
             } else {
                 Ok(Outcome::Nothing)
             };
@@ -327,6 +336,7 @@ impl Receiver {
         socket: BorrowedFd<'_>,
         wake: BorrowedFd<'_>,
         end: Instant,
+        has_answered: bool,
     ) -> Result<Outcome> {
         let before = self.total.load(Ordering::Relaxed);
         self.begin(state);
@@ -353,6 +363,10 @@ impl Receiver {
                         Errno::AGAIN => {
                             // A sender with Nagle's algorithm waits for our acknowledgement.
                             let _ = set_tcp_quickack(socket, true);
+                            if has_answered && let Some(incoming) = &mut state.incoming {
+                                // Another image is likely, and comes sooner to a file that is there.
+                                incoming.prepare();
+                            }
                             if !wait(socket, wake, end)? {
                                 return Ok(Outcome::Nothing);
                             }
@@ -372,7 +386,6 @@ impl Receiver {
             kept,
             ..
         } = state;
-        let incoming = incoming.as_ref();
         loop {
             let step = parser.step()?;
             let held = parser.arriving().map_or(0, |one| one.dataset.len());
@@ -384,7 +397,7 @@ impl Receiver {
                 core::Step::Hungry => {
                     if let Some(store) = parser.arriving()
                         && held > 0
-                        && kept.write(incoming, store, false)
+                        && kept.write(incoming.as_mut(), store, false)
                         && self.kind == Kind::Blake3
                     {
                         parser.digest_along();
@@ -394,7 +407,7 @@ impl Receiver {
                 core::Step::Pass(pdu) => return Ok(Some(Outcome::Pass(pdu))),
                 core::Step::Full => {
                     if let Some(store) = parser.arriving() {
-                        kept.write(incoming, store, true);
+                        kept.write(incoming.as_mut(), store, true);
                     }
                     kept.is_large = true;
                     self.is_large.store(true, Ordering::Relaxed);
@@ -402,7 +415,7 @@ impl Receiver {
                     kept.written = 0;
                 }
                 core::Step::Store(mut store) => {
-                    kept.write(incoming, &store, true);
+                    kept.write(incoming.as_mut(), &store, true);
                     if kept.is_large {
                         self.is_large.store(false, Ordering::Relaxed);
                         store.dataset = Bytes::default();
