@@ -23,10 +23,10 @@ from tests.e2e import wire
 from tests.e2e.wire import Raw, pdu, serves, unharmed, value
 
 from dicomnode.server.agreements import Requests
+from dicomnode.server.connection import Connection
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.limits import Limits
 from dicomnode.server.node import AbstractPipeline
-from dicomnode.server.transport import _Socket
 from dicomnode.testing import State, running_node, wait_for_cases
 
 HASTY = {"idle_seconds": 1.5, "stall_seconds": 1.0}
@@ -684,14 +684,14 @@ def test_nothing_of_one_negotiation_is_in_the_answer_to_another() -> None:
 
 
 def test_a_place_is_free_as_soon_as_a_release_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = _Socket.send
+    real = Connection.send
 
-    def slow(self: _Socket, data: bytes) -> None:
+    def slow(self: Connection, data: bytes) -> None:
         real(self, data)
         if data[0] == wire.RELEASED:
             time.sleep(0.05)
 
-    monkeypatch.setattr(_Socket, "send", slow)
+    monkeypatch.setattr(Connection, "send", slow)
     with node_of(limits=Limits(associations=1)) as node:
         for _ in range(4):
             with Raw(node).open() as peer:

@@ -33,24 +33,17 @@ from pynetdicom.dul import DULServiceProvider
 from pynetdicom.fsm import InvalidEventError, StateMachine
 from pynetdicom.pdu import A_ABORT_RQ, A_ASSOCIATE_AC
 from pynetdicom.pdu_primitives import A_ASSOCIATE
-from pynetdicom.transport import AssociationSocket
 
 from dicomnode.errors import InvalidDicom
 from dicomnode.lib.dicom import Received, Receiver
 from dicomnode.server.agreements import Negotiation, Request, Requests
+from dicomnode.server.connection import CLOSING, LOOK_SECONDS, Connection
 from dicomnode.server.limits import Limits
 from dicomnode.server.waiting import Line, MonotonicTimer, Wake, wait_readable
 
-# How long a thread waits at most before it looks at its timers again.
-_LOOK_SECONDS = 0.5
-# A request for an association with 128 contexts of 50 transfer syntaxes has some 400 KiB.
-_MOST_NEGOTIATION = 1 << 20
 # Messages that are no C-STORE and wait to be served; more are not read.
 _MOST_WAITING = 4
-# So many times 64 KiB are read of a peer that has got our A-ABORT and goes on.
-_MOST_READ_OFF = 64
 _ESTABLISHED = "Sta6"
-_CLOSING = "Sta13"
 _IDLE = "Sta1"
 _AWAITING = "Sta2"
 _ASKED = "Sta3"
@@ -95,107 +88,6 @@ class Keeping:
     #: Where their files begin, and how many bytes have to be free there now; None to keep them in memory.
     folder: Path | None = None
     least_free: Callable[[], int] = lambda: 0
-
-
-class _Socket(AssociationSocket):
-    """The socket of an association that we accept."""
-
-    def __init__(self, association: "NodeAssociation", client: socket.socket) -> None:
-        self._provider = association.provider
-        #: The first bytes of a PDU.
-        self.head = b""
-        super().__init__(association, client_socket=client)
-
-    @property
-    def ready(self) -> bool:
-        """Whether there is something to read, after waiting for it."""
-        client, provider = self.socket, self._provider
-        if not self.event_queue.empty():
-            # What came before is dealt with first.
-            return False
-        if client is None or not self._is_connected:
-            # Nothing will come of this; whoever waits looks at the timers.
-            provider.pause()
-            return False
-        if provider.is_served_slowly:
-            # Also where the peer never pauses, so that more of a message is always here.
-            provider.pause()
-            return False
-        if provider.is_reading:
-            return True
-        if isinstance(client, ssl.SSLSocket) and client.pending():
-            return True
-        closing = provider.state_machine.current_state == _CLOSING
-        if closing and provider.is_aborting:
-            _read_off(client)
-            return False
-        try:
-            found = wait_readable(client, provider.wake, 0.0 if closing else _LOOK_SECONDS)
-        except (OSError, ValueError):
-            self.event_queue.put("Evt17")
-            return False
-        return found
-
-    def recv(self, nr_bytes: int) -> bytearray:
-        """So many bytes, or fewer where the connection was closed. For negotiation only.
-
-        Raises InvalidDicom where there are more than a negotiation has, OSError where not all come within
-        the time.
-        """
-        client = self.socket
-        if nr_bytes > _MOST_NEGOTIATION:
-            raise InvalidDicom(f"a PDU of {nr_bytes} bytes before there is an association")
-        if client is None:
-            raise OSError("closed")
-        whole = bytearray(nr_bytes)
-        view, count = memoryview(whole), 0
-        end = time.monotonic() + self._provider.limits.stall_seconds
-        while count < nr_bytes:
-            left = end - time.monotonic()
-            if left <= 0:
-                raise TimeoutError("the PDU takes too long")
-            client.settimeout(left)
-            read = client.recv_into(view[count:])
-            if not read:
-                break
-            count += read
-        del view, whole[count:]
-        self.head = self.head or bytes(whole)
-        return whole
-
-    def send(self, bytestream: bytes) -> None:
-        """All bytes, within the time; where that fails the connection counts as closed."""
-        client = self.socket
-        try:
-            if client is None:
-                raise OSError("closed")
-            seconds = self._provider.limits.stall_seconds
-            if client.gettimeout() != seconds:
-                client.settimeout(seconds)
-            client.sendall(bytestream)
-        except OSError:
-            self.event_queue.put("Evt17")
-
-    def _shutdown_socket(self) -> None:
-        """pynetdicom leaves a socket open that cannot be shut down, since its peer has reset it."""
-        client = self.socket
-        if client is not None:
-            with contextlib.suppress(OSError):
-                client.shutdown(socket.SHUT_RDWR)
-            with contextlib.suppress(OSError):
-                client.close()
-
-
-def _read_off(client: socket.socket) -> None:
-    """Let a peer have our A-ABORT: a connection that is closed with bytes unread is reset instead."""
-    end = time.monotonic() + _LOOK_SECONDS
-    with contextlib.suppress(OSError):
-        if not isinstance(client, ssl.SSLSocket):
-            client.shutdown(socket.SHUT_WR)
-        for _ in range(_MOST_READ_OFF):
-            client.settimeout(max(0.001, end - time.monotonic()))
-            if not client.recv(1 << 16):
-                return
 
 
 def _no_request(head: bytes) -> str:
@@ -403,7 +295,7 @@ class _Provider(DULServiceProvider):
 
     def _negotiate(self) -> None:
         """Read what is no part of an established association, and tell once what is no request for one."""
-        assert isinstance(self.socket, _Socket)
+        assert isinstance(self.socket, Connection)
         self.socket.head = b""
         is_first = self.state_machine.current_state == _AWAITING
         try:
@@ -491,7 +383,7 @@ class _Provider(DULServiceProvider):
         """What comes next, after the answer to what came before."""
         client = None if self.socket is None else self.socket.socket
         if not isinstance(client, ssl.SSLSocket):
-            found = receiver.receive(self.wake.number, _LOOK_SECONDS, response)
+            found = receiver.receive(self.wake.number, LOOK_SECONDS, response)
             if found is None:
                 self.wake.clear()
                 if rest := receiver.unsent():
@@ -504,10 +396,10 @@ class _Provider(DULServiceProvider):
                 return None
         found = receiver.offer(b"")
         if found is not None or not (
-            client.pending() or wait_readable(client, self.wake, _LOOK_SECONDS)
+            client.pending() or wait_readable(client, self.wake, LOOK_SECONDS)
         ):
             return found
-        client.settimeout(_LOOK_SECONDS)
+        client.settimeout(LOOK_SECONDS)
         try:
             data = client.recv(65536)
         except (TimeoutError, ssl.SSLWantReadError):
@@ -560,7 +452,7 @@ class _Provider(DULServiceProvider):
         # Before the peer knows: it may ask for the next association at once.
         association.leave()
         connection.send(_RELEASE_RESPONSE)
-        self.state_machine.current_state = _CLOSING
+        self.state_machine.current_state = CLOSING
         connection.close()
         return True
 
@@ -572,7 +464,7 @@ class _Messages(DIMSEServiceProvider):
         if block:
             return self._response()
         try:
-            return self.msg_queue.get(timeout=_LOOK_SECONDS)
+            return self.msg_queue.get(timeout=LOOK_SECONDS)
         except queue.Empty:
             return None, None
 
@@ -663,7 +555,7 @@ class NodeAssociation(Association):
 
     def use(self, client: socket.socket) -> None:
         """This is the connection."""
-        self.set_socket(_Socket(self, client))
+        self.set_socket(Connection(self, self.provider, client))
 
     def keep_no_more(self, number: int) -> None:
         """Read an image too large for memory to its end, and keep nothing of it; `number` is of an error."""
