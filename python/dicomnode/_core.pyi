@@ -148,15 +148,15 @@ class Receiver:
         """Keep no more of a dataset that is too large for memory; the request then tells `errno`."""
 
     def close(self) -> None:
-        """Close the duplicate of the socket, and the file that is being written."""
+        """Close the duplicate of the socket, and the files of what is being written and of what may come next."""
 
     def receive(
         self, wake: int, seconds: float, answer: bytes | None = None
     ) -> Received | bytes | None:
         """Send the answer to the image that has arrived, and read from the socket until something is whole.
 
-        Without an answer it only reads. Where the socket does not take all of it, nothing is read, and `unsent`
-        tells the rest. A request gives `Received`, any other PDU its bytes, a closed connection empty bytes. None
+        Without an answer it only reads. With one, and a folder, the file of the next image may be opened already.
+        Where the socket does not take all of it, nothing is read, and `unsent` tells the rest. A request gives `Received`, any other PDU its bytes, a closed connection empty bytes. None
         after `seconds` or 32 MiB, or as soon as `wake` can be read.
 
         Raises InvalidDicom for what breaks the protocol or a limit, and OSError.

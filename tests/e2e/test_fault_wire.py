@@ -4,6 +4,7 @@ Each test ends with a node that serves others, and that holds no thread, descrip
 peer; nothing is printed about it but lines of the log.
 """
 
+import contextlib
 import logging
 import random
 import socket
@@ -173,15 +174,15 @@ def test_n5_an_image_without_end_is_aborted_and_nothing_is_left_of_it(
             assert not list((tmp_path / ".dicomnode" / "incoming").iterdir())
 
 
-def _open_files(folder: Path) -> list[str]:
-    """Files without a name that this process has open below a folder."""
-    links = []
+def _open_files(folder: Path) -> list[int]:
+    """Files without a name that this process has open below a folder, and how large they are."""
+    found = {}
     for link in Path("/proc/self/fd").iterdir():
-        try:
-            links.append(str(link.readlink()))
-        except FileNotFoundError:
-            continue
-    return [one for one in links if one.startswith(f"{folder}/") and one.endswith("(deleted)")]
+        with contextlib.suppress(FileNotFoundError):
+            name = str(link.readlink())
+            if name.startswith(f"{folder}/") and name.endswith("(deleted)"):
+                found[link.name] = link.stat().st_size
+    return list(found.values())
 
 
 def test_n5_a_command_without_end_is_aborted() -> None:
@@ -833,7 +834,7 @@ def test_n17_half_an_image_is_never_kept_and_the_whole_ones_are(
             peer.send(sent[: -12 - (len(half[1]) % 16000 or 16000)])
             # Large ones go to the disk while they arrive.
             if size == 2048:
-                assert node.wait(lambda: bool(_open_files(tmp_path)), 10)
+                assert node.wait(lambda: any(_open_files(tmp_path)), 10)
             ENDS[end](peer)
             if end == "release":
                 peer.until_the_end()

@@ -404,6 +404,41 @@ def test_a_socket_is_read_until_it_is_woken_or_closed() -> None:
     os.close(wake)
 
 
+def test_the_file_of_the_next_image_is_open_once_an_answer_is_sent(tmp_path: Path) -> None:
+    def opened() -> list[int]:
+        found = []
+        for one in Path("/proc/self/fd").iterdir():
+            # That of the folder itself is closed by then.
+            with contextlib.suppress(FileNotFoundError):
+                if str(one.readlink()).startswith(f"{tmp_path}/"):
+                    found.append(int(one.name))
+        return found
+
+    ours, theirs = socket.socketpair()
+    wake = os.eventfd(0)
+    with ours, theirs:
+        receiver = Receiver(
+            BOTH, 1 << 20, 1 << 20, 1 << 20, ours.fileno(), folder=tmp_path, title="SENDER"
+        )
+        assert receiver.receive(wake, 0.01) is None and not opened()
+        assert receiver.receive(wake, 0.01, b"answer") is None
+        (spare,) = opened()
+        assert receiver.receive(wake, 0.01, b"answer") is None and opened() == [spare]
+        theirs.sendall(wire.store("1.2.3", DATA) * 2)
+        images = [receiver.receive(wake, 5.0) for _ in range(2)]
+        for number, one in enumerate(images):
+            assert isinstance(one, Received) and one.file is not None
+            assert (one.file[0] == spare) is (number == 0)
+            assert file_of(one).endswith(DATA)
+        for one in images:
+            one.close()  # type: ignore[union-attr]
+        assert not opened()
+        assert receiver.receive(wake, 0.01, b"answer") is None and len(opened()) == 1
+        receiver.close()
+        assert not opened() and not list(tmp_path.iterdir())
+    os.close(wake)
+
+
 def test_memory_of_one_dataset_is_used_again_but_never_seen() -> None:
     receiver = Receiver(BOTH[1:], 1 << 20, 1 << 20, 1 << 20)
     (first,) = everything([wire.store("1.2.3", DATA)], receiver)

@@ -221,21 +221,22 @@ impl Receiver {
         }
     }
 
-    /// Close the duplicate of the socket, and the file that is being written.
-    fn close(&self) {
+    /// Close the duplicate of the socket, and the files of what is being written and of what may come next.
+    fn close(&self, py: Python<'_>) {
         let mut state = self.lock();
         state.socket = None;
-        if let Some(incoming) = &mut state.incoming {
-            incoming.spare = None;
-        }
-        state.kept = Kept::default();
+        let kept = std::mem::take(&mut state.kept);
+        let spare = state.incoming.as_mut().and_then(|one| one.spare.take());
+        drop(state);
+        // The system takes its time to free them.
+        py.detach(|| drop((kept, spare)));
         self.is_arriving.store(false, Ordering::Relaxed);
         self.is_large.store(false, Ordering::Relaxed);
     }
 
     /// Send the answer to the image that has arrived, and read from the socket until something is whole.
     ///
-    /// Without an answer it only reads. Where the socket does not take all of it, nothing is read, and `unsent`
+    /// Without an answer it only reads. With one, and a folder, the file of the next image may be opened already. Where the socket does not take all of it, nothing is read, and `unsent`
     /// tells the rest. A request gives `Received`, any other PDU its bytes, a closed connection empty bytes. None
     /// after `seconds` or 32 MiB, or as soon as `wake` can be read.
     ///
@@ -336,7 +337,7 @@ impl Receiver {
         socket: BorrowedFd<'_>,
         wake: BorrowedFd<'_>,
         end: Instant,
-        has_answered: bool,
+        mut is_to_prepare: bool,
     ) -> Result<Outcome> {
         let before = self.total.load(Ordering::Relaxed);
         self.begin(state);
@@ -363,8 +364,10 @@ impl Receiver {
                         Errno::AGAIN => {
                             // A sender with Nagle's algorithm waits for our acknowledgement.
                             let _ = set_tcp_quickack(socket, true);
-                            if has_answered && let Some(incoming) = &mut state.incoming {
-                                // Another image is likely, and comes sooner to a file that is there.
+                            // Another image is likely, and comes sooner to a file that is there.
+                            if std::mem::take(&mut is_to_prepare)
+                                && let Some(incoming) = &mut state.incoming
+                            {
                                 incoming.prepare();
                             }
                             if !wait(socket, wake, end)? {
