@@ -10,6 +10,7 @@ import ssl
 import time
 from typing import Any, Protocol
 
+from pynetdicom.association import Association
 from pynetdicom.transport import AssociationSocket
 
 from dicomnode.errors import InvalidDicom
@@ -50,7 +51,7 @@ class Provider(Protocol):
 class Connection(AssociationSocket):
     """The socket of an association that we accept."""
 
-    def __init__(self, association: Any, provider: Provider, client: socket.socket) -> None:
+    def __init__(self, association: Association, provider: Provider, client: socket.socket) -> None:
         self._provider = provider
         #: The first bytes of a PDU.
         self.head = b""
