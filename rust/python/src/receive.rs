@@ -236,9 +236,10 @@ impl Receiver {
 
     /// Send the answer to the image that has arrived, and read from the socket until something is whole.
     ///
-    /// Without an answer it only reads. With one, and a folder, the file of the next image may be opened already. Where the socket does not take all of it, nothing is read, and `unsent`
-    /// tells the rest. A request gives `Received`, any other PDU its bytes, a closed connection empty bytes. None
-    /// after `seconds` or 32 MiB, or as soon as `wake` can be read.
+    /// Without an answer it only reads. With one, and a folder, the file of the next image may be opened already.
+    /// Where the socket does not take all of it, nothing is read, and `unsent` tells the rest. A request gives
+    /// `Received`, any other PDU its bytes, a closed connection empty bytes. None after `seconds` or 32 MiB, or as
+    /// soon as `wake` can be read.
     ///
     /// Raises InvalidDicom for what breaks the protocol or a limit, and OSError.
     #[pyo3(signature = (wake, seconds, answer = None))]
