@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 __all__ = [
     "Header",
     "Image",
+    "JournalFile",
     "Received",
     "Receiver",
     "Source",
@@ -31,6 +32,7 @@ __all__ = [
     "scan",
     "scan_images",
     "stack",
+    "sync_filesystem",
 ]
 
 Source: TypeAlias = str | bytes
@@ -87,6 +89,34 @@ def link(descriptor: int, size: int, folder: str, name: str, flush: bool) -> boo
 
     With `flush` the file is durable before it has the name, and the name then, or it is not there. Raises
     OSError, also where it has another size.
+    """
+
+@final
+class JournalFile:
+    """A file that keeps records one behind another; `append` may be called by several threads at a time.
+
+    They go to the open file from `start` on, each begins with `nonce`, of 16 bytes, and none ends behind
+    `size`. With `flush` they survive a power cut. The file is duplicated.
+    """
+
+    def __new__(cls, descriptor: int, nonce: bytes, start: int, size: int, flush: bool) -> Self: ...
+    def append(self, text: str, descriptor: int, size: int) -> bool:
+        """Keep a text, and the first `size` bytes of an open file unless that is 0.
+
+        What comes at the same time is flushed at once. False, and nothing is done, where it does not
+        fit; else `settle` has to be called in the end. Raises OSError.
+        """
+
+    def settle(self) -> None:
+        """What has to happen after a record was kept, and before its file is let go, has happened."""
+
+    def finish(self) -> None:
+        """Let nothing more fit, and wait until all that did has settled or has failed."""
+
+def sync_filesystem(descriptor: int) -> None:
+    """Have the disk keep all that was written to the file system of an open file or folder.
+
+    An error of any of it, since that was opened, shows once. Raises OSError.
     """
 
 def part10_prefix(

@@ -30,6 +30,7 @@ from pydicom.uid import UID
 
 from dicomnode import _core
 from dicomnode._core import Header as Header
+from dicomnode._core import JournalFile as JournalFile
 from dicomnode._core import Received as Received
 from dicomnode._core import Receiver as Receiver
 from dicomnode._core import digest as digest
@@ -38,6 +39,7 @@ from dicomnode._core import is_uid as is_uid
 from dicomnode._core import link as link
 from dicomnode._core import part10_prefix as part10_prefix
 from dicomnode._core import scan as scan
+from dicomnode._core import sync_filesystem as sync_filesystem
 from dicomnode.errors import InvalidDataset, InvalidDicom
 
 logger = logging.getLogger("dicomnode.dicom")

@@ -33,6 +33,8 @@ class Staged:
     size: int
     descriptor: int = -1
     data: bytes = b""
+    #: Whether it survives a power cut by other means than its file.
+    is_kept: bool = False
 
     @property
     def path(self) -> str:
@@ -141,7 +143,8 @@ class FileInstances:
                 try:
                     if folder not in self._made:
                         self._make(folder)
-                    return link(staged.descriptor, staged.size, directory, name, self._flush)
+                    is_flushed = self._flush and not staged.is_kept
+                    return link(staged.descriptor, staged.size, directory, name, is_flushed)
                 except FileNotFoundError:
                     # It was removed, or one above it, since it was empty.
                     self._made.discard(folder)

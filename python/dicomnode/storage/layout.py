@@ -1,6 +1,7 @@
 """Where things lie below the root of a node, and how a file is known to be what it was."""
 
 import itertools
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
@@ -10,6 +11,9 @@ from dicomnode.storage.instances import Buffer, flush_folder, make_folder
 
 #: The node's own folder: ledger, outbox, incoming and damaged files. No identifier has this name.
 OWN = ".dicomnode"
+
+#: What `safe_name` makes, and a number where that is taken.
+OURS = re.compile(r"[A-Za-z0-9_%-][A-Za-z0-9._%~-]*")
 
 #: Bytes of a digest: SHA-256, or BLAKE3 cut to 16 bytes, which takes a fifth of the time. A digest tells
 #: by its length which one it is.

@@ -1,7 +1,7 @@
 """The ledger: which cases there are, and in which state, in one SQLite file.
 
 Every change of state is one transaction, durable when the method returns (WAL, synchronous FULL), but
-for `settle`. The states and who moves a case between them:
+for `settle`, and for `expect`, which relies on the journal. The states and who moves a case between them:
 
     RECEIVING --validated--> READY --claimed--> PROCESSING --results kept--> EXPORTING --all
     acknowledged--> DONE
@@ -101,21 +101,10 @@ _INSERT = (
 )
 _ROW = "(?, ?, ?, ?, ?, ?, ?)"
 # So many rows are one statement.
-_MOST_AT_ONCE = 16
+_MOST_AT_ONCE = 32
+# More are not left to wait.
+_MOST_EXPECTED = 512
 _CASE = "id, identifier, folder, state, sealed, attempts, error, created, changed"
-
-
-@dataclass(eq=False)
-class _Waiting:
-    """Rows of an instance that wait for the next transaction, and what came of them."""
-
-    case_id: int
-    rows: list[InstanceRow]
-    #: Held until that is known, or it is for this one to write.
-    turn: "threading.Lock"
-    is_leading: bool = False
-    is_written: bool = False
-    error: OutOfResources | None = None
 
 
 class Ledger:
@@ -127,41 +116,47 @@ class Ledger:
     def __init__(self, path: Path | None, flush: bool = True) -> None:
         self._path = path
         self._lock = threading.RLock()
-        self._queue: list[_Waiting] = []
-        self._queue_lock = threading.Lock()
-        # Whether somebody writes what is in the queue, or is about to.
-        self._has_leader = False
+        # Rows that the journal has, and the tables not yet.
+        self._expected: list[tuple[object, ...]] = []
+        self._expecting = threading.Lock()
         self._durable = "FULL" if flush else "OFF"
         self._synchronous = ""
-        self._db = sqlite3.connect(
+        self._connection = sqlite3.connect(
             ":memory:" if path is None else path,
             isolation_level=None,
             check_same_thread=False,
             timeout=_BUSY_SECONDS,
         )
         try:
-            self._db.execute("PRAGMA journal_mode = WAL")
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+            tables = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
             if version != _VERSION and tables:
                 raise sqlite3.OperationalError(
                     f"it has version {version}, this dicomnode knows version {_VERSION}"
                 )
             if version != _VERSION:
                 # Not without need: there may be no room for it.
-                self._db.execute(f"PRAGMA user_version = {_VERSION}")
-            self._db.executescript(_TABLES)
-            found = self._db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+                self._connection.execute(f"PRAGMA user_version = {_VERSION}")
+            self._connection.executescript(_TABLES)
+            found = self._connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
             if found != "ok":
                 raise sqlite3.DatabaseError(found)
-            check_values(self._db, _TABLES, {state.value for state in State})
+            check_values(self._connection, _TABLES, {state.value for state in State})
         except UnicodeDecodeError:
             # What SQLite told of it cannot be told.
-            self._db.close()
+            self._connection.close()
             raise sqlite3.DatabaseError("bytes that are no text in its schema") from None
         except BaseException:
-            self._db.close()
+            self._connection.close()
             raise
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        """The tables, with all rows that were expected. Held by `_lock`. Raises OutOfResources."""
+        if self._expected and not self._connection.in_transaction:
+            self.write_expected()
+        return self._connection
 
     def widen_log(self) -> None:
         """Let the log have the size that it comes to anyway, where changes have to survive a power cut.
@@ -176,25 +171,28 @@ class Ledger:
             if log.stat().st_size >= LOG_BYTES:
                 return
             # Others who read it are not waited for.
-            self._db.execute("PRAGMA busy_timeout = 0")
+            self._connection.execute("PRAGMA busy_timeout = 0")
             try:
                 # Flushed only where it is copied to the ledger, and that is in the end.
-                self._db.execute("PRAGMA synchronous = NORMAL")
+                self._connection.execute("PRAGMA synchronous = NORMAL")
                 self._synchronous = "NORMAL"
                 for number in reversed(range(_LOG_PAGES)):
-                    self._db.execute(f"PRAGMA application_id = {number}")
-                self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+                    self._connection.execute(f"PRAGMA application_id = {number}")
+                self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
             except sqlite3.Error:
                 # Without room for it, what it took is given back.
-                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 raise
             finally:
-                self._db.execute(f"PRAGMA busy_timeout = {_BUSY_SECONDS * 1000}")
+                self._connection.execute(f"PRAGMA busy_timeout = {_BUSY_SECONDS * 1000}")
 
     def close(self) -> None:
         """Close the file; further calls fail."""
         with self._lock:
-            self._db.close()
+            # Where that fails, the journal has it yet.
+            with suppress(OutOfResources, sqlite3.Error):
+                self.write_expected()
+            self._connection.close()
 
     @contextmanager
     def transaction(self, durable: bool = True) -> Iterator[sqlite3.Connection]:
@@ -203,32 +201,33 @@ class Ledger:
         Raises OutOfResources where the ledger cannot be written.
         """
         with self._lock:
+            database = self._db
             try:
                 self._flush_commits(durable)
-                self._db.execute("BEGIN IMMEDIATE")
+                database.execute("BEGIN IMMEDIATE")
                 try:
-                    yield self._db
+                    yield database
                 except BaseException:
                     # SQLite may have done so itself.
-                    if self._db.in_transaction:
-                        self._db.execute("ROLLBACK")
+                    if database.in_transaction:
+                        database.execute("ROLLBACK")
                     raise
-                self._db.execute("COMMIT")
+                database.execute("COMMIT")
             except sqlite3.OperationalError as error:
                 raise self._not_written(error) from error
 
     def _flush_commits(self, durable: bool) -> None:
         wanted = self._durable if durable or self._durable == "OFF" else "NORMAL"
         if wanted != self._synchronous:
-            self._db.execute(f"PRAGMA synchronous = {wanted}")
+            self._connection.execute(f"PRAGMA synchronous = {wanted}")
             self._synchronous = wanted
 
     def _not_written(self, error: sqlite3.OperationalError) -> NoRoom:
         with suppress(sqlite3.Error):
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
             # Then the next change finds room in what the log of the ledger has already.
-            self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
         return NoRoom(f"the ledger cannot be written: {error}")
 
     def changes(self) -> int:
@@ -401,6 +400,11 @@ class Ledger:
             ).fetchall()
         return [_case(row) for row in rows]
 
+    def last_case(self) -> int:
+        """The number of the newest case that there ever was."""
+        found = self.rows("SELECT seq FROM sqlite_sequence WHERE name = 'cases'", ())
+        return int(str(found[0][0])) if found else 0
+
     def cases_with_results(self) -> set[int]:
         """The numbers of the cases whose results are kept."""
         with self._lock:
@@ -550,83 +554,55 @@ class Ledger:
 
     # Instances
 
-    def add_instances(self, case_id: int, rows: Iterable[InstanceRow]) -> None:
-        """Record instances as stored. Their files have to be durable before. Not within `transaction`.
+    def expect(self, case_id: int, rows: Iterable[InstanceRow]) -> None:
+        """Record instances as stored, which the journal has: many at once, before the ledger is used next.
 
-        What several threads record at the same time is one transaction: the first to come writes
-        for all that wait by then, and then the first of those that came meanwhile. Raises OutOfResources where
-        that was not written.
+        Raises OutOfResources where many are waiting and cannot be written.
         """
-        # Each has a lock of its own: with one for all they would wake each other one after the other.
-        mine = _Waiting(case_id, list(rows), threading.Lock())
-        mine.turn.acquire()
-        with self._queue_lock:
-            self._queue.append(mine)
-            mine.is_leading = not self._has_leader
-            self._has_leader = True
-        batch: list[_Waiting] = []
-        try:
-            if not mine.is_leading:
-                mine.turn.acquire()
-            if mine.is_leading:
-                with self._lock:
-                    with self._queue_lock:
-                        batch, self._queue = self._queue, batch
-                    self._write(batch)
-        finally:
-            if mine.is_leading or not mine.is_written:
-                self._hand_over(mine, batch)
-        if mine.error is not None:
-            raise mine.error
-        if not mine.is_written:
-            raise OutOfResources("the ledger was not written")
+        with self._expecting:
+            self._expected += [(case_id, *row) for row in rows]
+            is_much = len(self._expected) >= _MOST_EXPECTED
+        if is_much:
+            self.write_expected()
 
-    def _hand_over(self, mine: _Waiting, batch: list[_Waiting]) -> None:
-        """Whoever is done, or was broken off, does not wait any more; those of its batch and the next one go on."""
-        with self._queue_lock:
-            if mine in self._queue:
-                self._queue.remove(mine)
-            if mine.is_leading:
-                mine.is_leading = self._has_leader = False
-                for one in self._queue:
-                    one.is_leading = self._has_leader = True
-                    one.turn.release()
-                    break
-        for one in batch:
-            if one is not mine:
-                one.turn.release()
-
-    def _write(self, batch: list[_Waiting]) -> None:
-        rows: list[tuple[object, ...]] = []
-        try:
-            for one in batch:
-                for row in one.rows:
-                    rows.append((one.case_id, *row))  # noqa: PERF401  (no call for each batch)
-            if len(rows) > _MOST_AT_ONCE:
-                with self.transaction():
-                    for start in range(0, len(rows), _MOST_AT_ONCE):
-                        self._insert(rows[start : start + _MOST_AT_ONCE])
-            elif rows:
-                # A single statement is a transaction by itself, and costs less than one with a begin and an end.
-                try:
-                    if self._synchronous != self._durable:
-                        self._flush_commits(durable=True)
-                    self._insert(rows)
-                except sqlite3.OperationalError as error:
+    def write_expected(self) -> None:
+        """Write what was expected. It need not be flushed, since the journal has it. Raises OutOfResources."""
+        with self._lock:
+            if self._connection.in_transaction:
+                return
+            # They are expected until they are written.
+            rows = self._expected[:]
+            if not rows:
+                return
+            try:
+                self._flush_commits(durable=False)
+                self._connection.execute("BEGIN IMMEDIATE")
+                self._insert(rows)
+                self._connection.execute("COMMIT")
+            except BaseException as error:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                if isinstance(error, sqlite3.OperationalError):
                     raise self._not_written(error) from error
-        except OutOfResources as error:
-            for one in batch:
-                one.error = error
-        else:
-            for one in batch:
-                one.is_written = True
+                raise
+            with self._expecting:
+                del self._expected[: len(rows)]
+
+    def add_instances(self, case_id: int, rows: Iterable[InstanceRow]) -> None:
+        """Record instances as stored, durably. Their files have to be durable before.
+
+        Raises OutOfResources where that was not written.
+        """
+        with self.transaction():
+            self._insert([(case_id, *row) for row in rows])
 
     def _insert(self, rows: Sequence[tuple[object, ...]]) -> None:
-        """As one statement: more would wait for the interpreter after each."""
-        # Of one set of values, since this does not ask for the last row.
-        self._db.executemany(
-            _INSERT + ", ".join([_ROW] * len(rows)), [tuple(chain.from_iterable(rows))]
-        )
+        """Many in a statement: one for each would wait for the interpreter after each."""
+        for start in range(0, len(rows), _MOST_AT_ONCE):
+            some = rows[start : start + _MOST_AT_ONCE]
+            self._connection.execute(
+                _INSERT + ", ".join([_ROW] * len(some)), tuple(chain.from_iterable(some))
+            )
 
     def instances(self, case_id: int) -> list[InstanceRow]:
         """The instances of a case, damaged ones too."""

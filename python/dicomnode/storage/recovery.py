@@ -6,7 +6,6 @@ the ledger does not know is adopted, one that is not what it was is set aside an
 
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -17,6 +16,7 @@ from dicomnode.errors import InvalidDicom, OutOfResources
 from dicomnode.lib.dicom import identifier_of, safe_name, scan
 from dicomnode.storage.instances import Instances, flush_file, flush_folder
 from dicomnode.storage.layout import (
+    OURS,
     OWN,
     OWNER,
     SHA256,
@@ -29,8 +29,6 @@ from dicomnode.storage.ledger import OVER, Case, InstanceRow, Ledger, State
 from dicomnode.storage.rebuild import Rebuild
 
 _ATTEMPTS = 3
-# What `safe_name` makes, and a number where that is taken.
-_OURS = re.compile(r"[A-Za-z0-9_%-][A-Za-z0-9._%~-]*")
 # In these states a case may have senders that never got their last answers.
 _INTERRUPTED = (State.RECEIVING, State.READY, State.PROCESSING, State.EXPORTING)
 
@@ -258,7 +256,7 @@ class Recovery:
             return kind(place)
         except OSError as error:
             folder, *_ = (*place.relative_to(self._root).parts, "")
-            if folder and _OURS.fullmatch(folder) is None:
+            if folder and OURS.fullmatch(folder) is None:
                 # Such as `lost+found`.
                 return set()
             self._logger.error("the folder %r cannot be read: %s", place.name, error.strerror)

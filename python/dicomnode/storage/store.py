@@ -9,6 +9,7 @@ On disk, below the root:
     <identifier>/<input>/Image_<modality>_<instance number>.dcm    what arrived
     .dicomnode/ledger.sqlite                                       cases and states
     .dicomnode/outbox/<case>/                                      results on their way
+    .dicomnode/journal-1, -2                                       what is not in the ledger yet, or not flushed
     .dicomnode/incoming/                                           not yet complete files
     .dicomnode/work/                                               working directories of cases
     .dicomnode/reserve                                             room for a start on a full disk
@@ -45,6 +46,7 @@ from dicomnode.storage.instances import (
     Staged,
     flush_folder,
 )
+from dicomnode.storage.journal import JOURNAL_BYTES, Journal
 from dicomnode.storage.layout import (
     BLAKE3,
     OWN,
@@ -64,7 +66,7 @@ from dicomnode.storage.turns import Turn, Turns
 from dicomnode.storage.waits import Waits
 
 _DONE_KEPT = 1000
-# The ledger's log takes its room at once where the disk has so many times that.
+# The ledger's log and the journal take their room at once where the disk has so many times that.
 _MANY = 100
 
 #: What an answer 0x0000 promises: the image survives a power cut, or a killed process only.
@@ -155,6 +157,7 @@ class Storage:
             self._instances = MemoryInstances(memory_limit)
         else:
             self._instances = FileInstances(root, root / OWN / "incoming", self._is_flushed)
+        self._journal: Journal | None = None
         self.ledger: Ledger
         self.outbox: Outbox
         self.commitments: Commitments
@@ -199,6 +202,10 @@ class Storage:
             self.outbox = Outbox(self.ledger)
             self.commitments = Commitments(self.ledger)
             self.waits = Waits(self.ledger)
+            self._journal = Journal(
+                path, self.ledger, self._instances, self._logger, self._is_flushed
+            )
+            self._journal.restore()
             recovery = Recovery(
                 path,
                 self.ledger,
@@ -217,20 +224,27 @@ class Storage:
             self.disk.keep_reserve()
             if self.disk.has_room(_MANY * LOG_BYTES):
                 self.ledger.widen_log()
+            if self.disk.has_room(_MANY * JOURNAL_BYTES):
+                self._journal.open()
             if self._is_flushed:
                 flush_folder(path / OWN)
         except BaseException:
-            self.ledger.close()
+            self._close()
             raise
 
     def close(self) -> None:
         """Let the root go."""
-        self.ledger.close()
+        self._close()
         self._open_cases.clear()
         if isinstance(self._instances, MemoryInstances):
             self._instances.close()
         if self._taken is not None:
             self._taken.let_go()
+
+    def _close(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+        self.ledger.close()
 
     # Receiving
 
@@ -308,17 +322,25 @@ class Storage:
     def _put_instance(
         self, case: OpenCase, names: Iterable[str], instance: Instance, staged: Staged | None
     ) -> list[InstanceRow]:
-        """Make an instance durable in these inputs: its files, their folders, then the rows."""
+        """Make an instance durable in these inputs: its files, their folders, then the rows.
+
+        The journal stands for the rows, and in the case of a small one for the rest as well.
+        """
         if staged is None:
             with self._instances.staging(instance.chunks) as made:
                 return self._put_instance(case, names, instance, made)
         rows: list[InstanceRow] = []
+        journal = self._journal
+        staged.is_kept = journal is not None and journal.takes(staged.size)
         try:
             for name in names:
                 file = self._place(case, name, staged, instance.name)
                 digest = instance.digest_of(self.digest_size)
                 rows.append(InstanceRow(name, instance.sop_instance_uid, file, staged.size, digest))
-            self.ledger.add_instances(case.id, rows)
+            if journal is None:
+                self.ledger.expect(case.id, rows)
+            elif not journal.add(case, rows, staged):
+                self.ledger.add_instances(case.id, rows)
         except OutOfResources:
             for row in rows:
                 self._instances.remove(input_folder(case.folder, row.input), [row.file])

@@ -20,6 +20,7 @@
 //! | [`hashing`] | digests of several images at once |
 //! | [`names`] | what an ordinary image is called |
 //! | [`receive`] | the bytes of an association to whole C-STORE requests |
+//! | [`journal`] | small images that are flushed together |
 //! | [`source`] | a file or bytes in memory |
 //! | [`error`] | the one error type |
 
@@ -34,6 +35,7 @@ mod functional;
 pub mod hashing;
 pub mod image;
 pub mod incoming;
+pub mod journal;
 pub mod meta;
 pub mod names;
 pub mod pixels;

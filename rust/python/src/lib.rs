@@ -10,6 +10,7 @@ mod digest;
 mod errors;
 mod header;
 mod image;
+mod journal;
 mod memory;
 mod receive;
 
@@ -26,6 +27,8 @@ mod _core {
     use crate::header::{Header, is_dicom, is_uid, scan};
     #[pymodule_export]
     use crate::image::{Image, load, scan_images, stack};
+    #[pymodule_export]
+    use crate::journal::{JournalFile, sync_filesystem};
     #[pymodule_export]
     use crate::receive::{Received, Receiver, link, part10_prefix};
 

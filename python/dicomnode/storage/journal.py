@@ -1,0 +1,396 @@
+"""The journal: what images were answered for, until ledger and disk have it.
+
+Solves that an image waits for its row in the ledger, and a small one, where it has to survive a power cut, for three
+flushes of the disk: of its file, of its name and of its row. Instead a record goes to the end of a file that is there already,
+with the row and, of a small image, all bytes; it is flushed once for all that arrive at the same time. The rows are
+written to the ledger later, many at once, and the small files have their names but nobody waits until the disk has them. A
+start after a crash makes up for what is missing. There are two such files: while records go to one, ledger and disk are
+brought up to the other.
+"""
+
+import json
+import logging
+import os
+import re
+import secrets
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from dicomnode.errors import OutOfResources, UnknownCase
+from dicomnode.lib.dicom import JournalFile, digest, sync_filesystem
+from dicomnode.storage.instances import Instances, Staged, out_of_resources
+from dicomnode.storage.layout import BLAKE3, OURS, OWN, input_folder
+from dicomnode.storage.ledger import OVER, InstanceRow, Ledger
+from dicomnode.storage.recovery import OpenCase
+
+#: An image of more bytes is flushed by itself: to write it twice would take longer.
+MOST_BYTES = 64 << 10
+_FILE_BYTES = 4 << 20
+#: What the journal takes of the disk.
+JOURNAL_BYTES = 2 * _FILE_BYTES
+# Each record begins at a multiple of it, so that one behind a damaged one is found.
+_BLOCK = 512
+# How a file begins: what it is, a number that nobody can guess, the ledger that it belongs to, which of the files is
+# newer, and whether the disk has failed to keep what it tells of; then a digest.
+_HEAD = struct.Struct("<16s16s16sQ?")
+_MAGIC = b"dicomnode jrnl 1"
+# How a record begins, see `record` in the core: that number, a digest of all that follows, bytes of the text and of the image.
+_RECORD = struct.Struct("<16s16sII")
+_CHECKED = 32
+
+
+class _Head(NamedTuple):
+    """How a file of the journal begins."""
+
+    magic: bytes
+    nonce: bytes
+    seed: bytes
+    generation: int
+    is_distrusted: bool
+
+
+class _Record(NamedTuple):
+    """What is kept of an image: case, folder, rows, and its bytes, or none."""
+
+    case_id: int
+    folder: str
+    rows: list[InstanceRow]
+    data: bytes
+
+
+class _File:
+    """One file of the journal. All of it raises OSError."""
+
+    def __init__(self, path: Path, is_flushed: bool) -> None:
+        self._path = path
+        self._is_flushed = is_flushed
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        #: None where it tells of nothing.
+        self.head: _Head | None = None
+        #: Where records go to.
+        self.records: JournalFile
+
+    def widen(self) -> None:
+        """Give it its size: to flush what makes a file longer takes twice the time."""
+        if os.fstat(self._descriptor).st_size < _FILE_BYTES:
+            self._write(bytes(_FILE_BYTES))
+
+    def start(self, head: _Head) -> None:
+        """Records go to it from now on."""
+        self._write(_sealed(_HEAD.pack(*head)))
+        self.records = JournalFile(
+            self._descriptor, head.nonce, _BLOCK, _FILE_BYTES, self._is_flushed
+        )
+        self.head = head
+
+    def clear(self) -> None:
+        """It tells of nothing that the ledger and the disk have not."""
+        self._write(bytes(_BLOCK))
+        self.head = None
+
+    def distrust(self) -> None:
+        """Have the next start write all images anew that this has."""
+        if self.head is not None:
+            self._write(_sealed(_HEAD.pack(*self.head._replace(is_distrusted=True))))
+
+    def _write(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            left = left[os.pwrite(self._descriptor, left, len(data) - len(left)) :]
+        if self._is_flushed:
+            os.fsync(self._descriptor)
+
+    def read(self) -> Iterator[_Record]:
+        """What it tells of, oldest first."""
+        data = self._path.read_bytes()
+        head = data[: _HEAD.size]
+        self.head = None
+        if len(head) < _HEAD.size or data[:_BLOCK] != _sealed(head):
+            return
+        self.head = _Head(*_HEAD.unpack(head))
+        if self.head.magic != _MAGIC:
+            self.head = None
+            return
+        at = _BLOCK
+        while (at := data.find(self.head.nonce, at)) >= 0:
+            record, size = _record_at(data, at)
+            if record is None or at % _BLOCK:
+                at += 1
+            else:
+                yield record
+                at += size
+
+    def close(self) -> None:
+        """It is not used any more."""
+        with suppress(OSError):
+            os.close(self._descriptor)
+
+
+def _record_at(data: bytes, at: int) -> tuple[_Record | None, int]:
+    """The record that begins there, and its bytes; None where it is damaged or was never whole."""
+    if at + _RECORD.size > len(data):
+        return None, 0
+    _, check, texts, images = _RECORD.unpack_from(data, at)
+    start = at + _RECORD.size
+    end = start + texts + images
+    if end > len(data) or digest(data[at + _CHECKED : end], BLAKE3) != check:
+        return None, 0
+    case_id, folder, rows = json.loads(data[start : start + texts])
+    found = [
+        InstanceRow(name, uid, file, size, bytes.fromhex(known))
+        for name, uid, file, size, known in rows
+    ]
+    return _Record(case_id, folder, found, data[start + texts : end]), end - at
+
+
+def _sealed(head: bytes) -> bytes:
+    """A first block, with its digest."""
+    return (head + digest(head, BLAKE3)).ljust(_BLOCK, b"\0")
+
+
+class Journal:
+    """The journal of a root that is taken: `restore`, then `open`. Safe to use from any thread.
+
+    With `is_flushed` what was added survives a power cut, without a killed process only.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        ledger: Ledger,
+        instances: Instances,
+        logger: logging.Logger,
+        is_flushed: bool,
+    ) -> None:
+        self._root = root
+        self._ledger = ledger
+        self._instances = instances
+        self._logger = logger
+        self._is_flushed = is_flushed
+        self._paths = [root / OWN / f"journal-{number}" for number in (1, 2)]
+        ((seed,),) = ledger.rows("SELECT seed FROM identity", ())
+        self._seed = bytes(seed)  # type: ignore[call-overload]
+        self._is_open = False
+        # The first is the one that records go to.
+        self._files: list[_File] = []
+        self._turning = threading.Lock()
+        self._cleaning: threading.Thread | None = None
+        # Open as long as the journal is, so that an error of the disk is told here.
+        self._folder = -1
+
+    # At a start
+
+    def restore(self) -> None:
+        """Make up for what a crash has left undone. Raises OutOfResources."""
+        try:
+            self._folder = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            if any(path.exists() for path in self._paths):
+                self._files = [_File(path, self._is_flushed) for path in self._paths]
+                self._restore()
+        except OSError as error:
+            raise out_of_resources(error) from error
+
+    def _restore(self) -> None:
+        found = [(file, list(file.read())) for file in self._files]
+        heads = {file: file.head for file, _ in found if file.head is not None}
+        if not heads:
+            return
+        rows: dict[int, dict[tuple[str, str], InstanceRow]] = {}
+        written = 0
+        for file, records in sorted(
+            found, key=lambda one: heads[one[0]].generation if one[0] in heads else 0
+        ):
+            for record in records:
+                is_known = heads[file].seed == self._seed
+                if is_known and self._is_over(record.case_id):
+                    continue
+                if is_known:
+                    mine = rows.setdefault(record.case_id, {})
+                    mine.update({(row.input, row.uid): row for row in record.rows})
+                written += self._write(record, heads[file].is_distrusted)
+        added = 0
+        for case_id, mine in rows.items():
+            added += self._add_missing(case_id, mine)
+        sync_filesystem(self._folder)
+        for file in heads:
+            file.clear()
+        if written or added:
+            self._logger.warning(
+                "the node had ended before all was in its place: %d images and %d rows are from the journal",
+                written,
+                added,
+            )
+
+    def _is_over(self, case_id: int) -> bool:
+        """Whether the files of a case were deleted because it is over; it may be forgotten since."""
+        try:
+            return self._ledger.case(case_id).state in OVER
+        except UnknownCase:
+            return case_id <= self._ledger.last_case()
+
+    def _write(self, record: _Record, anew: bool) -> int:
+        """Write the files of an image that are not there, or all of them `anew`; how many."""
+        count = 0
+        for row in record.rows if record.data else ():
+            folder = input_folder(record.folder, row.input)
+            if not all(OURS.fullmatch(part) for part in (*folder.split("/"), row.file)):
+                continue
+            if not anew and self._has(f"{folder}/{row.file}", record.data):
+                continue
+            self._instances.remove(folder, [row.file])
+            with self._instances.staging([record.data]) as staged:
+                self._instances.place(staged, folder, row.file)
+            count += 1
+        return count
+
+    def _has(self, place: str, data: bytes) -> bool:
+        try:
+            return (self._root / place).read_bytes() == data
+        except OSError:
+            return False
+
+    def _add_missing(self, case_id: int, rows: dict[tuple[str, str], InstanceRow]) -> int:
+        """Add the rows that a case has not, or has of a damaged image; how many."""
+        try:
+            self._ledger.case(case_id)
+        except UnknownCase:
+            # Its files are found without it.
+            return 0
+        for known in self._ledger.instances(case_id):
+            if not known.damaged:
+                rows.pop((known.input, known.uid), None)
+        if rows:
+            self._ledger.add_instances(case_id, rows.values())
+        return len(rows)
+
+    def open(self) -> None:
+        """Take records from now on, where the system allows it."""
+        # Before Linux 5.8 syncfs() does not tell of errors.
+        if self._is_flushed and _linux_version() < (5, 8):
+            return
+        try:
+            if not self._files:
+                self._files = [_File(path, self._is_flushed) for path in self._paths]
+            for file in self._files:
+                file.widen()
+            head = _Head(_MAGIC, secrets.token_bytes(16), self._seed, 1, False)
+            self._files[0].start(head)
+            self._is_open = True
+        except OSError as error:
+            self._logger.error("there is no journal: %s", error.strerror)
+
+    # While images arrive
+
+    def takes(self, size: int) -> bool:
+        """Whether an image of so many bytes is kept here, so that its own file need not be flushed."""
+        return self._is_open and self._is_flushed and size <= MOST_BYTES
+
+    def add(self, case: OpenCase, rows: list[InstanceRow], staged: Staged) -> bool:
+        """Keep rows of an image, and the image where that `is_kept`, and have the ledger expect them.
+
+        Its files have to have their names, and to be durable where it is not kept here. False, and nothing is done, where
+        the journal takes no records. Raises OutOfResources.
+        """
+        plain = [(one.input, one.uid, one.file, one.size, one.digest.hex()) for one in rows]
+        text = json.dumps((case.id, case.folder, plain))
+        size = staged.size if staged.is_kept else 0
+        try:
+            while self._is_open:
+                file = self._files[0]
+                if file.records.append(text, staged.descriptor, size):
+                    try:
+                        self._ledger.expect(case.id, rows)
+                    finally:
+                        file.records.settle()
+                    return True
+                self._turn(file)
+        except OSError as error:
+            self._give_up(error)
+            raise out_of_resources(error) from error
+        if staged.is_kept:
+            raise OutOfResources("the journal was given up")
+        return False
+
+    def _turn(self, full: _File) -> None:
+        """Go on with the other file, and bring ledger and disk up to this one. Raises OSError, OutOfResources."""
+        with self._turning:
+            if self._files[0] is not full or not self._is_open:
+                # Another thread has.
+                return
+            if self._cleaning is not None:
+                self._cleaning.join()
+            other = self._files[1]
+            if other.head is not None:
+                # There was no room then.
+                self._clean(other)
+            full.records.finish()
+            assert full.head is not None
+            other.start(
+                full.head._replace(
+                    nonce=secrets.token_bytes(16), generation=full.head.generation + 1
+                )
+            )
+            self._files = [other, full]
+            self._cleaning = threading.Thread(
+                target=self._clean_later, args=(full,), name="journal", daemon=True
+            )
+            self._cleaning.start()
+
+    def _clean_later(self, file: _File) -> None:
+        try:
+            self._clean(file)
+        except OutOfResources as error:
+            # It is tried again when the other one is full.
+            self._logger.error("%s", error)
+        except OSError as error:
+            self._give_up(error)
+
+    def _clean(self, file: _File) -> None:
+        """Bring ledger and disk up to a file of records that have settled. Raises OSError, OutOfResources."""
+        self._ledger.write_expected()
+        if self._is_flushed:
+            try:
+                sync_filesystem(self._folder)
+            except OSError:
+                # What was not kept is told once, and nobody knows what it was.
+                for one in self._files:
+                    with suppress(OSError):
+                        one.distrust()
+                raise
+        file.clear()
+
+    def _give_up(self, error: OSError) -> None:
+        """Take no more; what is here waits for the next start."""
+        if self._is_open:
+            self._is_open = False
+            self._logger.error(
+                "the journal cannot be used any more, images are kept without it: %s",
+                error.strerror or error,
+            )
+
+    def close(self) -> None:
+        """Bring ledger and disk up to it."""
+        if self._cleaning is not None:
+            self._cleaning.join()
+        if self._is_open:
+            with suppress(OutOfResources, OSError):
+                for file in self._files:
+                    if file.head is not None:
+                        file.records.finish()
+                        self._clean(file)
+            self._is_open = False
+        for file in self._files:
+            file.close()
+        self._files = []
+        if self._folder >= 0:
+            os.close(self._folder)
+            self._folder = -1
+
+
+def _linux_version() -> tuple[int, int]:
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return (0, 0) if found is None else (int(found[1]), int(found[2]))

@@ -1,0 +1,306 @@
+//! One file of the journal: what images were answered for.
+//!
+//! The problem: a disk takes as long to flush ten small files as ten times one, and as long as one to flush ten records in
+//! one file. [`JournalFile`] puts what several threads bring at the same time behind one another, and one of them writes and
+//! flushes for all. [`JournalFile::record`] tells what a record is.
+
+use std::collections::TryReserveError;
+use std::io;
+use std::mem;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::fdatasync;
+use rustix::io::{Errno, pread, pwrite};
+
+use crate::digest::Kind;
+
+/// Each record begins at a multiple of it, so that one behind a damaged one is found.
+pub const BLOCK: usize = 512;
+/// Bytes that tell the records of this file from whatever was in it before.
+pub const NONCE: usize = 16;
+/// Bytes of a digest.
+const CHECK: usize = 16;
+
+/// An open file, from one place on.
+pub struct JournalFile {
+    file: OwnedFd,
+    nonce: [u8; NONCE],
+    size: u64,
+    is_flushed: bool,
+    state: Mutex<State>,
+    turned: Condvar,
+}
+
+struct State {
+    /// Where the next record goes that nobody writes yet.
+    end: u64,
+    /// Records that nobody writes yet.
+    waiting: Vec<u8>,
+    /// How many there were in all, how many of these are kept, and how many settled.
+    count: u64,
+    kept: u64,
+    settled: u64,
+    is_writing: bool,
+    is_finished: bool,
+    failed: Option<Errno>,
+}
+
+impl JournalFile {
+    /// Records go to `file` from `start` on, as long as they end before `size`. Unless it `is_flushed` they survive a killed
+    /// process, not a power cut.
+    #[must_use]
+    pub fn new(file: OwnedFd, nonce: [u8; NONCE], start: u64, size: u64, is_flushed: bool) -> Self {
+        JournalFile {
+            file,
+            nonce,
+            size,
+            is_flushed,
+            state: Mutex::new(State {
+                end: start,
+                waiting: Vec::new(),
+                count: 0,
+                kept: 0,
+                settled: 0,
+                is_writing: false,
+                is_finished: false,
+                failed: None,
+            }),
+            turned: Condvar::new(),
+        }
+    }
+
+    /// Keep a record; false, and nothing is done, where it does not fit. Whoever does has to call `settle` in the end.
+    ///
+    /// # Errors
+    /// Where that fails, and from then on.
+    pub fn append(&self, record: &[u8]) -> io::Result<bool> {
+        let mut state = self.lock();
+        if let Some(error) = state.failed {
+            return Err(error.into());
+        }
+        let end = state.end + (state.waiting.len() + record.len()) as u64;
+        if state.is_finished || end > self.size {
+            return Ok(false);
+        }
+        state.waiting.extend_from_slice(record);
+        state.count += 1;
+        let mine = state.count;
+        loop {
+            if state.kept >= mine {
+                return Ok(true);
+            }
+            if let Some(error) = state.failed {
+                return Err(error.into());
+            }
+            state = if state.is_writing {
+                self.turned
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner)
+            } else {
+                self.write(state)
+            };
+        }
+    }
+
+    /// What has to happen after a record was kept, and before its file is let go, has happened.
+    pub fn settle(&self) {
+        let mut state = self.lock();
+        state.settled += 1;
+        if state.is_finished {
+            self.turned.notify_all();
+        }
+    }
+
+    /// Let nothing more fit, and wait until all that did has settled or has failed.
+    pub fn finish(&self) {
+        let mut state = self.lock();
+        state.is_finished = true;
+        while state.is_writing || (state.settled < state.count && state.failed.is_none()) {
+            let turned = self.turned.wait(state);
+            state = turned.unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Write and flush what waits by now.
+    fn write<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        let bytes = mem::take(&mut state.waiting);
+        let (place, last) = (state.end, state.count);
+        state.end += bytes.len() as u64;
+        state.is_writing = true;
+        drop(state);
+        let outcome = write_all(self.file.as_fd(), &bytes, place).and_then(|()| {
+            // An error of what is flushed here shows nowhere else.
+            if self.is_flushed {
+                fdatasync(&self.file)
+            } else {
+                Ok(())
+            }
+        });
+        let mut state = self.lock();
+        state.is_writing = false;
+        match outcome {
+            Ok(()) => state.kept = last,
+            Err(error) => state.failed = Some(error),
+        }
+        if state.waiting.is_empty() {
+            let mut bytes = bytes;
+            bytes.clear();
+            state.waiting = bytes;
+        }
+        self.turned.notify_all();
+        state
+    }
+
+    /// A record, whole blocks: the number of the file, a digest of all that follows, how many bytes the text and the image
+    /// have, both of them, zeros.
+    ///
+    /// # Errors
+    /// Where the image cannot be read, or is shorter.
+    pub fn record(
+        &self,
+        text: &[u8],
+        image: Option<(BorrowedFd<'_>, usize)>,
+    ) -> io::Result<Vec<u8>> {
+        let too_long = |_| io::Error::other("too long for a record");
+        let size = image.map_or(0, |(_, size)| size);
+        let sizes = [text.len(), size].map(|one| u32::try_from(one).map_err(too_long));
+        let [texts, images] = sizes;
+        let start = NONCE + CHECK + 8 + text.len();
+        let length = start
+            .checked_add(size)
+            .and_then(|sum| sum.checked_next_multiple_of(BLOCK))
+            .ok_or(io::ErrorKind::OutOfMemory)?;
+        let mut record = Vec::new();
+        let no_memory = |_: TryReserveError| io::Error::from(io::ErrorKind::OutOfMemory);
+        record.try_reserve_exact(length).map_err(no_memory)?;
+        record.extend_from_slice(&self.nonce);
+        record.extend_from_slice(&[0; CHECK]);
+        record.extend_from_slice(&texts?.to_le_bytes());
+        record.extend_from_slice(&images?.to_le_bytes());
+        record.extend_from_slice(text);
+        record.resize(length, 0);
+        if let Some((image, size)) = image {
+            read_all(image, &mut record[start..start + size])?;
+        }
+        let check = Kind::Blake3.of(&record[NONCE + CHECK..start + size]);
+        record[NONCE..NONCE + CHECK].copy_from_slice(&check);
+        Ok(record)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn write_all(file: BorrowedFd<'_>, mut bytes: &[u8], mut place: u64) -> Result<(), Errno> {
+    while !bytes.is_empty() {
+        match pwrite(file, bytes, place) {
+            Ok(0) => return Err(Errno::IO),
+            Ok(count) => {
+                bytes = &bytes[count..];
+                place += count as u64;
+            }
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn read_all(file: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<()> {
+    let mut read = 0;
+    while read < bytes.len() {
+        match pread(file, &mut bytes[read..], read as u64) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => read += count,
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{self, File};
+    use std::os::fd::AsFd;
+    use std::thread;
+
+    use crate::testing::TemporaryFile;
+
+    fn journal(path: &std::path::Path, size: u64) -> JournalFile {
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        JournalFile::new(file.into(), [7; NONCE], BLOCK as u64, size, true)
+    }
+
+    #[test]
+    fn what_several_bring_at_once_is_there_and_each_is_whole() {
+        let file = TemporaryFile::new(b"");
+        let image = TemporaryFile::new(&[9; 1000]);
+        let opened = File::open(image.path()).unwrap();
+        let journal = journal(file.path(), 1 << 20);
+        thread::scope(|scope| {
+            for case in 0..8_u64 {
+                let (journal, opened) = (&journal, &opened);
+                scope.spawn(move || {
+                    for _ in 0..5 {
+                        let image = Some((opened.as_fd(), 1000));
+                        let record = journal.record(&case.to_le_bytes(), image).unwrap();
+                        assert!(journal.append(&record).unwrap());
+                        journal.settle();
+                    }
+                });
+            }
+        });
+        let found = fs::read(file.path()).unwrap();
+        assert_eq!(found.len(), BLOCK + 40 * 3 * BLOCK);
+        let mut cases = [0; 8];
+        for record in found[BLOCK..].chunks(3 * BLOCK) {
+            assert_eq!(record[..NONCE], [7; NONCE]);
+            let end = NONCE + CHECK + 8 + 8 + 1000;
+            assert_eq!(
+                record[NONCE..NONCE + CHECK],
+                Kind::Blake3.of(&record[NONCE + CHECK..end])
+            );
+            assert_eq!(record[32..40], [8, 0, 0, 0, 232, 3, 0, 0]);
+            assert_eq!(record[48..end], [9; 1000]);
+            assert!(record[end..].iter().all(|one| *one == 0));
+            cases[usize::from(record[40])] += 1;
+        }
+        assert_eq!(cases, [5; 8]);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_not_written_and_a_failure_stays() {
+        let file = TemporaryFile::new(b"");
+        let whole = journal(file.path(), 3 * BLOCK as u64);
+        assert!(whole.append(&[1; BLOCK]).unwrap());
+        assert!(!whole.append(&[2; 2 * BLOCK]).unwrap());
+        assert!(whole.append(&[3; BLOCK]).unwrap());
+        assert!(!whole.append(&[4; BLOCK]).unwrap());
+        assert_eq!(fs::read(file.path()).unwrap()[2 * BLOCK..], [3; BLOCK]);
+        assert!(whole.append(&[5; 0]).unwrap());
+        thread::scope(|scope| {
+            let finishing = scope.spawn(|| whole.finish());
+            for _ in 0..3 {
+                assert!(!finishing.is_finished());
+                whole.settle();
+            }
+        });
+        assert!(!whole.append(&[5; 0]).unwrap());
+        let unwritable = File::open(file.path()).unwrap();
+        let broken = JournalFile::new(unwritable.into(), [7; NONCE], 0, 1 << 20, true);
+        for _ in 0..2 {
+            assert_eq!(
+                broken.append(&[1; BLOCK]).unwrap_err().raw_os_error(),
+                Some(Errno::BADF.raw_os_error())
+            );
+        }
+        let short = TemporaryFile::new(b"12");
+        let opened = File::open(short.path()).unwrap();
+        let error = whole.record(b"", Some((opened.as_fd(), 3))).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+}

@@ -1,0 +1,86 @@
+//! `JournalFile`: small images that are flushed together.
+
+use std::ffi::c_int;
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+
+use dicomnode_core::Error;
+use dicomnode_core::journal::{self as core, NONCE};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use rustix::fs::syncfs;
+
+use crate::errors::detached;
+
+/// A file that keeps records one behind another; `append` may be called by several threads at a time.
+///
+/// They go to the open file from `start` on, each begins with `nonce`, of 16 bytes, and none ends behind `size`. With `flush`
+/// they survive a power cut. The file is duplicated.
+#[pyclass(frozen, module = "dicomnode._core")]
+pub struct JournalFile(core::JournalFile);
+
+#[pymethods]
+impl JournalFile {
+    #[new]
+    fn new(
+        descriptor: c_int,
+        nonce: [u8; NONCE],
+        start: u64,
+        size: u64,
+        flush: bool,
+    ) -> PyResult<Self> {
+        let file = borrowed(descriptor)?.try_clone_to_owned()?;
+        let made = core::JournalFile::new(file, nonce, start, size, flush);
+        Ok(JournalFile(made))
+    }
+
+    /// Keep a text, and the first `size` bytes of an open file unless that is 0.
+    ///
+    /// What comes at the same time is flushed at once. False, and nothing is done, where it does not fit; else `settle` has
+    /// to be called in the end. Raises OSError.
+    fn append(&self, py: Python<'_>, text: &str, descriptor: c_int, size: usize) -> PyResult<bool> {
+        let image = match size {
+            0 => None,
+            _ => Some((borrowed(descriptor)?, size)),
+        };
+        detached(py, || {
+            let record = self.0.record(text.as_bytes(), image);
+            record
+                .and_then(|record| self.0.append(&record))
+                .map_err(|error| Error::io(Path::new("journal"), error))
+        })
+    }
+
+    /// What has to happen after a record was kept, and before its file is let go, has happened.
+    fn settle(&self) {
+        self.0.settle();
+    }
+
+    /// Let nothing more fit, and wait until all that did has settled or has failed.
+    fn finish(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || {
+            self.0.finish();
+            Ok(())
+        })
+    }
+}
+
+/// Have the disk keep all that was written to the file system of an open file or folder.
+///
+/// An error of any of it, since that was opened, shows once. Raises OSError.
+#[pyfunction]
+pub fn sync_filesystem(py: Python<'_>, descriptor: c_int) -> PyResult<()> {
+    let opened = borrowed(descriptor)?;
+    detached(py, || {
+        syncfs(opened).map_err(|error| Error::io(Path::new("file system"), error.into()))
+    })
+}
+
+/// An open descriptor, which the caller keeps open meanwhile.
+fn borrowed<'a>(descriptor: c_int) -> PyResult<BorrowedFd<'a>> {
+    if descriptor < 0 {
+        return Err(PyValueError::new_err("expected an open descriptor"));
+    }
+    // SAFETY: the caller keeps it open.
+    Ok(unsafe { BorrowedFd::borrow_raw(descriptor) })
+}

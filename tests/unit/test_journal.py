@@ -1,0 +1,443 @@
+"""The journal: what was answered for is there after a crash, and what is over stays over."""
+
+import logging
+import os
+import secrets
+import shutil
+import sqlite3
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.unit.test_storage import instances, make_ready
+
+from dicomnode.errors import InvalidRootDataDirectory, OutOfResources
+from dicomnode.lib.dicom import JournalFile
+from dicomnode.storage import journal
+from dicomnode.storage.ledger import State
+from dicomnode.storage.store import Durability, Instance, Storage
+
+LOGGER = logging.getLogger("dicomnode.test")
+
+
+def started(root: Path, durability: Durability = "power") -> Storage:
+    storage = Storage(root, ["ct", "mr"], 0x00100020, 10**9, LOGGER, durability=durability)
+    storage.open()
+    return storage
+
+
+@contextmanager
+def running(root: Path, durability: Durability = "power") -> Iterator[Storage]:
+    storage = started(root, durability)
+    try:
+        yield storage
+    finally:
+        storage.close()
+
+
+def cut(root: Path, copy: Path, *, files: bool = False, ledger: Path | None = None) -> Path:
+    """What is there when the node ends now: without images that were not flushed, and with an older ledger."""
+    shutil.copytree(root, copy)
+    if not files:
+        for one in copy.glob("[!.]*"):
+            shutil.rmtree(one)
+    if ledger is not None:
+        for one in copy.glob(".dicomnode/ledger.sqlite*"):
+            one.unlink()
+        for one in ledger.glob("ledger.sqlite*"):
+            shutil.copy(one, copy / ".dicomnode" / one.name)
+    return copy
+
+
+def saved_ledger(root: Path, place: Path) -> Path:
+    place.mkdir()
+    for one in root.glob(".dicomnode/ledger.sqlite*"):
+        shutil.copy(one, place / one.name)
+    return place
+
+
+def uids_of(storage: Storage, identifier: str, name: str = "ct") -> set[str]:
+    contents = storage.current(identifier)
+    if contents is None or contents.obstacle:
+        return set()
+    return set(contents.sources[name])
+
+
+def digests_hold(storage: Storage) -> bool:
+    """Whether each file is what was received."""
+    for case in storage.ledger.cases():
+        storage.verify(case)
+    return not any(
+        one.damaged for case in storage.ledger.cases() for one in storage.ledger.instances(case.id)
+    )
+
+
+@pytest.mark.parametrize("is_ledger_older", [False, True])
+@pytest.mark.parametrize("has_files", [False, True])
+def test_images_that_were_not_flushed_are_restored(
+    has_files: bool, is_ledger_older: bool, tmp_path: Path
+) -> None:
+    root, images = tmp_path / "root", instances(5)
+    with running(root) as storage:
+        storage.add("P", ["ct", "mr"], images[0])
+        ledger = saved_ledger(root, tmp_path / "ledger") if is_ledger_older else None
+        for one in images[1:]:
+            storage.add("P", ["ct"], one)
+        left = cut(root, tmp_path / "left", files=has_files, ledger=ledger)
+    for _ in range(2):
+        with running(left) as storage:
+            assert uids_of(storage, "P") == {one.sop_instance_uid for one in images}
+            assert uids_of(storage, "P", "mr") == {images[0].sop_instance_uid}
+            assert digests_hold(storage)
+            # What its sender brings again is known.
+            for one in images:
+                storage.add("P", ["ct"], one)
+            assert len(list(left.glob("P/ct/*"))) == 5
+
+
+@pytest.mark.parametrize("damage", [b"", b"part", b"x" * 5000])
+def test_a_file_that_the_disk_has_in_part_is_made_whole(damage: bytes, tmp_path: Path) -> None:
+    root, images = tmp_path / "root", instances(2)
+    with running(root) as storage:
+        for one in images:
+            storage.add("P", ["ct"], one)
+        left = cut(root, tmp_path / "left", files=True)
+    for path in left.glob("P/ct/*"):
+        path.write_bytes(damage)
+    with running(left) as storage:
+        assert len(uids_of(storage, "P")) == 2 and digests_hold(storage)
+
+
+@pytest.mark.parametrize("durability", ["power", "process"])
+def test_a_killed_node_has_the_rows_that_were_expected(
+    durability: Durability, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, images = tmp_path / "root", instances(3)
+    # A large one, too: its file is flushed, and its row is here only.
+    monkeypatch.setattr(journal, "MOST_BYTES", len(b"".join(images[2].chunks)) - 1)
+    with running(root, durability) as storage:
+        for one in images:
+            storage.add("P", ["ct"], one)
+        left = cut(root, tmp_path / "left", files=True)
+    with closing(sqlite3.connect(left / ".dicomnode" / "ledger.sqlite")) as database:
+        assert database.execute("SELECT count(*) FROM instances").fetchone() == (0,)
+        database.rollback()
+    with running(left, durability) as storage:
+        assert len(uids_of(storage, "P")) == 3 and digests_hold(storage)
+    # A file that was lost is waited for, though the ledger did not know of it.
+    again = tmp_path / "again"
+    with running(root, durability) as storage:
+        monkeypatch.setattr(journal, "MOST_BYTES", 0)
+        storage.add("Q", ["ct"], instances(1, "Q", 2)[0])
+        shutil.copytree(root, again)
+    shutil.rmtree(again / "Q")
+    with running(again, durability) as storage:
+        contents = storage.current("Q")
+        assert contents is not None and "is damaged" in contents.obstacle
+
+
+@pytest.mark.parametrize("is_forgotten", [False, True])
+def test_a_case_that_is_over_does_not_come_back(is_forgotten: bool, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    with running(root) as storage:
+        number = storage.add("P", ["ct"], instances(1)[0])
+        make_ready(storage, number)
+        contents = storage.current("P")
+        assert contents is not None and storage.seal(storage.ledger.case(number), contents)
+        assert storage.keep_results(storage.ledger.case(number), []) == 0
+        storage.finish(storage.ledger.case(number))
+        assert storage.ledger.case(number).state is State.DONE
+        if is_forgotten:
+            storage.ledger.forget(0)
+        left = cut(root, tmp_path / "left")
+    with running(left) as storage:
+        assert storage.current("P") is None and not list(left.glob("P/*/*"))
+        assert len(storage.ledger.cases()) == (0 if is_forgotten else 1)
+        # The same folder again, and the same images.
+        storage.add("P", ["ct"], instances(1)[0])
+        again = cut(left, tmp_path / "again")
+    with running(again) as storage:
+        assert len(uids_of(storage, "P")) == 1 and digests_hold(storage)
+
+
+def test_images_are_restored_where_the_ledger_was_lost_as_well(tmp_path: Path) -> None:
+    root, images = tmp_path / "root", instances(3)
+    with running(root) as storage:
+        for one in images:
+            storage.add("P", ["ct"], one)
+        left = cut(root, tmp_path / "left")
+    for one in left.glob(".dicomnode/ledger.sqlite*"):
+        one.unlink()
+    with running(left) as storage:
+        assert len(uids_of(storage, "P")) == 3 and digests_hold(storage)
+
+
+def test_one_file_follows_the_other_and_all_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "_FILE_BYTES", 8 << 10)
+    root, images = tmp_path / "root", instances(40)
+    starts: list[int] = []
+    real = journal._File.start
+
+    def start(self: Any, head: Any) -> None:
+        starts.append(head.generation)
+        real(self, head)
+
+    monkeypatch.setattr(journal._File, "start", start)
+    with running(root) as storage:
+        for count, one in enumerate(images, 1):
+            storage.add("P", ["ct"], one)
+            if count % 10 == 0:
+                # Of the images whose files were flushed in between the disk has all.
+                left = cut(root, tmp_path / f"left-{count}", files=True)
+                with running(left) as other:
+                    assert len(uids_of(other, "P")) == count and digests_hold(other)
+        threads = [
+            threading.Thread(
+                target=lambda k=k: [
+                    storage.add(f"Q{k}", ["ct"], one) for one in instances(30, f"Q{k}", k)
+                ]
+            )
+            for k in range(6)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        for k in range(6):
+            assert len(uids_of(storage, f"Q{k}")) == 30
+        left = cut(root, tmp_path / "left", files=True)
+    assert max(starts) > 10
+    with running(left) as storage:
+        assert sum(len(uids_of(storage, f"Q{k}")) for k in range(6)) == 180 and digests_hold(
+            storage
+        )
+
+
+def test_only_what_the_disk_has_not_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "root"
+    with running(root) as storage:
+        for one in instances(3):
+            storage.add("P", ["ct"], one)
+    # Closed, it tells of nothing.
+    assert not cut(root, tmp_path / "closed").joinpath("P").exists()
+    with running(tmp_path / "closed") as storage:
+        assert not list((tmp_path / "closed").glob("P/ct/*"))
+    with running(root) as storage:
+        storage.add("P", ["ct"], instances(4)[3])
+        left = cut(root, tmp_path / "left", files=True)
+    with caplog.at_level(logging.WARNING), running(left) as storage:
+        assert len(uids_of(storage, "P")) == 4
+    assert "0 images and 1 rows are from the journal" in caplog.text
+
+
+def test_a_damaged_record_does_not_hide_the_others(tmp_path: Path) -> None:
+    root, images = tmp_path / "root", instances(5)
+    with running(root) as storage:
+        for one in images:
+            storage.add("P", ["ct"], one)
+        left = cut(root, tmp_path / "left", files=True)
+    for one in left.glob("P/ct/Image_CT_[1245].dcm"):
+        one.unlink()
+    path = left / ".dicomnode" / "journal-1"
+    data = bytearray(path.read_bytes())
+    nonce = bytes(data[16:32])
+    at, starts = 0, []
+    while (at := data.find(nonce, at)) >= 0:
+        starts.append(at)
+        at += 16
+    # The first of them is that of the head.
+    assert len(starts) == 6
+    for start in (starts[1], starts[3]):
+        data[start + 60] ^= 1
+    path.write_bytes(data)
+    with running(left) as storage:
+        wanted = {images[k].sop_instance_uid for k in (1, 2, 3, 4)}
+        assert uids_of(storage, "P") == wanted and digests_hold(storage)
+
+
+@pytest.mark.parametrize(
+    "head", [b"", b"\0" * 4096, b"dicomnode jrnl 1" + b"x" * 5000, secrets.token_bytes(3000)]
+)
+def test_whatever_is_in_the_files_of_the_journal_a_node_starts(head: bytes, tmp_path: Path) -> None:
+    root, images = tmp_path / "root", instances(2)
+    with running(root) as storage:
+        storage.add("P", ["ct"], images[0])
+    for number in (1, 2):
+        (root / ".dicomnode" / f"journal-{number}").write_bytes(head)
+    with running(root) as storage:
+        storage.add("P", ["ct"], images[1])
+        left = cut(root, tmp_path / "left", files=True)
+        (left / "P" / "ct" / "Image_CT_2.dcm").unlink()
+    with running(left) as storage:
+        assert len(uids_of(storage, "P")) == 2 and digests_hold(storage)
+
+
+@pytest.mark.parametrize("place", ["../x", "P/..", "P/ct", "a/b", ""])
+def test_no_record_leads_out_of_the_root(place: str, tmp_path: Path) -> None:
+    with running(tmp_path / "root") as storage:
+        storage.add("P", ["ct"], instances(1)[0])
+        assert storage._journal is not None
+        records = storage._journal._files[0].records
+        with (tmp_path / "evil").open("w+b") as file:
+            file.write(b"evil")
+            file.flush()
+            text = f'[1, "{place}", [["ct", "1.2", "../../../evil.dcm", 4, ""]]]'
+            assert records.append(text, file.fileno(), 4)
+            records.settle()
+        left = cut(tmp_path / "root", tmp_path / "left")
+    with running(left):
+        assert not list(tmp_path.rglob("evil.dcm"))
+
+
+def test_a_disk_that_fails_to_keep_files_has_them_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(journal, "_FILE_BYTES", 8 << 10)
+
+    def failing(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    root, images = tmp_path / "root", instances(30)
+    stored: list[Instance] = []
+    with monkeypatch.context() as broken:
+        broken.setattr(journal, "sync_filesystem", failing)
+        storage = started(root)
+        for one in images:
+            try:
+                storage.add("P", ["ct"], one)
+            except OutOfResources:
+                continue
+            stored.append(one)
+        assert storage._journal is not None and not storage._journal._is_open
+        assert len(stored) >= 29
+        storage.close()
+    assert "the journal cannot be used any more" in caplog.text
+    # The page cache has what the disk has not: nothing tells by looks.
+    written: list[str] = []
+    real = journal.Journal._write
+
+    def write(self: Any, record: Any, anew: bool) -> int:
+        written.extend(row.file for row in record.rows if anew)
+        return real(self, record, anew)
+
+    monkeypatch.setattr(journal.Journal, "_write", write)
+    with running(root) as storage:
+        assert len(uids_of(storage, "P")) == len(stored) and digests_hold(storage)
+    assert len(written) >= 2
+
+
+def test_a_ledger_without_room_holds_the_journal_up_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "_FILE_BYTES", 8 << 10)
+    root, images = tmp_path / "root", instances(60)
+    stored: list[Instance] = []
+    with running(root) as storage:
+        storage.add("P", ["ct"], images[0])
+        with monkeypatch.context() as broken:
+
+            def full(self: Any) -> None:
+                raise OutOfResources("the ledger cannot be written")
+
+            broken.setattr(type(storage.ledger), "write_expected", full)
+            for one in images[1:40]:
+                try:
+                    storage.add("P", ["ct"], one)
+                except OutOfResources:
+                    continue
+                stored.append(one)
+            assert 0 < len(stored) < 39
+            left = cut(root, tmp_path / "left")
+        for one in images[40:]:
+            storage.add("P", ["ct"], one)
+        assert storage._journal is not None and storage._journal._is_open
+        assert len(uids_of(storage, "P")) == 1 + len(stored) + 20
+    with running(left) as storage:
+        assert len(uids_of(storage, "P")) == 1 + len(stored)
+
+
+def test_a_start_without_room_to_restore_says_so_and_the_next_one_has_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    with running(root) as storage:
+        for one in instances(3):
+            storage.add("P", ["ct"], one)
+        left = cut(root, tmp_path / "left")
+    with monkeypatch.context() as full:
+
+        def place(*_: object) -> bool:
+            raise OutOfResources("cannot write: ENOSPC")
+
+        full.setattr("dicomnode.storage.instances.FileInstances.place", place)
+        with pytest.raises(InvalidRootDataDirectory, match="no room for a start"):
+            started(left)
+    with running(left) as storage:
+        assert len(uids_of(storage, "P")) == 3
+
+
+@pytest.mark.parametrize("trouble", ["old system", "no room", "no file"])
+def test_without_a_journal_images_are_flushed_one_by_one(
+    trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if trouble == "old system":
+        monkeypatch.setattr(journal, "_linux_version", lambda: (5, 7))
+    elif trouble == "no room":
+        monkeypatch.setattr("dicomnode.storage.disk.Disk.has_room", lambda _, size: size < 1 << 20)
+    else:
+
+        def failing(self: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(journal._File, "widen", failing)
+    with running(tmp_path / "root") as storage:
+        assert storage._journal is not None and not storage._journal.takes(1)
+        for one in instances(3):
+            storage.add("P", ["ct"], one)
+        left = cut(tmp_path / "root", tmp_path / "left", files=True)
+    with closing(sqlite3.connect(left / ".dicomnode" / "ledger.sqlite")) as database:
+        assert database.execute("SELECT count(*) FROM instances").fetchone() == (3,)
+
+
+def test_a_run_of_another_durability_restores_what_the_one_before_kept(tmp_path: Path) -> None:
+    with running(tmp_path / "root") as storage:
+        for one in instances(3):
+            storage.add("P", ["ct"], one)
+        left = cut(tmp_path / "root", tmp_path / "left")
+    with running(left, "process") as storage:
+        assert len(uids_of(storage, "P")) == 3 and digests_hold(storage)
+        storage.add("P", ["ct"], instances(4)[3])
+        again = cut(left, tmp_path / "again", files=True)
+    with running(again, "power") as storage:
+        assert len(uids_of(storage, "P")) == 4 and digests_hold(storage)
+
+
+def test_a_file_of_the_journal_takes_wrong_arguments_for_what_they_are(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w+b") as file:
+        for wrong in (b"", b"x" * 15, b"x" * 17):
+            with pytest.raises(ValueError, match="16"):
+                JournalFile(file.fileno(), wrong, 0, 4096, True)
+        with pytest.raises(ValueError, match="open descriptor"):
+            JournalFile(-1, b"x" * 16, 0, 4096, True)
+        records = JournalFile(file.fileno(), b"x" * 16, 512, 4096, True)
+        with pytest.raises(ValueError, match="open descriptor"):
+            records.append("text", -1, 1)
+        with pytest.raises(OSError, match="end of file"):
+            records.append("text", file.fileno(), 10)
+        assert not records.append("x" * 4096, -1, 0)
+        assert records.append("text", -1, 0)
+        records.settle()
+        records.finish()
+        assert not records.append("text", -1, 0)
+        data = Path(file.name).read_bytes()
+        assert len(data) == 1024
+        assert data[512:528] == b"x" * 16 and struct.unpack_from("<II", data, 544) == (4, 0)
+        assert data[552:556] == b"text" and os.fstat(file.fileno()).st_size == 1024
