@@ -27,12 +27,18 @@ from tests.faults.endpoint import digest_of_values, values_of
 from dicomnode.lib.dicom import encode
 from dicomnode.lib.dimse import send
 from dicomnode.server.node import AbstractPipeline
+from dicomnode.storage import journal
 from dicomnode.storage.ledger import OVER, State
 from dicomnode.testing import StoringNode, address_of, make_series, running_node
 
 PATIENTS, IMAGES = 2, 2
 FINISHED = (*OVER, State.FAILED)
 NODE = """
+from dicomnode.storage import journal
+
+# Two or three images: one file follows the other.
+journal._FILE_BYTES = 6 << 10
+{more}
 class Three(Two):
     image_grinder = many_meta_grinder(list_grinder, numpy_grinder)
     def validate(self):
@@ -113,9 +119,12 @@ def source_of(result: Dataset) -> str:
 
 
 @contextmanager
-def traced(folder: Path, strace: str, durability: str, port: int) -> Iterator[Command]:
+def traced(
+    folder: Path, strace: str, durability: str, port: int, more: str = ""
+) -> Iterator[Command]:
     """A node whose system calls are written to `trace`, stopped in the end."""
-    file = pipeline_file(folder, NODE.format(images=IMAGES, durability=durability, port=port))
+    settings = {"images": IMAGES, "durability": durability, "port": port, "more": more}
+    file = pipeline_file(folder, NODE.format(**settings))
     trace = str(folder / f"trace-{durability}")
     with Command("run", file, prefix=[strace, *power.OPTIONS, "-o", trace]) as node:
         yield node
@@ -124,12 +133,16 @@ def traced(folder: Path, strace: str, durability: str, port: int) -> Iterator[Co
 
 
 def run_traced(
-    folder: Path, strace: str, durability: str = "power", per_patient: int = IMAGES
+    folder: Path,
+    strace: str,
+    durability: str = "power",
+    per_patient: int = IMAGES,
+    more: str = "",
 ) -> Run:
     """Two patients at once; where they are complete, to the end."""
     series = [make_series(IMAGES, 16, 16, patient_id=f"P{k}", seed=k) for k in range(PATIENTS)]
     with running_node(StoringNode, log_level="ERROR") as store:
-        with traced(folder, strace, durability, store.port) as node:
+        with traced(folder, strace, durability, store.port, more) as node:
             address = node.address("NODE")
             with ThreadPoolExecutor(PATIENTS) as pool:
                 for answers in pool.map(lambda one: send(address, one[:per_patient]), series):
@@ -138,7 +151,11 @@ def run_traced(
                 for k in range(PATIENTS):
                     node.until(f"case {k + 1} is done")
         results = {str(one.SOPInstanceUID): one for one in store.received}
-        kind = runpy.run_path(str(folder / "pipeline.py"))["Node"]
+        with pytest.MonkeyPatch.context() as own:
+            # What it changes is for the node under strace.
+            own.setattr(journal, "_FILE_BYTES", journal._FILE_BYTES)
+            own.setattr(journal, "MOST_BYTES", journal.MOST_BYTES)
+            kind = runpy.run_path(str(folder / "pipeline.py"))["Node"]
         calls = power.calls_of(folder / f"trace-{durability}")
         return Run(kind, folder / "root", store.port, series, calls, results)
 
@@ -205,9 +222,15 @@ def content(place: Path) -> dict[str, bytes | None]:
     }
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, peer: Callable[[str], str]) -> Run:
-    return run_traced(tmp_path_factory.mktemp("run"), peer("strace"))
+@pytest.fixture(scope="module", params=["small", "large"])
+def run(
+    tmp_path_factory: pytest.TempPathFactory,
+    peer: Callable[[str], str],
+    request: pytest.FixtureRequest,
+) -> Run:
+    """Small images are flushed with the journal, large ones by themselves."""
+    more = "journal.MOST_BYTES = 0" if request.param == "large" else ""
+    return run_traced(tmp_path_factory.mktemp("run"), peer("strace"), more=more)
 
 
 def test_s2_the_model_of_the_disk_is_right(run: Run, tmp_path: Path) -> None:

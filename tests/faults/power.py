@@ -19,10 +19,12 @@ from typing import Any
 OPTIONS = (
     *("-f", "--seccomp-bpf", "-y", "-qqq", "-s", "4000000", "-e"),
     "trace=openat,write,writev,pwrite64,ftruncate,fallocate,linkat,rename,renameat,renameat2,unlink,"
-    "unlinkat,mkdir,mkdirat,rmdir,fsync,fdatasync,dup,sendto,sendmsg,syncfs,sync",
+    "unlinkat,mkdir,mkdirat,rmdir,fsync,fdatasync,syncfs,dup,fcntl,sendto,"
+    "sendmsg",
 )
 NOT_KEPT = ("ledger.sqlite-shm",)
 _SECTOR = 512
+_FLUSHES = ("fsync", "fdatasync", "syncfs")
 _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
 
@@ -158,24 +160,29 @@ class Disk:
     def moments(self, calls: Sequence[Call]) -> Iterator[int]:
         """Replay; after each change of what is or may be on the disk, the line of the trace."""
         events = [(call.end, 1, call) for call in calls]
-        events += [(call.begin, 0, call) for call in calls if call.name in ("fsync", "fdatasync")]
-        flushing: dict[int, tuple[_File | _Folder, int]] = {}
+        events += [(call.begin, 0, call) for call in calls if call.name in _FLUSHES]
+        flushing: dict[int, list[tuple[_File | _Folder, int]]] = {}
         for line, is_end, call in sorted(events, key=lambda one: one[:2]):
-            assert call.name not in ("syncfs", "sync"), "not modelled"
-            if call.name not in ("fsync", "fdatasync"):
+            if call.name not in _FLUSHES:
                 if self._change(call):
                     yield line
                 continue
-            node = self._open.get(call.descriptor)
-            if node is None:
-                continue
             if not is_end:
                 # What is written from here on it need not flush.
-                flushing[call.begin] = node, len(node.changes)
-            elif call.begin in flushing:
-                node, count = flushing.pop(call.begin)
-                node.flushed = max(node.flushed, count)
+                nodes = self._all() if call.name == "syncfs" else [self._open.get(call.descriptor)]
+                flushing[call.begin] = [(one, len(one.changes)) for one in nodes if one is not None]
+            elif flushed := flushing.pop(call.begin, None):
+                for node, count in flushed:
+                    node.flushed = max(node.flushed, count)
                 yield line
+
+    def _all(self) -> list["_File | _Folder | None"]:
+        """All that has a name or is open."""
+        found: list[_File | _Folder | None] = [self._root, *self._open.values()]
+        for node in found:
+            if isinstance(node, _Folder):
+                found += node.now().values()
+        return found
 
     def write(self, place: Path, keep: Keeps) -> None:
         """Write down what is left of the folder by a power cut now."""
@@ -198,8 +205,9 @@ class Disk:
         match call.name:
             case "openat":
                 return self._opened(call)
-            case "dup":
-                self._open[call.result] = self._open.get(call.descriptor)
+            case "dup" | "fcntl":
+                if call.name == "dup" or "F_DUPFD" in call.text:
+                    self._open[call.result] = self._open.get(call.descriptor)
                 return False
             case "write" | "writev" | "pwrite64" | "ftruncate" | "fallocate":
                 return self._written(call)

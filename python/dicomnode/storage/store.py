@@ -628,6 +628,9 @@ class Storage:
 
         Of one that was done before that, nothing needs to be remembered any more.
         """
+        # Others may want to see them.
+        with suppress(OutOfResources):
+            self.ledger.write_expected()
         with self._releasing:
             for case_id in self._unreleased.intersection(case_ids):
                 if not self.is_open_for(case_id):
