@@ -108,7 +108,7 @@ STEPS = [
 def test_s1_killed_at_a_step_of_keeping_an_image(
     call: str, number: int, kind: str, tmp_path: Path, strace: str
 ) -> None:
-    durability = kind.split(",")[0]
+    durability = kind.split(",", maxsplit=1)[0]
     more = LARGE if "large" in kind else ""
     if durability == "process" and "sync" in call:
         # It calls neither.
@@ -121,7 +121,9 @@ def test_s1_killed_at_a_step_of_keeping_an_image(
         answered.append(response.sop_instance_uid)
 
     with running_node(StoringNode) as store:
-        file = pipeline_file(tmp_path, NODE.format(durability=durability, port=store.port, more=more))
+        file = pipeline_file(
+            tmp_path, NODE.format(durability=durability, port=store.port, more=more)
+        )
         fault = ["-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}"]
         with Command("run", file) as node:
             address = node.address("NODE")

@@ -1,9 +1,6 @@
 """Storage without a network: what is kept, what is recovered, what is refused."""
 
 import logging
-import resource
-import shutil
-import signal
 import sqlite3
 import threading
 import time
@@ -18,8 +15,9 @@ import pytest
 from dicomnode.errors import InvalidRootDataDirectory, NoRoom, OutOfResources, UnknownCase
 from dicomnode.lib.dicom import encode
 from dicomnode.storage.instances import KEPT_BESIDES, FileInstances, MemoryInstances
+from dicomnode.storage.journal import Journal
 from dicomnode.storage.layout import digest_of
-from dicomnode.storage.ledger import LOG_BYTES, InstanceRow, Ledger, ResultRow, State
+from dicomnode.storage.ledger import InstanceRow, Ledger, ResultRow, State
 from dicomnode.storage.outbox import Answer
 from dicomnode.storage.shared import SharedInstances
 from dicomnode.storage.store import (
@@ -822,57 +820,6 @@ def test_the_own_folders_stay_also_where_the_root_is_named_by_a_dot(
     assert [one.name for one in tmp_path.iterdir()] == [".dicomnode"]
 
 
-@pytest.mark.parametrize("durability", ["power", "process"])
-def test_the_log_of_the_ledger_has_its_size_from_the_start(
-    tmp_path: Path, durability: Durability
-) -> None:
-    log = tmp_path / "root/.dicomnode/ledger.sqlite-wal"
-    images = instances(3)
-    with opened(tmp_path / "root", durability=durability) as storage:
-        number = storage.add("P", ["ct"], images[0])
-        size = log.stat().st_size
-        assert (size >= LOG_BYTES) == (durability == "power")
-        # A killed node leaves its log; the next one takes it as it is.
-        shutil.copytree(tmp_path / "root", tmp_path / "killed")
-        for one in images[1:]:
-            storage.add("P", ["ct"], one)
-        assert log.stat().st_size == size or durability == "process"
-    for root, count in ((tmp_path / "killed", 1), (tmp_path / "root", 3)):
-        with opened(root, durability=durability) as storage:
-            assert len(storage.ledger.instances(number)) == count
-            assert not any(row.damaged for row in storage.ledger.instances(number))
-
-
-def test_the_log_takes_no_room_where_there_is_little(tmp_path: Path) -> None:
-    most = 1 << 62
-    storage = Storage(tmp_path, ["ct"], 0x00100020, 10**9, LOGGER, least_free=most)
-    storage.open()
-    assert (tmp_path / ".dicomnode/ledger.sqlite-wal").stat().st_size < LOG_BYTES
-    storage.close()
-
-
-def test_the_log_gets_its_size_without_a_change_that_is_lost(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.sqlite"
-    ledger = Ledger(path)
-    case = ledger.open_case("P", "P")
-    synced: list[str] = []
-    ledger._db.set_trace_callback(synced.append)
-    ledger.widen_log()
-    ledger._db.set_trace_callback(None)
-    # Never without a flush before what was committed is overwritten.
-    assert not any("OFF" in one for one in synced)
-    assert ledger.case(case.id).identifier == "P"
-    ledger.add_instances(case.id, [InstanceRow("ct", "1.2.3", "file", 1, b"")])
-    assert ledger.rows("PRAGMA synchronous", ()) == [(2,)]
-    copy = tmp_path / "copy.sqlite"
-    for end in ("", "-wal"):
-        shutil.copy(f"{path}{end}", f"{copy}{end}")
-    ledger.close()
-    found = Ledger(copy)
-    assert [row.uid for row in found.instances(case.id)] == ["1.2.3"]
-    found.close()
-
-
 def test_turns_are_one_after_the_other_and_their_locks_do_not_pile_up() -> None:
     turns, running, most, order = Turns(), 0, 0, []
 
@@ -916,36 +863,15 @@ def test_somebody_who_reads_the_ledger_does_not_hold_up_a_start(tmp_path: Path) 
             assert storage.ledger.rows("PRAGMA busy_timeout", ()) == [(30_000,)]
 
 
-def test_a_log_without_room_for_its_size_gives_back_what_it_took(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ledger = Ledger(tmp_path / "ledger.sqlite")
-    case = ledger.open_case("P", "P")
-    ledger.add_instances(case.id, [InstanceRow("ct", "1.2.3", "file", 1, b"")])
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, hard))
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        ledger.widen_log()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
-    assert (tmp_path / "ledger.sqlite-wal").stat().st_size == 0
-    ledger.add_instances(case.id, [InstanceRow("ct", "1.2.4", "file", 1, b"")])
-    assert len(ledger.instances(case.id)) == 2
-    assert ledger.rows("PRAGMA synchronous", ()) == [(2,)]
-    ledger.close()
-
-
 def test_a_start_that_is_broken_off_lets_the_root_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Ledger) -> None:
+    def broken(self: Journal) -> None:
         raise KeyboardInterrupt
 
     storage = Storage(tmp_path, ["ct"], 0x00100020, 10**9, LOGGER)
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "widen_log", broken)
+        patch.setattr(Journal, "open", broken)
         with pytest.raises(KeyboardInterrupt):
             storage.open()
     with opened(tmp_path) as storage:

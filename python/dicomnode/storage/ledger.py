@@ -87,9 +87,6 @@ _UNCLAIMED = (State.RECEIVING, State.READY, State.FAILED)
 _VERSION = 2
 # So long somebody else who uses the ledger is waited for.
 _BUSY_SECONDS = 30
-#: SQLite begins its log again after so many pages, of 4096 bytes and a head each; see `widen_log`.
-_LOG_PAGES = 1000
-LOG_BYTES = _LOG_PAGES * (4096 + 24)
 # So many results are known when they come back.
 MOST_MADE = 200_000
 # SQLite counts no further.
@@ -157,34 +154,6 @@ class Ledger:
         if self._expected and not self._connection.in_transaction:
             self.write_expected()
         return self._connection
-
-    def widen_log(self) -> None:
-        """Let the log have the size that it comes to anyway, where changes have to survive a power cut.
-
-        A commit that makes the log's file longer has the file system flush that length, too, and takes
-        twice the time.
-        """
-        log = Path(f"{self._path}-wal")
-        if self._path is None or self._durable == "OFF":
-            return
-        with self._lock, suppress(sqlite3.Error, OSError):
-            if log.stat().st_size >= LOG_BYTES:
-                return
-            # Others who read it are not waited for.
-            self._connection.execute("PRAGMA busy_timeout = 0")
-            try:
-                # Flushed only where it is copied to the ledger, and that is in the end.
-                self._connection.execute("PRAGMA synchronous = NORMAL")
-                self._synchronous = "NORMAL"
-                for number in reversed(range(_LOG_PAGES)):
-                    self._connection.execute(f"PRAGMA application_id = {number}")
-                self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
-            except sqlite3.Error:
-                # Without room for it, what it took is given back.
-                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                raise
-            finally:
-                self._connection.execute(f"PRAGMA busy_timeout = {_BUSY_SECONDS * 1000}")
 
     def close(self) -> None:
         """Close the file; further calls fail."""

@@ -57,7 +57,7 @@ from dicomnode.storage.layout import (
     input_folder,
     outbox_folder,
 )
-from dicomnode.storage.ledger import LOG_BYTES, OVER, Case, InstanceRow, Ledger, ResultRow, State
+from dicomnode.storage.ledger import OVER, Case, InstanceRow, Ledger, ResultRow, State
 from dicomnode.storage.outbox import Outbox
 from dicomnode.storage.recovery import OpenCase, Recovery, delete_files, mark_damaged
 from dicomnode.storage.root import Root
@@ -66,7 +66,7 @@ from dicomnode.storage.turns import Turn, Turns
 from dicomnode.storage.waits import Waits
 
 _DONE_KEPT = 1000
-# The ledger's log and the journal take their room at once where the disk has so many times that.
+# There is a journal where the disk has so many times what it takes.
 _MANY = 100
 
 #: What an answer 0x0000 promises: the image survives a power cut, or a killed process only.
@@ -222,8 +222,6 @@ class Storage:
             self._open_cases = recovery.open_cases
             self._unverified = recovery.unverified
             self.disk.keep_reserve()
-            if self.disk.has_room(_MANY * LOG_BYTES):
-                self.ledger.widen_log()
             if self.disk.has_room(_MANY * JOURNAL_BYTES):
                 self._journal.open()
             if self._is_flushed:
