@@ -184,9 +184,9 @@ def test_one_file_follows_the_other_and_all_is_there(
     starts: list[int] = []
     real = journal._File.start
 
-    def start(self: Any, head: Any) -> None:
+    def start(self: Any, head: Any) -> JournalFile:
         starts.append(head.generation)
-        real(self, head)
+        return real(self, head)
 
     monkeypatch.setattr(journal._File, "start", start)
     with running(root) as storage:
@@ -285,7 +285,7 @@ def test_no_record_leads_out_of_the_root(place: str, tmp_path: Path) -> None:
     with running(tmp_path / "root") as storage:
         storage.add("P", ["ct"], instances(1)[0])
         assert storage._journal is not None
-        records = storage._journal._files[0].records
+        records = storage._journal._records
         with (tmp_path / "evil").open("w+b") as file:
             file.write(b"evil")
             file.flush()

@@ -71,21 +71,17 @@ class _File:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         #: None where it tells of nothing.
         self.head: _Head | None = None
-        #: Where records go to.
-        self.records: JournalFile
 
     def widen(self) -> None:
         """Give it its size: to flush what makes a file longer takes twice the time."""
         if os.fstat(self._descriptor).st_size < _FILE_BYTES:
             self._write(bytes(_FILE_BYTES))
 
-    def start(self, head: _Head) -> None:
-        """Records go to it from now on."""
+    def start(self, head: _Head) -> JournalFile:
+        """Where records go to from now on."""
         self._write(_sealed(_HEAD.pack(*head)))
-        self.records = JournalFile(
-            self._descriptor, head.nonce, _BLOCK, _FILE_BYTES, self._is_flushed
-        )
         self.head = head
+        return JournalFile(self._descriptor, head.nonce, _BLOCK, _FILE_BYTES, self._is_flushed)
 
     def clear(self) -> None:
         """It tells of nothing that the ledger and the disk have not."""
@@ -175,8 +171,9 @@ class Journal:
         ((seed,),) = ledger.rows("SELECT seed FROM identity", ())
         self._seed = bytes(seed)  # type: ignore[call-overload]
         self._is_open = False
-        # The first is the one that records go to.
+        # Records go to the first of them.
         self._files: list[_File] = []
+        self._records: JournalFile
         self._turning = threading.Lock()
         self._cleaning: threading.Thread | None = None
         # Open as long as the journal is, so that an error of the disk is told here.
@@ -278,7 +275,7 @@ class Journal:
             for file in self._files:
                 file.widen()
             head = _Head(_MAGIC, secrets.token_bytes(16), self._seed, 1, False)
-            self._files[0].start(head)
+            self._records = self._files[0].start(head)
             self._is_open = True
         except OSError as error:
             self._logger.error("there is no journal: %s", error.strerror)
@@ -300,14 +297,14 @@ class Journal:
         size = staged.size if staged.is_kept else 0
         try:
             while self._is_open:
-                file = self._files[0]
-                if file.records.append(text, staged.descriptor, size):
+                records = self._records
+                if records.append(text, staged.descriptor, size):
                     try:
                         self._ledger.expect(case.id, rows)
                     finally:
-                        file.records.settle()
+                        records.settle()
                     return True
-                self._turn(file)
+                self._turn(records)
         except OSError as error:
             self._give_up(error)
             raise out_of_resources(error) from error
@@ -315,26 +312,24 @@ class Journal:
             raise OutOfResources("the journal was given up")
         return False
 
-    def _turn(self, full: _File) -> None:
+    def _turn(self, records: JournalFile) -> None:
         """Go on with the other file, and bring ledger and disk up to this one. Raises OSError, OutOfResources."""
         with self._turning:
-            if self._files[0] is not full or not self._is_open:
+            if self._records is not records or not self._is_open:
                 # Another thread has.
                 return
             if self._cleaning is not None:
                 self._cleaning.join()
-            other = self._files[1]
+            full, other = self._files
             if other.head is not None:
                 # There was no room then.
                 self._clean(other)
-            full.records.finish()
+            records.finish()
             assert full.head is not None
-            other.start(
-                full.head._replace(
-                    nonce=secrets.token_bytes(16), generation=full.head.generation + 1
-                )
-            )
+            generation = full.head.generation + 1
+            head = full.head._replace(nonce=secrets.token_bytes(16), generation=generation)
             self._files = [other, full]
+            self._records = other.start(head)
             self._cleaning = threading.Thread(
                 target=self._clean_later, args=(full,), name="journal", daemon=True
             )
@@ -377,12 +372,13 @@ class Journal:
         if self._cleaning is not None:
             self._cleaning.join()
         if self._is_open:
+            self._records.finish()
             with suppress(OutOfResources, OSError):
                 for file in self._files:
                     if file.head is not None:
-                        file.records.finish()
                         self._clean(file)
             self._is_open = False
+            del self._records
         for file in self._files:
             file.close()
         self._files = []
