@@ -524,15 +524,14 @@ class Ledger:
     # Instances
 
     def expect(self, case_id: int, rows: Iterable[InstanceRow]) -> None:
-        """Record instances as stored, which the journal has: many at once, before the ledger is used next.
-
-        Raises OutOfResources where many are waiting and cannot be written.
-        """
+        """Record instances as stored, which the journal has: many at once, before the ledger is used next."""
         with self._expecting:
             self._expected += [(case_id, *row) for row in rows]
             is_much = len(self._expected) >= _MOST_EXPECTED
         if is_much:
-            self.write_expected()
+            # They stay expected, and whoever uses the ledger next is told.
+            with suppress(OutOfResources):
+                self.write_expected()
 
     def write_expected(self) -> None:
         """Write what was expected. It need not be flushed, since the journal has it. Raises OutOfResources."""
