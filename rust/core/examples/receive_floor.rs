@@ -1,68 +1,75 @@
 //! The least that receiving takes: `receive_floor FOLDER power|process` prints its port and takes C-STORE requests.
 //!
 //! The problem: how far is a node from what the machine can do? This keeps what a node promises (each image whole in
-//! a file with its digest, its name in a folder, and 8 KiB in a log, with `power` all of it flushed, over concurrent
-//! associations in one commit) with the node's parser and files, and does nothing else. It never copies the log anywhere, has no interpreter, looks
-//! at no header, routes nothing, and believes its peer: never use it but to measure. It ends with its standard input.
+//! a file with its digest, its name in a folder, and a record in the journal, with `power` all of it flushed, or of a small image the
+//! record with all bytes) with the node's parser, files and journal, and does nothing else. It never brings anything up to the
+//! journal, has no interpreter, looks at no header, routes nothing, and believes its peer: never use it but to measure. It ends with
+//! its standard input.
 
 use std::error::Error;
 use std::fs::{File, create_dir_all};
 use std::hint::black_box;
-use std::io::{Read, Seek, Write, stdin};
+use std::io::{Read, Write, stdin};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use dicomnode_core::digest::Kind;
 use dicomnode_core::hashing::{self, Coming};
 use dicomnode_core::incoming::{Incoming, link};
+use dicomnode_core::journal::{JournalFile, NONCE};
 use dicomnode_core::receive::{Limits, Receiver, Step};
-use rustix::fs::fdatasync;
 
 type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
 
-/// Two pages of SQLite's log with their headers.
-const ROW: usize = 2 * (4096 + 24);
 /// Where the items of an association request begin, without the head of the PDU.
 const ITEMS: usize = 68;
 
-/// How large the log is before the first row, as SQLite's comes to be: who makes it longer has its length flushed, too.
-const LOG: usize = 1000 * (4096 + 24);
+/// Bytes of the journal, and of the largest image in it.
+const JOURNAL: u64 = 4 << 20;
+const SMALL: u64 = 64 << 10;
+/// As long as the text of a record is.
+const TEXT: [u8; 200] = [b' '; 200];
 
-/// A log that several write to, and one flushes for all that wait.
+/// The journal, which is begun again when it is full.
 struct Log {
-    file: Mutex<File>,
-    /// How many rows wait, and how many have waited before the last commit.
-    waiting: Mutex<(u64, u64)>,
+    file: File,
+    flush: bool,
+    journal: Mutex<Arc<JournalFile>>,
 }
 
 impl Log {
-    fn commit(&self, flush: bool) -> Outcome<()> {
-        let own = {
-            let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-            waiting.0 += 1;
-            waiting.0
-        };
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        let (last, done) = *self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        if done >= own {
-            return Ok(());
+    fn new(file: File, flush: bool) -> Outcome<Self> {
+        let journal = Mutex::new(Arc::new(Self::begun(&file, flush)?));
+        Ok(Log {
+            file,
+            flush,
+            journal,
+        })
+    }
+
+    fn begun(file: &File, flush: bool) -> Outcome<JournalFile> {
+        let file = file.try_clone()?.into();
+        Ok(JournalFile::new(file, [1; NONCE], 0, JOURNAL, flush))
+    }
+
+    fn append(&self, image: Option<(BorrowedFd<'_>, usize)>) -> Outcome<()> {
+        loop {
+            let journal = Arc::clone(&self.lock());
+            if journal.append(&journal.record(&TEXT, image)?)? {
+                return Ok(());
+            }
+            let mut current = self.lock();
+            if Arc::ptr_eq(&current, &journal) {
+                *current = Arc::new(Self::begun(&self.file, self.flush)?);
+            }
         }
-        let rows = vec![1; ROW * usize::try_from(last - done)?];
-        if file.stream_position()? + rows.len() as u64 > LOG as u64 {
-            file.rewind()?;
-        }
-        file.write_all(&rows)?;
-        if flush {
-            fdatasync(&*file)?;
-        }
-        self.waiting
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .1 = last;
-        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Arc<JournalFile>> {
+        self.journal.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -165,15 +172,13 @@ fn serve(mut peer: TcpStream, root: &Path, number: usize, flush: bool, log: &Log
                 };
                 let name = format!("Image_CT_{number}_{count}.dcm");
                 count += 1;
-                link(
-                    file.as_fd(),
-                    file.start() + store.size,
-                    &root.join("patient/images"),
-                    &name,
-                    flush,
-                )?;
+                let size = file.start() + store.size;
+                let is_small = flush && size <= SMALL;
+                let folder = root.join("patient/images");
+                link(file.as_fd(), size, &folder, &name, flush && !is_small)?;
                 black_box(coming.wait(&dataset));
-                log.commit(flush)?;
+                let image = Some((file.as_fd(), usize::try_from(size)?));
+                log.append(image.filter(|_| is_small))?;
                 peer.write_all(&store.response(0, "", 0))?;
             }
             // A request for a release.
@@ -197,13 +202,9 @@ fn main() -> Outcome<()> {
     create_dir_all(root.join("patient/images"))?;
     let path = root.join("log");
     let mut file = File::create(path)?;
-    file.write_all(&vec![0; LOG])?;
+    file.write_all(&vec![0; usize::try_from(JOURNAL)?])?;
     file.sync_all()?;
-    file.rewind()?;
-    let log = Arc::new(Log {
-        file: Mutex::new(file),
-        waiting: Mutex::default(),
-    });
+    let log = Arc::new(Log::new(file, flush)?);
     let listener = TcpListener::bind("127.0.0.1:0")?;
     println!("{}", listener.local_addr()?.port());
     thread::spawn(|| {
