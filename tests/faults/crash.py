@@ -32,13 +32,19 @@ from tests.faults import endpoint
 
 from dicomnode.errors import CouldNotCompleteDIMSEMessage
 from dicomnode.lib.dimse import Address, Response, send
+from dicomnode.storage.journal import _File as File
 from dicomnode.storage.layout import digest_of_file, input_folder, outbox_folder
-from dicomnode.storage.ledger import Case, Ledger, State
+from dicomnode.storage.ledger import Case, InstanceRow, Ledger, State
 from dicomnode.testing import make_series, write_series
 
 IMAGES = 6
 NODE = """
 import random
+from dicomnode.storage import journal
+
+# So that one file follows the other, and as if images were large.
+journal._FILE_BYTES = int(os.environ["JOURNAL"])
+journal.MOST_BYTES = int(os.environ["SMALL"])
 print("PID", os.getpid(), flush=True)
 
 class All(AbstractInput):
@@ -247,6 +253,8 @@ class Crash:
                 "DURABILITY": self._durability,
                 "ISOLATION": self._random.choice(("thread", "thread", "process")),
                 "EAGER": str(self._random.randint(0, 1)),
+                "JOURNAL": str(self._random.choice((6 << 10, 4 << 20))),
+                "SMALL": str(self._random.choice((0, 64 << 10))),
             },
         )
 
@@ -293,11 +301,18 @@ class Crash:
 
     def _look(self) -> None:
         """Every acknowledged image is in a case, or its result has arrived; on what a kill left."""
+        own = self._root / ".dicomnode"
+        recorded: list[tuple[str, str, InstanceRow]] = []
         with tempfile.TemporaryDirectory() as copy:
-            own = self._root / ".dicomnode"
-            for name in ("ledger.sqlite", "ledger.sqlite-wal"):
+            for name in ("ledger.sqlite", "ledger.sqlite-wal", "journal-1", "journal-2"):
                 if (own / name).exists():
                     shutil.copyfile(own / name, Path(copy, name))
+            for path in Path(copy).glob("journal-*"):
+                recorded += [
+                    (record.folder, row.input, row)
+                    for record in File(path, is_flushed=False).read()
+                    for row in record.rows
+                ]
             if not any(one.acknowledged for one in self._patients):
                 return
             database = sqlite3.connect(Path(copy, "ledger.sqlite"))
@@ -319,6 +334,11 @@ class Crash:
             if damaged or not path.exists() or digest_of_file(path, len(digest)) != digest:
                 raise Broken(f"{path} of a case that is {state} is missing or damaged")
             there.add(uid)
+        for folder, name, row in recorded:
+            # Of cases that are over nothing is there.
+            path = self._root / input_folder(folder, name) / row.file
+            if path.exists() and digest_of_file(path, len(row.digest)) == row.digest:
+                there.add(row.uid)
         arrived = {source for _, source, _ in self._results()}
         for patient in self._patients:
             lost = patient.acknowledged - there - arrived
