@@ -23,6 +23,7 @@ __all__ = [
     "codecs",
     "debug_build",
     "digest",
+    "filesystem_type",
     "is_dicom",
     "is_uid",
     "jpeg_has_simd",
@@ -112,6 +113,9 @@ class JournalFile:
 
     def finish(self) -> None:
         """Let nothing more fit, and wait until all that did has settled or has failed."""
+
+def filesystem_type(descriptor: int) -> int:
+    """What kind of file system an open file or folder is on: `f_type` of statfs(). Raises OSError."""
 
 def sync_filesystem(descriptor: int) -> None:
     """Have the disk keep all that was written to the file system of an open file or folder.

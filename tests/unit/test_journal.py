@@ -253,9 +253,9 @@ def test_a_damaged_record_does_not_hide_the_others(tmp_path: Path) -> None:
     while (at := data.find(nonce, at)) >= 0:
         starts.append(at)
         at += 16
-    # The first of them is that of the head.
-    assert len(starts) == 6
-    for start in (starts[1], starts[3]):
+    # The first two of them are those of the head.
+    assert len(starts) == 7
+    for start in (starts[2], starts[4]):
         data[start + 60] ^= 1
     path.write_bytes(data)
     with running(left) as storage:
@@ -324,14 +324,195 @@ def test_a_disk_that_fails_to_keep_files_has_them_written_anew(
     written: list[str] = []
     real = journal.Journal._write
 
-    def write(self: Any, record: Any, anew: bool) -> int:
-        written.extend(row.file for row in record.rows if anew)
-        return real(self, record, anew)
+    def write(self: Any, record: Any, images: Any, anew: bool) -> int:
+        written.extend(row.file for row in images if anew)
+        return real(self, record, images, anew)
 
     monkeypatch.setattr(journal.Journal, "_write", write)
     with running(root) as storage:
         assert len(uids_of(storage, "P")) == len(stored) and digests_hold(storage)
     assert len(written) >= 2
+
+
+def test_a_start_on_a_disk_that_fails_does_not_have_the_next_one_trust_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    with running(root) as storage:
+        for one in instances(3):
+            storage.add("P", ["ct"], one)
+        left = cut(root, tmp_path / "left", files=True)
+
+    def failing(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(journal, "sync_filesystem", failing)
+        with pytest.raises(InvalidRootDataDirectory, match="EIO"):
+            started(left)
+    moments = {path.stat().st_ctime_ns for path in left.glob("P/ct/*")}
+    with running(left) as storage:
+        assert len(uids_of(storage, "P")) == 3
+    assert moments.isdisjoint(path.stat().st_ctime_ns for path in left.glob("P/ct/*"))
+
+
+def test_what_a_disk_may_not_have_kept_is_compared_before_it_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(tmp_path) as storage:
+        number = storage.add("P", ["ct"], instances(1)[0])
+        assert storage.is_verified(number) and storage._journal is not None
+        storage._journal._give_up(OSError(5, "Input/output error"))
+        assert not storage.is_verified(number)
+        (path,) = tmp_path.glob("P/ct/*")
+        path.write_bytes(bytes(path.stat().st_size))
+        storage.verify(storage.ledger.case(number))
+        contents = storage.current("P")
+        assert contents is not None and "is damaged" in contents.obstacle
+
+
+def test_a_case_that_is_over_stays_so_where_the_ledger_is_lost_and_its_folder_has_other_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, images = tmp_path / "root", instances(2, seed=7)
+    with running(root) as storage:
+        number = 0
+        for one in instances(3):
+            number = storage.add("P", ["ct"], one)
+        make_ready(storage, number)
+        contents = storage.current("P")
+        assert contents is not None and storage.seal(storage.ledger.case(number), contents)
+        storage.keep_results(storage.ledger.case(number), [])
+        storage.finish(storage.ledger.case(number))
+        with monkeypatch.context() as large:
+            large.setattr(journal, "MOST_BYTES", 0)
+            for one in images:
+                storage.add("P", ["ct"], one)
+        left = cut(root, tmp_path / "left", files=True)
+        # Without the record that says so they come back, and nothing that is there goes.
+        for path in (tmp_path / "left" / ".dicomnode").glob("ledger.sqlite*"):
+            path.unlink()
+        unsaid = shutil.copytree(left, tmp_path / "unsaid")
+    path = unsaid / ".dicomnode" / "journal-1"
+    data = path.read_bytes()
+    at = data.index(f'[{number}, "", []]'.encode())
+    path.write_bytes(data[:at] + b"x" + data[at + 1 :])
+    wanted = {one.sop_instance_uid for one in images}
+    with running(left) as storage:
+        assert uids_of(storage, "P") == wanted
+    with running(unsaid) as storage:
+        assert uids_of(storage, "P") > wanted
+
+
+def test_an_image_that_was_refused_does_not_join_a_case_that_takes_no_more(tmp_path: Path) -> None:
+    root, images = tmp_path / "root", instances(3)
+    with running(root) as storage:
+        number = storage.add("P", ["ct"], images[0])
+        storage.add("P", ["ct"], images[1])
+        make_ready(storage, number)
+        contents = storage.current("P")
+        assert contents is not None and storage.seal(storage.ledger.case(number), contents)
+        # As a record of which the flush failed.
+        assert storage._journal is not None
+        with (tmp_path / "image").open("wb+") as file:
+            file.write(b"".join(images[2].chunks))
+            file.flush()
+            size = file.tell()
+            text = f'[{number}, "P", [["ct", "{images[2].sop_instance_uid}", "x.dcm", {size}, ""]]]'
+            assert storage._journal._records.append(text, file.fileno(), size)
+            storage._journal._records.settle()
+        left = cut(root, tmp_path / "left")
+    with running(left) as storage:
+        assert len(storage.ledger.instances(number)) == 2 and digests_hold(storage)
+        assert not list(left.glob("P/ct/x.dcm"))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_head_that_is_damaged_is_there_once_more_or_is_told(
+    count: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "root"
+    with running(root) as storage:
+        for one in instances(3):
+            storage.add("P", ["ct"], one)
+        left = cut(root, tmp_path / "left")
+    path = left / ".dicomnode" / "journal-1"
+    data = bytearray(path.read_bytes())
+    for number in range(count):
+        data[256 * number + 40] ^= 1
+    path.write_bytes(data)
+    with caplog.at_level(logging.ERROR), running(left) as storage:
+        assert len(uids_of(storage, "P")) == (3 if count == 1 else 0)
+    assert ("journal-1 is damaged where it begins" in caplog.text) == (count == 2)
+
+
+def test_a_journal_that_cannot_be_read_is_told_as_that(tmp_path: Path) -> None:
+    with running(tmp_path):
+        pass
+    path = tmp_path / ".dicomnode" / "journal-2"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InvalidRootDataDirectory, match="journal-2 cannot be read: Is a directory"):
+        started(tmp_path)
+    path.rmdir()
+    with running(tmp_path):
+        pass
+
+
+def test_without_a_thread_more_it_is_cleaned_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "_FILE_BYTES", 8 << 10)
+
+    class Thread(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    images = instances(20)
+    with running(tmp_path) as storage:
+        with monkeypatch.context() as broken:
+            broken.setattr(journal.threading, "Thread", Thread)
+            for one in images[:10]:
+                storage.add("P", ["ct"], one)
+        for one in images[10:]:
+            storage.add("P", ["ct"], one)
+        assert storage._journal is not None and storage._journal._is_open
+        assert len(uids_of(storage, "P")) == 20
+
+
+def test_a_ledger_that_is_damaged_at_the_end_lets_the_root_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(self: Any) -> None:
+        raise sqlite3.DatabaseError("malformed")
+
+    with monkeypatch.context() as broken:
+        storage = started(tmp_path)
+        storage.add("P", ["ct"], instances(1)[0])
+        broken.setattr(type(storage.ledger), "write_expected", damaged)
+        storage.close()
+    with running(tmp_path) as storage:
+        assert len(uids_of(storage, "P")) == 1
+
+
+def test_what_tells_of_no_image_is_told_while_the_ledger_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(tmp_path) as storage:
+        number = storage.add("P", ["ct"], instances(1)[0])
+        with monkeypatch.context() as broken:
+
+            def full(self: Any) -> None:
+                raise OutOfResources("the ledger cannot be written")
+
+            broken.setattr(type(storage.ledger), "write_expected", full)
+            ledger = storage.ledger
+            assert ledger.changes() >= 0 and ledger.case(number).state is State.RECEIVING
+            assert len(ledger.cases()) == 1 and ledger.summary() and ledger.queue(State.READY) == []
+            for asked in (ledger.instances, ledger.counts, ledger.repeated):
+                with pytest.raises(OutOfResources):
+                    asked(number)
+        assert len(storage.ledger.instances(number)) == 1
 
 
 def test_a_ledger_without_room_holds_the_journal_up_and_nothing_is_lost(
@@ -386,12 +567,14 @@ def test_a_start_without_room_to_restore_says_so_and_the_next_one_has_all(
         assert len(uids_of(storage, "P")) == 3
 
 
-@pytest.mark.parametrize("trouble", ["old system", "no room", "no file"])
+@pytest.mark.parametrize("trouble", ["old system", "FUSE", "no room", "no file"])
 def test_without_a_journal_images_are_flushed_one_by_one(
     trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if trouble == "old system":
         monkeypatch.setattr(journal, "_linux_version", lambda: (5, 7))
+    elif trouble == "FUSE":
+        monkeypatch.setattr(journal, "filesystem_type", lambda _: 0x65735546)
     elif trouble == "no room":
         monkeypatch.setattr("dicomnode.storage.disk.Disk.has_room", lambda _, size: size < 1 << 20)
     else:

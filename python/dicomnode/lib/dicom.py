@@ -34,6 +34,7 @@ from dicomnode._core import JournalFile as JournalFile
 from dicomnode._core import Received as Received
 from dicomnode._core import Receiver as Receiver
 from dicomnode._core import digest as digest
+from dicomnode._core import filesystem_type as filesystem_type
 from dicomnode._core import is_dicom as is_dicom
 from dicomnode._core import is_uid as is_uid
 from dicomnode._core import link as link

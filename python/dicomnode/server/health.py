@@ -85,7 +85,7 @@ class Health:
         yield from sample_lines("dicomnode_healthy", "What /healthz says", "gauge", "", is_well)
         try:
             yield from self._ledger_lines()
-        except (sqlite3.Error, OSError):
+        except (OutOfResources, sqlite3.Error, OSError):
             # The node closes, or its disk does not answer; the other numbers are still right.
             return
 

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import secrets
+import sqlite3
 import struct
 import threading
 from collections.abc import Iterator
@@ -20,8 +21,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from dicomnode.errors import OutOfResources, UnknownCase
-from dicomnode.lib.dicom import JournalFile, digest, sync_filesystem
+from dicomnode.errors import (
+    InvalidDataset,
+    InvalidDicom,
+    InvalidRootDataDirectory,
+    OutOfResources,
+    UnknownCase,
+)
+from dicomnode.lib.dicom import JournalFile, digest, filesystem_type, scan, sync_filesystem
 from dicomnode.storage.instances import Instances, Staged, out_of_resources
 from dicomnode.storage.layout import BLAKE3, OURS, OWN, input_folder
 from dicomnode.storage.ledger import OVER, InstanceRow, Ledger
@@ -34,10 +41,12 @@ _FILE_BYTES = 4 << 20
 JOURNAL_BYTES = 2 * _FILE_BYTES
 # Each record begins at a multiple of it, so that one behind a damaged one is found.
 _BLOCK = 512
-# How a file begins: what it is, a number that nobody can guess, the ledger that it belongs to, which of the files is
-# newer, and whether the disk has failed to keep what it tells of; then a digest.
+# How a file begins, twice: what it is, a number that nobody can guess, the ledger that it belongs to, which of the files
+# is newer, and whether the disk has failed to keep what it tells of; then a digest.
 _HEAD = struct.Struct("<16s16s16sQ?")
 _MAGIC = b"dicomnode jrnl 1"
+# File systems that are flushed by syncfs(): ext2 to ext4, XFS, Btrfs, F2FS, tmpfs.
+_SOUND = {0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x01021994}
 # How a record begins, see `record` in the core: that number, a digest of all that follows, bytes of the text and of the image.
 _RECORD = struct.Struct("<16s16sII")
 _CHECKED = 32
@@ -79,9 +88,15 @@ class _File:
 
     def start(self, head: _Head) -> JournalFile:
         """Where records go to from now on."""
-        self._write(_sealed(_HEAD.pack(*head)))
+        # Opened anew: an error of the disk that is told to whoever writes a head is told to whoever appends as well.
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            records = JournalFile(descriptor, head.nonce, _BLOCK, _FILE_BYTES, self._is_flushed)
+        finally:
+            os.close(descriptor)
+        self._write(_sealed(head))
         self.head = head
-        return JournalFile(self._descriptor, head.nonce, _BLOCK, _FILE_BYTES, self._is_flushed)
+        return records
 
     def clear(self) -> None:
         """It tells of nothing that the ledger and the disk have not."""
@@ -91,7 +106,7 @@ class _File:
     def distrust(self) -> None:
         """Have the next start write all images anew that this has."""
         if self.head is not None:
-            self._write(_sealed(_HEAD.pack(*self.head._replace(is_distrusted=True))))
+            self._write(_sealed(self.head._replace(is_distrusted=True)))
 
     def _write(self, data: bytes) -> None:
         left = memoryview(data)
@@ -101,15 +116,12 @@ class _File:
             os.fsync(self._descriptor)
 
     def read(self) -> Iterator[_Record]:
-        """What it tells of, oldest first."""
+        """What it tells of, oldest first. Raises InvalidDataset where it began as a journal, and is damaged there."""
         data = self._path.read_bytes()
-        head = data[: _HEAD.size]
-        self.head = None
-        if len(head) < _HEAD.size or data[:_BLOCK] != _sealed(head):
-            return
-        self.head = _Head(*_HEAD.unpack(head))
-        if self.head.magic != _MAGIC:
-            self.head = None
+        self.head = _head_of(data)
+        if self.head is None:
+            if _MAGIC in data[:_BLOCK]:
+                raise InvalidDataset(f"{self._path.name} is damaged where it begins")
             return
         at = _BLOCK
         while (at := data.find(self.head.nonce, at)) >= 0:
@@ -143,9 +155,21 @@ def _record_at(data: bytes, at: int) -> tuple[_Record | None, int]:
     return _Record(case_id, folder, found, data[start + texts : end]), end - at
 
 
-def _sealed(head: bytes) -> bytes:
-    """A first block, with its digest."""
-    return (head + digest(head, BLAKE3)).ljust(_BLOCK, b"\0")
+def _sealed(head: _Head) -> bytes:
+    """A first block."""
+    packed = _HEAD.pack(*head)
+    return (packed + digest(packed, BLAKE3)).ljust(_BLOCK // 2, b"\0") * 2
+
+
+def _head_of(data: bytes) -> _Head | None:
+    """How a file begins; None where it does not."""
+    for start in (0, _BLOCK // 2):
+        head = data[start : start + _HEAD.size]
+        check = data[start + _HEAD.size : start + _HEAD.size + BLAKE3]
+        if len(head) == _HEAD.size and digest(head, BLAKE3) == check:
+            found = _Head(*_HEAD.unpack(head))
+            return found if found.magic == _MAGIC else None
+    return None
 
 
 class Journal:
@@ -175,6 +199,9 @@ class Journal:
         self._files: list[_File] = []
         self._records: JournalFile
         self._turning = threading.Lock()
+        self._giving_up = threading.Lock()
+        #: Whether the disk has failed to keep what this run wrote: what is read of it may be something else.
+        self.has_failed = False
         self._cleaning: threading.Thread | None = None
         # Open as long as the journal is, so that an error of the disk is told here.
         self._folder = -1
@@ -182,38 +209,68 @@ class Journal:
     # At a start
 
     def restore(self) -> None:
-        """Make up for what a crash has left undone. Raises OutOfResources."""
+        """Make up for what a crash has left undone.
+
+        Raises InvalidRootDataDirectory where what an earlier run has kept cannot be read, and OutOfResources.
+        """
         try:
             self._folder = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            if any(path.exists() for path in self._paths):
-                self._files = [_File(path, self._is_flushed) for path in self._paths]
-                self._restore()
+            found: list[tuple[_Head, list[_Record]]] = []
+            for path in self._paths if any(path.exists() for path in self._paths) else ():
+                try:
+                    file = _File(path, self._is_flushed)
+                    self._files.append(file)
+                    records = list(file.read())
+                except InvalidDataset as error:
+                    # As if it had been lost: what is in the files and the ledger is there.
+                    self._logger.error("%s: what it alone tells of is lost", error)
+                except OSError as error:
+                    raise InvalidRootDataDirectory(
+                        f"{path} cannot be read: {error.strerror}; it may have images that were answered. Move it away "
+                        "to start without them"
+                    ) from error
+                else:
+                    if file.head is not None:
+                        found.append((file.head, records))
+            if found:
+                self._restore(sorted(found, key=lambda one: one[0].generation))
         except OSError as error:
             raise out_of_resources(error) from error
 
-    def _restore(self) -> None:
-        found = [(file, list(file.read())) for file in self._files]
-        heads = {file: file.head for file, _ in found if file.head is not None}
-        if not heads:
-            return
+    def _restore(self, found: list[tuple[_Head, list[_Record]]]) -> None:
+        over = {
+            (head.seed, record.case_id)
+            for head, records in found
+            for record in records
+            if not record.rows or (head.seed == self._seed and self._is_over(record.case_id))
+        }
+        written = added = 0
+        sealed: dict[int, set[tuple[str, str]] | None] = {}
         rows: dict[int, dict[tuple[str, str], InstanceRow]] = {}
-        written = 0
-        for file, records in sorted(
-            found, key=lambda one: heads[one[0]].generation if one[0] in heads else 0
-        ):
+        for head, records in found:
             for record in records:
-                is_known = heads[file].seed == self._seed
-                if is_known and self._is_over(record.case_id):
+                if (head.seed, record.case_id) in over:
                     continue
-                if is_known:
-                    mine = rows.setdefault(record.case_id, {})
-                    mine.update({(row.input, row.uid): row for row in record.rows})
-                written += self._write(record, heads[file].is_distrusted)
-        added = 0
+                images = record.rows
+                if head.seed == self._seed:
+                    number = record.case_id
+                    if number not in sealed:
+                        sealed[number] = self._sealed_with(number)
+                    held = sealed[number]
+                    # Of one that takes no more, others were refused.
+                    images = [row for row in images if held is None or (row.input, row.uid) in held]
+                    mine = rows.setdefault(number, {})
+                    mine.update({(row.input, row.uid): row for row in images})
+                if record.data:
+                    written += self._write(record, images, head.is_distrusted)
         for case_id, mine in rows.items():
             added += self._add_missing(case_id, mine)
-        sync_filesystem(self._folder)
-        for file in heads:
+        try:
+            sync_filesystem(self._folder)
+        except OSError:
+            self._distrust()
+            raise
+        for file in self._files:
             file.clear()
         if written or added:
             self._logger.warning(
@@ -229,12 +286,24 @@ class Journal:
         except UnknownCase:
             return case_id <= self._ledger.last_case()
 
-    def _write(self, record: _Record, anew: bool) -> int:
+    def _sealed_with(self, case_id: int) -> set[tuple[str, str]] | None:
+        """The images of a case that takes no more; None for any other one."""
+        try:
+            if not self._ledger.case(case_id).sealed:
+                return None
+        except UnknownCase:
+            return None
+        return {(row.input, row.uid) for row in self._ledger.instances(case_id)}
+
+    def _write(self, record: _Record, images: list[InstanceRow], anew: bool) -> int:
         """Write the files of an image that are not there, or all of them `anew`; how many."""
         count = 0
-        for row in record.rows if record.data else ():
+        for row in images:
             folder = input_folder(record.folder, row.input)
             if not all(OURS.fullmatch(part) for part in (*folder.split("/"), row.file)):
+                continue
+            if self._is_another(f"{folder}/{row.file}", row.uid):
+                # It has that name since a case that is over had it.
                 continue
             if not anew and self._has(f"{folder}/{row.file}", record.data):
                 continue
@@ -243,6 +312,13 @@ class Journal:
                 self._instances.place(staged, folder, row.file)
             count += 1
         return count
+
+    def _is_another(self, place: str, uid: str) -> bool:
+        """Whether there is a whole image that is not this one."""
+        try:
+            return scan(str(self._root / place)).text(0x00080018) not in ("", uid)
+        except (InvalidDicom, OSError):
+            return False
 
     def _has(self, place: str, data: bytes) -> bool:
         try:
@@ -266,8 +342,10 @@ class Journal:
 
     def open(self) -> None:
         """Take records from now on, where the system allows it."""
-        # Before Linux 5.8 syncfs() does not tell of errors.
-        if self._is_flushed and _linux_version() < (5, 8):
+        # Before Linux 5.8 syncfs() does not tell of errors, and others do not even flush.
+        if self._is_flushed and (
+            _linux_version() < (5, 8) or filesystem_type(self._folder) not in _SOUND
+        ):
             return
         try:
             if not self._files:
@@ -294,23 +372,36 @@ class Journal:
         """
         plain = [(one.input, one.uid, one.file, one.size, one.digest.hex()) for one in rows]
         text = json.dumps((case.id, case.folder, plain))
-        size = staged.size if staged.is_kept else 0
+        records = self._append(text, staged.descriptor, staged.size if staged.is_kept else 0)
+        if records is None:
+            if staged.is_kept:
+                raise OutOfResources("the journal was given up")
+            return False
+        try:
+            self._ledger.expect(case.id, rows)
+        finally:
+            records.settle()
+        return True
+
+    def _append(self, text: str, descriptor: int, size: int) -> JournalFile | None:
+        """Where a record was kept, which has to be settled; None where none is kept. Raises OutOfResources."""
         try:
             while self._is_open:
                 records = self._records
-                if records.append(text, staged.descriptor, size):
-                    try:
-                        self._ledger.expect(case.id, rows)
-                    finally:
-                        records.settle()
-                    return True
+                if records.append(text, descriptor, size):
+                    return records
                 self._turn(records)
         except OSError as error:
             self._give_up(error)
             raise out_of_resources(error) from error
-        if staged.is_kept:
-            raise OutOfResources("the journal was given up")
-        return False
+        return None
+
+    def forget(self, case_id: int) -> None:
+        """A case is over: before its files are deleted. Also without the ledger it does not come back then."""
+        with suppress(OutOfResources):
+            records = self._append(json.dumps((case_id, "", ())), -1, 0)
+            if records is not None:
+                records.settle()
 
     def _turn(self, records: JournalFile) -> None:
         """Go on with the other file, and bring ledger and disk up to this one. Raises OSError, OutOfResources."""
@@ -328,63 +419,79 @@ class Journal:
             assert full.head is not None
             generation = full.head.generation + 1
             head = full.head._replace(nonce=secrets.token_bytes(16), generation=generation)
-            self._files = [other, full]
             self._records = other.start(head)
-            self._cleaning = threading.Thread(
+            self._files = [other, full]
+            cleaning = threading.Thread(
                 target=self._clean_later, args=(full,), name="journal", daemon=True
             )
-            self._cleaning.start()
+            try:
+                cleaning.start()
+            except RuntimeError:
+                # There are too many.
+                self._clean_later(full)
+            else:
+                self._cleaning = cleaning
 
     def _clean_later(self, file: _File) -> None:
         try:
             self._clean(file)
-        except OutOfResources as error:
+        except (OutOfResources, sqlite3.Error) as error:
             # It is tried again when the other one is full.
-            self._logger.error("%s", error)
+            self._logger.error("the ledger is behind the journal: %s", error)
         except OSError as error:
             self._give_up(error)
 
     def _clean(self, file: _File) -> None:
-        """Bring ledger and disk up to a file of records that have settled. Raises OSError, OutOfResources."""
+        """Bring ledger and disk up to a file of records that have settled.
+
+        Raises OSError, OutOfResources, and what SQLite raises of a ledger that is damaged.
+        """
         self._ledger.write_expected()
         if self._is_flushed:
-            try:
-                sync_filesystem(self._folder)
-            except OSError:
-                # What was not kept is told once, and nobody knows what it was.
-                for one in self._files:
-                    with suppress(OSError):
-                        one.distrust()
-                raise
+            sync_filesystem(self._folder)
         file.clear()
 
     def _give_up(self, error: OSError) -> None:
         """Take no more; what is here waits for the next start."""
-        if self._is_open:
-            self._is_open = False
+        with self._giving_up:
+            was_open, self._is_open = self._is_open, False
+        if was_open:
             self._logger.error(
                 "the journal cannot be used any more, images are kept without it: %s",
                 error.strerror or error,
             )
+            self._distrust()
+
+    def _distrust(self) -> None:
+        """What the disk has not kept is told once, and nobody knows what it was: have all written anew."""
+        self.has_failed = True
+        for one in self._files:
+            with suppress(OSError):
+                one.distrust()
 
     def close(self) -> None:
         """Bring ledger and disk up to it."""
-        if self._cleaning is not None:
-            self._cleaning.join()
-        if self._is_open:
-            self._records.finish()
-            with suppress(OutOfResources, OSError):
+        with self._turning:
+            was_open, self._is_open = self._is_open, False
+        try:
+            if self._cleaning is not None:
+                self._cleaning.join()
+            if was_open and not self.has_failed:
+                self._records.finish()
                 for file in self._files:
                     if file.head is not None:
                         self._clean(file)
-            self._is_open = False
-            del self._records
-        for file in self._files:
-            file.close()
-        self._files = []
-        if self._folder >= 0:
-            os.close(self._folder)
-            self._folder = -1
+        except (OutOfResources, OSError, sqlite3.Error) as error:
+            self._logger.error("the journal is left for the next start: %s", error)
+            if isinstance(error, OSError):
+                self._distrust()
+        finally:
+            for file in self._files:
+                file.close()
+            self._files = []
+            if self._folder >= 0:
+                os.close(self._folder)
+                self._folder = -1
 
 
 def _linux_version() -> tuple[int, int]:

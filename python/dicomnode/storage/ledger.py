@@ -150,7 +150,10 @@ class Ledger:
 
     @property
     def _db(self) -> sqlite3.Connection:
-        """The tables, with all rows that were expected. Held by `_lock`. Raises OutOfResources."""
+        """The tables, with all rows that were expected; `_connection` is for what tells of none.
+
+        With `_lock` held. Raises OutOfResources where they cannot be written.
+        """
         if self._expected and not self._connection.in_transaction:
             self.write_expected()
         return self._connection
@@ -176,12 +179,12 @@ class Ledger:
                 database.execute("BEGIN IMMEDIATE")
                 try:
                     yield database
+                    database.execute("COMMIT")
                 except BaseException:
                     # SQLite may have done so itself.
                     if database.in_transaction:
                         database.execute("ROLLBACK")
                     raise
-                database.execute("COMMIT")
             except sqlite3.OperationalError as error:
                 raise self._not_written(error) from error
 
@@ -202,12 +205,13 @@ class Ledger:
     def changes(self) -> int:
         """A number that differs after another process has changed the ledger."""
         with self._lock:
-            return int(self._db.execute("PRAGMA data_version").fetchone()[0])
+            return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
 
     def rows(self, query: str, arguments: tuple[object, ...]) -> list[tuple[object, ...]]:
         """What a query finds. For this package."""
         with self._lock:
-            return self._db.execute(query, arguments).fetchall()
+            database = self._db if "instances" in query else self._connection
+            return database.execute(query, arguments).fetchall()
 
     # Cases
 
@@ -343,7 +347,9 @@ class Ledger:
         if not 0 < case_id < _MOST:
             raise UnknownCase(f"there is no case {case_id}")
         with self._lock:
-            row = self._db.execute(f"SELECT {_CASE} FROM cases WHERE id = ?", (case_id,)).fetchone()
+            row = self._connection.execute(
+                f"SELECT {_CASE} FROM cases WHERE id = ?", (case_id,)
+            ).fetchone()
         if row is None:
             raise UnknownCase(f"there is no case {case_id}")
         return _case(row)
@@ -353,7 +359,7 @@ class Ledger:
         wanted = [state.value for state in states or State]
         marks = ", ".join("?" * len(wanted))
         with self._lock:
-            rows = self._db.execute(
+            rows = self._connection.execute(
                 f"SELECT {_CASE} FROM cases WHERE state IN ({marks}) ORDER BY id", wanted
             ).fetchall()
         return [_case(row) for row in rows]
@@ -377,13 +383,13 @@ class Ledger:
     def cases_with_results(self) -> set[int]:
         """The numbers of the cases whose results are kept."""
         with self._lock:
-            rows = self._db.execute("SELECT DISTINCT case_id FROM results").fetchall()
+            rows = self._connection.execute("SELECT DISTINCT case_id FROM results").fetchall()
         return {int(row[0]) for row in rows}
 
     def summary(self) -> dict[State, tuple[int, float]]:
         """{state: (how many cases are in it, when the first of them came into it)}."""
         with self._lock:
-            rows = self._db.execute(
+            rows = self._connection.execute(
                 "SELECT state, count(*), min(changed) FROM cases GROUP BY state"
             ).fetchall()
         return {State(state): (count, first) for state, count, first in rows}
@@ -391,7 +397,7 @@ class Ledger:
     def undelivered(self, endpoint: str) -> int:
         """How many results an endpoint has yet to acknowledge, of cases that are not DONE."""
         with self._lock:
-            row = self._db.execute(
+            row = self._connection.execute(
                 "SELECT count(*) FROM results AS r JOIN cases AS c ON c.id = r.case_id "
                 "WHERE c.state != ? AND NOT EXISTS (SELECT 1 FROM deliveries AS d "
                 "WHERE d.case_id = r.case_id AND d.endpoint = ? AND d.uid = r.uid AND d.stored)",
@@ -402,7 +408,7 @@ class Ledger:
     def case_in(self, folder: str) -> Case | None:
         """The newest case with this folder that is not over; None where there is none."""
         with self._lock:
-            row = self._db.execute(
+            row = self._connection.execute(
                 f"SELECT {_CASE} FROM cases WHERE folder = ? AND state NOT IN (?, ?) "
                 "ORDER BY id DESC LIMIT 1",
                 (folder, *(state.value for state in OVER)),
@@ -537,7 +543,7 @@ class Ledger:
         """Write what was expected. It need not be flushed, since the journal has it. Raises OutOfResources."""
         with self._lock:
             if self._connection.in_transaction:
-                return
+                raise OutOfResources("the ledger is in use")
             # They are expected until they are written.
             rows = self._expected[:]
             if not rows:
@@ -631,7 +637,7 @@ class Ledger:
     def results(self, case_id: int) -> list[ResultRow]:
         """The results of a case in the order in which process() gave them."""
         with self._lock:
-            rows = self._db.execute(
+            rows = self._connection.execute(
                 "SELECT number, uid, sop_class, syntax, file, digest FROM results "
                 "WHERE case_id = ? ORDER BY number",
                 (case_id,),
@@ -641,7 +647,7 @@ class Ledger:
     def queue(self, state: State) -> list[int]:
         """The numbers of the cases in a state, oldest first."""
         with self._lock:
-            rows = self._db.execute(
+            rows = self._connection.execute(
                 "SELECT id FROM cases WHERE state = ? ORDER BY id", (state.value,)
             ).fetchall()
         return [row[0] for row in rows]

@@ -240,9 +240,11 @@ class Storage:
             self._taken.let_go()
 
     def _close(self) -> None:
-        if self._journal is not None:
-            self._journal.close()
-        self.ledger.close()
+        try:
+            if self._journal is not None:
+                self._journal.close()
+        finally:
+            self.ledger.close()
 
     # Receiving
 
@@ -358,7 +360,7 @@ class Storage:
         lacking = []
         for name in names:
             known = case.rows.get(name, {}).get(instance.sop_instance_uid)
-            if known is not None and case.id in self._unverified and not known.damaged:
+            if known is not None and not self.is_verified(case.id) and not known.damaged:
                 # What an earlier run wrote may have changed since; the sender offers it again.
                 known = self._checked(self.ledger.case(case.id), known, case)
             if known is None or known.damaged:
@@ -477,11 +479,16 @@ class Storage:
 
     def is_verified(self, case_id: int) -> bool:
         """Whether this run received all images of a case, or has compared them with their digests."""
-        return self.root is None or case_id not in self._unverified
+        return self.root is None or not (case_id in self._unverified or self._has_failed)
+
+    @property
+    def _has_failed(self) -> bool:
+        """Whether what this run received may not be what it wrote."""
+        return self._journal is not None and self._journal.has_failed
 
     def verify(self, case: Case) -> None:
         """Compare with their digests the images of a case that this run did not receive itself."""
-        if self.root is None or not (case.sealed or case.id in self._unverified):
+        if self.root is None or not (case.sealed or not self.is_verified(case.id)):
             return
         with self.holding(case.identifier):
             known = self._open_cases.get(case.identifier)
@@ -612,7 +619,7 @@ class Storage:
             if known is None or identifier in self._arriving or not self.waits.expire(known.id):
                 return False
             del self._open_cases[identifier]
-            delete_files(self.ledger, self._instances, self.ledger.case(known.id))
+            self._delete(self.ledger.case(known.id))
             return True
 
     def interrupt(self, case_ids: Iterable[int]) -> None:
@@ -796,15 +803,21 @@ class Storage:
                     self.ledger.interrupt(case.id)
                     self._unreleased.add(case.id)
             if self.ledger.move(case.id, State.EXPORTING, State.DONE):
-                delete_files(self.ledger, self._instances, case)
+                self._delete(case)
         for earlier in revised:
             if self.ledger.move(earlier.id, State.FAILED, State.DONE):
                 self._logger.info(
                     "case %d is done, too: case %d had all its images", earlier.id, case.id
                 )
-                delete_files(self.ledger, self._instances, earlier)
+                self._delete(earlier)
         self.ledger.forget(_DONE_KEPT)
         self.waits.forget()
+
+    def _delete(self, case: Case) -> None:
+        """Delete the files of a case that is over."""
+        if self._journal is not None:
+            self._journal.forget(case.id)
+        delete_files(self.ledger, self._instances, case)
 
     def _contained(self, case: Case) -> list[Case]:
         """The FAILED cases without results that a case is a revision of, and has all images of."""

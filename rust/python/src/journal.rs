@@ -8,7 +8,7 @@ use dicomnode_core::Error;
 use dicomnode_core::journal::{self as core, NONCE};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use rustix::fs::syncfs;
+use rustix::fs::{fstatfs, syncfs};
 
 use crate::errors::detached;
 
@@ -74,6 +74,13 @@ pub fn sync_filesystem(py: Python<'_>, descriptor: c_int) -> PyResult<()> {
     detached(py, || {
         syncfs(opened).map_err(|error| Error::io(Path::new("file system"), error.into()))
     })
+}
+
+/// What kind of file system an open file or folder is on: `f_type` of statfs(). Raises OSError.
+#[pyfunction]
+pub fn filesystem_type(descriptor: c_int) -> PyResult<i64> {
+    let found = fstatfs(borrowed(descriptor)?).map_err(std::io::Error::from)?;
+    Ok(found.f_type as i64)
 }
 
 /// An open descriptor, which the caller keeps open meanwhile.

@@ -28,7 +28,7 @@ mod _core {
     #[pymodule_export]
     use crate::image::{Image, load, scan_images, stack};
     #[pymodule_export]
-    use crate::journal::{JournalFile, sync_filesystem};
+    use crate::journal::{JournalFile, filesystem_type, sync_filesystem};
     #[pymodule_export]
     use crate::receive::{Received, Receiver, link, part10_prefix};
 
