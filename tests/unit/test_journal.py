@@ -369,6 +369,7 @@ def test_what_a_disk_may_not_have_kept_is_compared_before_it_is_used(
         storage.verify(storage.ledger.case(number))
         contents = storage.current("P")
         assert contents is not None and "is damaged" in contents.obstacle
+        assert storage.is_verified(number)
 
 
 def test_a_case_that_is_over_stays_so_where_the_ledger_is_lost_and_its_folder_has_other_images(

@@ -16,7 +16,7 @@ import secrets
 import sqlite3
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -200,8 +200,9 @@ class Journal:
         self._records: JournalFile
         self._turning = threading.Lock()
         self._giving_up = threading.Lock()
-        #: Whether the disk has failed to keep what this run wrote: what is read of it may be something else.
-        self.has_failed = False
+        self._has_failed = False
+        #: Called when the disk may not have kept what this run wrote, and what is read of it be something else.
+        self.on_failure: Callable[[], None] = lambda: None
         self._cleaning: threading.Thread | None = None
         # Open as long as the journal is, so that an error of the disk is told here.
         self._folder = -1
@@ -464,7 +465,8 @@ class Journal:
 
     def _distrust(self) -> None:
         """What the disk has not kept is told once, and nobody knows what it was: have all written anew."""
-        self.has_failed = True
+        self._has_failed = True
+        self.on_failure()
         for one in self._files:
             with suppress(OSError):
                 one.distrust()
@@ -476,7 +478,7 @@ class Journal:
         try:
             if self._cleaning is not None:
                 self._cleaning.join()
-            if was_open and not self.has_failed:
+            if was_open and not self._has_failed:
                 self._records.finish()
                 for file in self._files:
                     if file.head is not None:

@@ -206,6 +206,7 @@ class Storage:
                 path, self.ledger, self._instances, self._logger, self._is_flushed
             )
             self._journal.restore()
+            self._journal.on_failure = self._doubt
             recovery = Recovery(
                 path,
                 self.ledger,
@@ -360,7 +361,7 @@ class Storage:
         lacking = []
         for name in names:
             known = case.rows.get(name, {}).get(instance.sop_instance_uid)
-            if known is not None and not self.is_verified(case.id) and not known.damaged:
+            if known is not None and case.id in self._unverified and not known.damaged:
                 # What an earlier run wrote may have changed since; the sender offers it again.
                 known = self._checked(self.ledger.case(case.id), known, case)
             if known is None or known.damaged:
@@ -479,16 +480,15 @@ class Storage:
 
     def is_verified(self, case_id: int) -> bool:
         """Whether this run received all images of a case, or has compared them with their digests."""
-        return self.root is None or not (case_id in self._unverified or self._has_failed)
+        return self.root is None or case_id not in self._unverified
 
-    @property
-    def _has_failed(self) -> bool:
-        """Whether what this run received may not be what it wrote."""
-        return self._journal is not None and self._journal.has_failed
+    def _doubt(self) -> None:
+        """The disk may have failed to keep what this run received."""
+        self._unverified.update(case.id for case in list(self._open_cases.values()))
 
     def verify(self, case: Case) -> None:
         """Compare with their digests the images of a case that this run did not receive itself."""
-        if self.root is None or not (case.sealed or not self.is_verified(case.id)):
+        if self.root is None or not (case.sealed or case.id in self._unverified):
             return
         with self.holding(case.identifier):
             known = self._open_cases.get(case.identifier)
