@@ -67,6 +67,14 @@ def uids_of(storage: Storage, identifier: str, name: str = "ct") -> set[str]:
     return set(contents.sources[name])
 
 
+def _io_error(descriptor: int) -> None:
+    raise OSError(5, "Input/output error")
+
+
+def _full(ledger: Any) -> None:
+    raise OutOfResources("the ledger cannot be written")
+
+
 def digests_hold(storage: Storage) -> bool:
     """Whether each file is what was received."""
     for case in storage.ledger.cases():
@@ -280,21 +288,39 @@ def test_whatever_is_in_the_files_of_the_journal_a_node_starts(head: bytes, tmp_
         assert len(uids_of(storage, "P")) == 2 and digests_hold(storage)
 
 
-@pytest.mark.parametrize("place", ["../x", "P/..", "P/ct", "a/b", ""])
-def test_no_record_leads_out_of_the_root(place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("folder", "file", "is_ours"),
+    [
+        ("P", "evil.dcm", True),
+        ("../../P", "evil.dcm", False),
+        ("..", "evil.dcm", False),
+        ("P/..", "evil.dcm", False),
+        ("", "evil.dcm", False),
+        ("P", "../../../evil.dcm", False),
+        ("P", "..", False),
+    ],
+)
+def test_no_record_leads_out_of_the_root(
+    folder: str, file: str, is_ours: bool, tmp_path: Path
+) -> None:
+    image = instances(1)[0]
     with running(tmp_path / "root") as storage:
-        storage.add("P", ["ct"], instances(1)[0])
+        storage.add("P", ["ct"], image)
         assert storage._journal is not None
         records = storage._journal._records
-        with (tmp_path / "evil").open("w+b") as file:
-            file.write(b"evil")
-            file.flush()
-            text = f'[1, "{place}", [["ct", "1.2", "../../../evil.dcm", 4, ""]]]'
-            assert records.append(text, file.fileno(), 4)
+        with (tmp_path / "image").open("w+b") as opened:
+            opened.write(b"evil")
+            opened.flush()
+            text = f'[1, "{folder}", [["ct", "1.2", "{file}", 4, ""]]]'
+            assert records.append(text, opened.fileno(), 4)
             records.settle()
         left = cut(tmp_path / "root", tmp_path / "left")
-    with running(left):
-        assert not list(tmp_path.rglob("evil.dcm"))
+    known = set(tmp_path.iterdir())
+    with running(left) as storage:
+        found = [row.uid for row in storage.ledger.instances(1)]
+        assert found == (["1.2", image.sop_instance_uid] if is_ours else [image.sop_instance_uid])
+    assert set(tmp_path.iterdir()) == known
+    assert bool(list(tmp_path.rglob("evil.dcm"))) == is_ours
 
 
 def test_a_disk_that_fails_to_keep_files_has_them_written_anew(
@@ -302,13 +328,10 @@ def test_a_disk_that_fails_to_keep_files_has_them_written_anew(
 ) -> None:
     monkeypatch.setattr(journal, "_FILE_BYTES", 8 << 10)
 
-    def failing(descriptor: int) -> None:
-        raise OSError(5, "Input/output error")
-
     root, images = tmp_path / "root", instances(30)
     stored: list[Instance] = []
     with monkeypatch.context() as broken:
-        broken.setattr(journal, "sync_filesystem", failing)
+        broken.setattr(journal, "sync_filesystem", _io_error)
         storage = started(root)
         for one in images:
             try:
@@ -343,11 +366,8 @@ def test_a_start_on_a_disk_that_fails_does_not_have_the_next_one_trust_it(
             storage.add("P", ["ct"], one)
         left = cut(root, tmp_path / "left", files=True)
 
-    def failing(descriptor: int) -> None:
-        raise OSError(5, "Input/output error")
-
     with monkeypatch.context() as broken:
-        broken.setattr(journal, "sync_filesystem", failing)
+        broken.setattr(journal, "sync_filesystem", _io_error)
         with pytest.raises(InvalidRootDataDirectory, match="EIO"):
             started(left)
     moments = {path.stat().st_ctime_ns for path in left.glob("P/ct/*")}
@@ -502,11 +522,7 @@ def test_what_tells_of_no_image_is_told_while_the_ledger_cannot_be_written(
     with running(tmp_path) as storage:
         number = storage.add("P", ["ct"], instances(1)[0])
         with monkeypatch.context() as broken:
-
-            def full(self: Any) -> None:
-                raise OutOfResources("the ledger cannot be written")
-
-            broken.setattr(type(storage.ledger), "write_expected", full)
+            broken.setattr(type(storage.ledger), "write_expected", _full)
             ledger = storage.ledger
             assert ledger.changes() >= 0 and ledger.case(number).state is State.RECEIVING
             assert len(ledger.cases()) == 1 and ledger.summary() and ledger.queue(State.READY) == []
@@ -525,11 +541,7 @@ def test_a_ledger_without_room_holds_the_journal_up_and_nothing_is_lost(
     with running(root) as storage:
         storage.add("P", ["ct"], images[0])
         with monkeypatch.context() as broken:
-
-            def full(self: Any) -> None:
-                raise OutOfResources("the ledger cannot be written")
-
-            broken.setattr(type(storage.ledger), "write_expected", full)
+            broken.setattr(type(storage.ledger), "write_expected", _full)
             # What cannot be written now is in the journal all the same.
             broken.setattr("dicomnode.storage.ledger._MOST_EXPECTED", 3)
             for one in images[1:40]:

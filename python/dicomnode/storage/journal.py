@@ -148,6 +148,9 @@ def _record_at(data: bytes, at: int) -> tuple[_Record | None, int]:
     if end > len(data) or digest(data[at + _CHECKED : end], BLAKE3) != check:
         return None, 0
     case_id, folder, rows = json.loads(data[start : start + texts])
+    # Nothing that leads out of the root, whoever wrote it.
+    if not all(OURS.fullmatch(part) for row in rows for part in (folder, row[2])):
+        return None, 0
     found = [
         InstanceRow(name, uid, file, size, bytes.fromhex(known))
         for name, uid, file, size, known in rows
@@ -301,8 +304,6 @@ class Journal:
         count = 0
         for row in images:
             folder = input_folder(record.folder, row.input)
-            if not all(OURS.fullmatch(part) for part in (*folder.split("/"), row.file)):
-                continue
             if self._is_another(f"{folder}/{row.file}", row.uid):
                 # It has that name since a case that is over had it.
                 continue

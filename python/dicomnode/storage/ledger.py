@@ -208,7 +208,7 @@ class Ledger:
             return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
 
     def rows(self, query: str, arguments: tuple[object, ...]) -> list[tuple[object, ...]]:
-        """What a query finds. For this package."""
+        """What a query finds; one that asks for instances also those that were expected. For this package."""
         with self._lock:
             database = self._db if "instances" in query else self._connection
             return database.execute(query, arguments).fetchall()
