@@ -172,8 +172,13 @@ class Receiver:
     def is_within(self) -> bool:
         """Whether a message has begun and is not whole."""
 
+    def answer(self, response: bytes) -> None:
+        """Send the answer to the image that has arrived, as much as the socket takes at once; `unsent` has the rest, all of it
+        without a socket. The image counts as not answered until the next `receive` or `offer`, or `answered`.
+        """
+
     def unsent(self) -> bytes:
-        """What of an answer the socket did not take; after it was sent, and `answered`, its image counts as answered."""
+        """What of the last answer was not sent."""
 
     def answered(self) -> None:
         """The image that has arrived is answered."""
@@ -184,15 +189,12 @@ class Receiver:
     def close(self) -> None:
         """Close the duplicate of the socket, and the files of what is being written and of what may come next."""
 
-    def receive(
-        self, wake: int, seconds: float, answer: bytes | None = None
-    ) -> Received | bytes | None:
-        """Send the answer to the image that has arrived, and read from the socket until something is whole.
+    def receive(self, wake: int, seconds: float) -> Received | bytes | None:
+        """Read from the socket until something is whole.
 
-        Without an answer it only reads. With one, and a folder, the file of the next image may be opened already.
-        Where the socket does not take all of it, nothing is read, and `unsent` tells the rest. A request gives
-        `Received`, any other PDU its bytes, a closed connection empty bytes. None after `seconds` or 32 MiB, or as
-        soon as `wake` can be read.
+        After an answer, and with a folder, the file of the next image may be opened already. Where some of the answer is
+        unsent, nothing is read. A request gives `Received`, any other PDU its bytes, a closed connection empty bytes. None
+        after `seconds` or 32 MiB, or as soon as `wake` can be read.
 
         Raises InvalidDicom for what breaks the protocol or a limit, and OSError.
         """

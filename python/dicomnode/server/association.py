@@ -132,6 +132,22 @@ class _Visit:
             self.touched.setdefault(identifier, set()).add(case_id)
 
 
+@dataclass(eq=False, slots=True)
+class _Answer:
+    """The answer to an image, given once."""
+
+    received: Received
+    send: Callable[[bytes], None]
+    #: Of the answer that was given.
+    status: int | None = None
+
+    def give(self, status: int = _SUCCESS, comment: str = "") -> None:
+        """Send it, unless it was sent."""
+        if self.status is None:
+            self.status = status
+            self.send(self.received.response(status, comment[:64]))
+
+
 class _Working:
     """The threads that store an image or end an association, and how deep they are in it."""
 
@@ -189,7 +205,7 @@ class Reception:
     accept: Callable[[Dataset], bool] | None
     meters: Meters
     committing: Committing
-    #: Called after an image was stored, before the answer, with its identifier and SOPInstanceUID.
+    #: Called after an image was stored, with its identifier and SOPInstanceUID.
     on_stored: Callable[[str, str], None]
     #: Called after that: begins to decode it, None where nothing is decoded on arrival. Whatever becomes of it,
     #: the image is stored.
@@ -511,27 +527,28 @@ class AssociationServer:
             )
         greatest.cut_off()
 
-    def store(self, association: NodeAssociation, received: Received) -> bytes:
-        """Keep an image, and answer."""
+    def store(
+        self,
+        association: NodeAssociation,
+        received: Received,
+        answer: Callable[[bytes], None],
+    ) -> None:
+        """Keep an image, and answer it as soon as it is kept."""
         # Without a visit the connection has closed while this image was on its way.
         visit = self._visits.get(association) or _Visit(over=True)
         try:
             with self._working, Scope(association.number):
-                status, comment = self._answered(association, received, visit)
+                self._store(association, received, visit, _Answer(received, answer))
         finally:
             # A log may keep an error, with all that it has seen.
             received.close()
-        return received.response(status, comment[:64])
 
-    def _answered(
-        self,
-        association: NodeAssociation,
-        received: Received,
-        visit: _Visit,
-    ) -> tuple[int, str]:
+    def _store(
+        self, association: NodeAssociation, received: Received, visit: _Visit, answer: "_Answer"
+    ) -> None:
         uid = received.sop_instance_uid
         try:
-            status, comment, identifier, case_id = self._store(association, received, visit)
+            status, comment, identifier, case_id = self._kept(association, received, visit, answer)
         except OutOfResources as error:
             self._logger.error("%s not stored: %s", uid, error)
             status, comment, identifier, case_id = _OUT_OF_RESOURCES, "out of resources", "", 0
@@ -540,7 +557,11 @@ class AssociationServer:
             self._logger.exception("%s not stored", uid)
             status, comment, identifier = _NOT_UNDERSTOOD, "the node failed, see its log", ""
             case_id = 0
-        self._reception.meters.instances.add(label=f"0x{status:04X}")
+        # Its sender prepares the next one meanwhile.
+        answer.give(status, comment)
+        meters = self._reception.meters
+        meters.instances.add(label=f"0x{answer.status:04X}")
+        meters.bytes_received.add(received.size)
         with visit.lock:
             if identifier:
                 visit.stored += 1
@@ -555,7 +576,6 @@ class AssociationServer:
             # The connection closed while this image was being stored.
             self._interrupt([case_id])
             self._reception.on_end([identifier])
-        return status, comment
 
     def _decode(self, decode: Callable[[str, str], None], identifier: str, uid: str) -> None:
         try:
@@ -564,13 +584,17 @@ class AssociationServer:
             # The same edge: it is stored, and answered so; it is decoded when it is ground.
             self._logger.exception("%s is stored, but not decoded on arrival", uid)
 
-    def _store(
+    def _kept(
         self,
         association: NodeAssociation,
         received: Received,
         visit: _Visit,
+        answer: "_Answer",
     ) -> tuple[int, str, str, int]:
-        """Status, comment, and identifier and number of the case where the image was stored."""
+        """Status, comment, and identifier and number of the case where the image was stored.
+
+        Where it was, it may be answered before all of the node knows of it.
+        """
         uid, sop_class = received.sop_instance_uid, received.sop_class_uid
         agreed_class, syntax = association.agreed[received.context_id]
         if not is_uid(uid):
@@ -591,7 +615,6 @@ class AssociationServer:
             raise OutOfResources(
                 "cannot write: " + errno.errorcode.get(received.errno or 0, "no file for it")
             )
-        reception.meters.bytes_received.add(received.size)
         # What is too large for memory is read from its file.
         apart = arrived if received.is_large else None
         head = received.head if apart is None else _head_of(apart, received.size)
@@ -640,6 +663,7 @@ class AssociationServer:
             ),
             identifier,
             visit,
+            answer,
         )
 
     def _prefix(self, association: NodeAssociation, received: Received) -> bytes:
@@ -652,7 +676,12 @@ class AssociationServer:
         )
 
     def _keep(
-        self, header: Header, instance: Instance, identifier: str | None, visit: _Visit
+        self,
+        header: Header,
+        instance: Instance,
+        identifier: str | None,
+        visit: _Visit,
+        answer: "_Answer",
     ) -> tuple[int, str, str, int]:
         reception, uid = self._reception, instance.sop_instance_uid
         try:
@@ -681,6 +710,7 @@ class AssociationServer:
                 target.accepted,
                 instance,
                 partial(visit.touch, target.identifier),
+                answer.give,
             )
         except DuplicateInstance as error:
             self._logger.error("%s; the first is kept", error)

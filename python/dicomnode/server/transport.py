@@ -61,8 +61,10 @@ _RELEASE_RESPONSE = b"\x06\0\0\0\0\4\0\0\0\0"
 class Service(Protocol):
     """What the owner of a transport does with what arrives."""
 
-    def store(self, association: "NodeAssociation", received: Received) -> bytes:
-        """Keep an image; the PDU of the response. Raises nothing."""
+    def store(
+        self, association: "NodeAssociation", received: Received, answer: Callable[[bytes], None]
+    ) -> None:
+        """Keep an image, and answer it, once, with the PDU of a response. Raises nothing."""
 
     def arriving(self, association: Association) -> None:
         """Bytes of an image have arrived."""
@@ -269,15 +271,15 @@ class _Provider(DULServiceProvider):
                 self._began = None
                 # Its sender is not idle, also where it never pauses so that this loop would end.
                 self._whole = self._idle_timer._start_time = time.monotonic()
-                response = self._service.store(self._association, found)
+                self._service.store(self._association, found, receiver.answer)
                 # Its memory is that of the next one.
                 found = None
                 self._whole = math.inf
                 if self._has_other_work:
-                    self._answer(receiver, response)
+                    self._end_answer(receiver)
                     return
                 # The next image, without the way through pynetdicom's loop.
-                found = self._read(receiver, response)
+                found = self._read(receiver)
             if found is None:
                 self._check_pace(receiver)
                 return
@@ -373,27 +375,25 @@ class _Provider(DULServiceProvider):
         self._last = (time.monotonic(), 0)
         return self.receiver
 
-    def _answer(self, receiver: Receiver, response: bytes) -> None:
-        """Send the answer to an image, or the rest of it."""
-        if self.socket is not None:
-            self.socket.send(response)
+    def _end_answer(self, receiver: Receiver) -> None:
+        """Send what is left of the answer to an image."""
+        if (rest := receiver.unsent()) and self.socket is not None:
+            self.socket.send(rest)
         receiver.answered()
 
-    def _read(self, receiver: Receiver, response: bytes | None = None) -> Received | bytes | None:
+    def _read(self, receiver: Receiver) -> Received | bytes | None:
         """What comes next, after the answer to what came before."""
         client = None if self.socket is None else self.socket.socket
         if not isinstance(client, ssl.SSLSocket):
-            found = receiver.receive(self.wake.number, LOOK_SECONDS, response)
+            found = receiver.receive(self.wake.number, LOOK_SECONDS)
             if found is None:
                 self.wake.clear()
-                if rest := receiver.unsent():
-                    self._answer(receiver, rest)
+                self._end_answer(receiver)
             return found
-        if response is not None:
-            self._answer(receiver, response)
-            if self._has_other_work:
-                # It may not have come through.
-                return None
+        self._end_answer(receiver)
+        if self._has_other_work:
+            # It may not have come through.
+            return None
         found = receiver.offer(b"")
         if found is not None or not (
             client.pending() or wait_readable(client, self.wake, LOOK_SECONDS)

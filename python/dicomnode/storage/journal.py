@@ -366,8 +366,14 @@ class Journal:
         """Whether an image of so many bytes is kept here, so that its own file need not be flushed."""
         return self._is_open and self._is_flushed and size <= MOST_BYTES
 
-    def add(self, case: OpenCase, rows: list[InstanceRow], staged: Staged) -> bool:
-        """Keep rows of an image, and the image where that `is_kept`, and have the ledger expect them.
+    def add(
+        self,
+        case: OpenCase,
+        rows: list[InstanceRow],
+        staged: Staged,
+        on_kept: Callable[[], None] = lambda: None,
+    ) -> bool:
+        """Keep rows of an image, and the image where that `is_kept`; after `on_kept` have the ledger expect them.
 
         Its files have to have their names, and to be durable where it is not kept here. False, and nothing is done, where
         the journal takes no records. Raises OutOfResources.
@@ -380,6 +386,7 @@ class Journal:
                 raise OutOfResources("the journal was given up")
             return False
         try:
+            on_kept()
             self._ledger.expect(case.id, rows)
         finally:
             records.settle()

@@ -530,13 +530,16 @@ class Ledger:
     # Instances
 
     def expect(self, case_id: int, rows: Iterable[InstanceRow]) -> None:
-        """Record instances as stored, which the journal has: many at once, before the ledger is used next."""
+        """Record instances as stored, which the journal has: many at once, before the ledger is used next.
+
+        Raises nothing: they may be answered already.
+        """
         with self._expecting:
             self._expected += [(case_id, *row) for row in rows]
             is_much = len(self._expected) >= _MOST_EXPECTED
         if is_much:
             # They stay expected, and whoever uses the ledger next is told.
-            with suppress(OutOfResources):
+            with suppress(OutOfResources, sqlite3.Error):
                 self.write_expected()
 
     def write_expected(self) -> None:

@@ -262,18 +262,20 @@ class Storage:
         input_names: Iterable[str],
         instance: Instance,
         on_added: Callable[[int], None] = lambda _: None,
+        on_kept: Callable[[], None] = lambda: None,
     ) -> int:
         """Keep an instance in the named inputs of the identifier's open case; the case's number.
 
-        An instance that is there already with the same content is not stored again. `on_added` is called with
-        that number before anybody can see the instance in the case.
+        An instance that is there already with the same content is not stored again. `on_kept` is called as soon as
+        nothing can take away what is new, and may not raise; `on_added` is called with that number after it, before
+        anybody can see the instance in the case.
 
         Raises OutOfResources (nothing was stored) and DuplicateInstance (other content under the
         same SOPInstanceUID; the first is kept).
         """
         turn = self._turns.take(identifier)
         try:
-            return self._add(turn, identifier, tuple(input_names), instance, on_added)
+            return self._add(turn, identifier, tuple(input_names), instance, on_added, on_kept)
         finally:
             self._turns.give(identifier, turn)
 
@@ -284,6 +286,7 @@ class Storage:
         names: tuple[str, ...],
         instance: Instance,
         on_added: Callable[[int], None],
+        on_kept: Callable[[], None],
     ) -> int:
         uid = instance.sop_instance_uid
         rows: list[InstanceRow] = []
@@ -306,7 +309,7 @@ class Storage:
             self._arriving.setdefault(identifier, {})[uid] = False
         try:
             # While it is on its way, the case is neither claimed nor set aside.
-            rows = self._put_instance(case, lacking, instance, instance.arrived)
+            rows = self._put_instance(case, lacking, instance, instance.arrived, on_kept)
         finally:
             with turn.lock:
                 arriving = self._arriving[identifier]
@@ -321,7 +324,12 @@ class Storage:
         return case.id
 
     def _put_instance(
-        self, case: OpenCase, names: Iterable[str], instance: Instance, staged: Staged | None
+        self,
+        case: OpenCase,
+        names: Iterable[str],
+        instance: Instance,
+        staged: Staged | None,
+        on_kept: Callable[[], None],
     ) -> list[InstanceRow]:
         """Make an instance durable in these inputs: its files, their folders, then the rows.
 
@@ -329,7 +337,7 @@ class Storage:
         """
         if staged is None:
             with self._instances.staging(instance.chunks) as made:
-                return self._put_instance(case, names, instance, made)
+                return self._put_instance(case, names, instance, made, on_kept)
         rows: list[InstanceRow] = []
         journal = self._journal
         staged.is_kept = journal is not None and journal.takes(staged.size)
@@ -340,8 +348,10 @@ class Storage:
                 rows.append(InstanceRow(name, instance.sop_instance_uid, file, staged.size, digest))
             if journal is None:
                 self.ledger.expect(case.id, rows)
-            elif not journal.add(case, rows, staged):
+                on_kept()
+            elif not journal.add(case, rows, staged, on_kept):
                 self.ledger.add_instances(case.id, rows)
+                on_kept()
         except OutOfResources:
             for row in rows:
                 self._instances.remove(input_folder(case.folder, row.input), [row.file])

@@ -53,6 +53,8 @@ struct State {
     kept: Kept,
     /// Of the last answer.
     unsent: Vec<u8>,
+    /// Whether an image was answered since the last time that something was read.
+    is_to_prepare: bool,
 }
 
 /// What of the dataset that is arriving is in a file.
@@ -163,6 +165,7 @@ impl Receiver {
                 incoming,
                 kept: Kept::default(),
                 unsent: Vec::new(),
+                is_to_prepare: false,
             }),
             kind,
             arriving: AtomicUsize::new(0),
@@ -202,7 +205,20 @@ impl Receiver {
         self.lock().parser.is_within()
     }
 
-    /// What of an answer the socket did not take; after it was sent, and `answered`, its image counts as answered.
+    /// Send the answer to the image that has arrived, as much as the socket takes at once; `unsent` has the rest, all of it
+    /// without a socket. The image counts as not answered until the next `receive` or `offer`, or `answered`.
+    fn answer(&self, py: Python<'_>, response: &[u8]) {
+        py.detach(|| {
+            let mut state = self.lock();
+            state.unsent = match &state.socket {
+                Some(socket) => rest_of(socket.as_fd(), response),
+                None => response.to_vec(),
+            };
+            state.is_to_prepare = true;
+        });
+    }
+
+    /// What of the last answer was not sent.
     fn unsent<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         PyBytes::new(py, &std::mem::take(&mut self.lock().unsent))
     }
@@ -234,21 +250,18 @@ impl Receiver {
         self.is_large.store(false, Ordering::Relaxed);
     }
 
-    /// Send the answer to the image that has arrived, and read from the socket until something is whole.
+    /// Read from the socket until something is whole.
     ///
-    /// Without an answer it only reads. With one, and a folder, the file of the next image may be opened already.
-    /// Where the socket does not take all of it, nothing is read, and `unsent` tells the rest. A request gives
-    /// `Received`, any other PDU its bytes, a closed connection empty bytes. None after `seconds` or 32 MiB, or as
-    /// soon as `wake` can be read.
+    /// After an answer, and with a folder, the file of the next image may be opened already. Where some of the answer is
+    /// unsent, nothing is read. A request gives `Received`, any other PDU its bytes, a closed connection empty bytes. None
+    /// after `seconds` or 32 MiB, or as soon as `wake` can be read.
     ///
     /// Raises InvalidDicom for what breaks the protocol or a limit, and OSError.
-    #[pyo3(signature = (wake, seconds, answer = None))]
     fn receive<'py>(
         &self,
         py: Python<'py>,
         wake: c_int,
         seconds: f64,
-        answer: Option<&[u8]>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         if self.lock().socket.is_none() {
             return Err(PyValueError::new_err("expected a receiver with a socket"));
@@ -266,9 +279,8 @@ impl Receiver {
             let Some(socket) = guard.socket.take() else {
                 return Ok(Outcome::Closed);
             };
-            guard.unsent = rest_of(socket.as_fd(), answer.unwrap_or_default());
             let outcome = if guard.unsent.is_empty() {
-                self.read(&mut guard, socket.as_fd(), wake, end, answer.is_some())
+                self.read(&mut guard, socket.as_fd(), wake, end)
             } else {
                 Ok(Outcome::Nothing)
             };
@@ -338,7 +350,6 @@ impl Receiver {
         socket: BorrowedFd<'_>,
         wake: BorrowedFd<'_>,
         end: Instant,
-        mut is_to_prepare: bool,
     ) -> Result<Outcome> {
         let before = self.total.load(Ordering::Relaxed);
         self.begin(state);
@@ -366,7 +377,7 @@ impl Receiver {
                             // A sender with Nagle's algorithm waits for our acknowledgement.
                             let _ = set_tcp_quickack(socket, true);
                             // Another image is likely, and comes sooner to a file that is there.
-                            if std::mem::take(&mut is_to_prepare)
+                            if std::mem::take(&mut state.is_to_prepare)
                                 && let Some(incoming) = &mut state.incoming
                             {
                                 incoming.prepare();
