@@ -101,12 +101,33 @@ class JournalFile:
     """
 
     def __new__(cls, descriptor: int, nonce: bytes, start: int, size: int, flush: bool) -> Self: ...
-    def append(self, text: str, descriptor: int, size: int) -> bool:
-        """Keep a text, and the first `size` bytes of an open file unless that is 0.
+    def append(self, text: str) -> bool:
+        """Keep a text.
 
-        What comes at the same time is flushed at once. False, and nothing is done, where it does not
-        fit; else `settle` has to be called in the end. Raises OSError.
+        What comes at the same time is flushed at once. False, and nothing is done, where it does not fit; else `settle` has
+        to be called in the end. Raises OSError.
         """
+
+    def keep(
+        self,
+        text: str,
+        descriptor: int,
+        size: int,
+        with_image: bool,
+        folder: str | Path,
+        name: str,
+        request: Received | None = None,
+    ) -> bool | None:
+        """Give an open file of `size` bytes a name in a folder, not flushed, keep a text and with `with_image` the file, and
+        then answer the request with 0x0000: all without the interpreter.
+
+        False, and nothing is done, where the name is taken, and None where the record does not fit. Otherwise `settle` has
+        to be called in the end. Raises OSError, where nothing is left of it.
+        """
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a write or flush of it has failed, so that it keeps nothing any more."""
 
     def settle(self) -> None:
         """What has to happen after a record was kept, and before its file is let go, has happened."""
@@ -172,16 +193,11 @@ class Receiver:
     def is_within(self) -> bool:
         """Whether a message has begun and is not whole."""
 
-    def answer(self, response: bytes) -> None:
-        """Send the answer to the image that has arrived, as much as the socket takes at once; `unsent` has the rest, all of it
-        without a socket. The image counts as not answered until the next `receive` or `offer`, or `answered`.
-        """
-
     def unsent(self) -> bytes:
-        """What of the last answer was not sent."""
+        """What of the last answer was not sent; all of it without a socket."""
 
     def answered(self) -> None:
-        """The image that has arrived is answered."""
+        """The image that has arrived is dealt with, as it is also where more is read."""
 
     def discard(self, errno: int) -> None:
         """Keep no more of a dataset that is too large for memory; the request then tells `errno`."""
@@ -240,6 +256,13 @@ class Received:
     @property
     def errno(self) -> int | None:
         """The number of the error because of which its file is not whole."""
+
+    def answer(self, status: int, comment: str = "", offending: int = 0) -> None:
+        """Answer it, unless it was answered; `unsent` of its `Receiver` has what the socket did not take at once."""
+
+    @property
+    def status(self) -> int | None:
+        """The status that it was answered with; None where it was not answered."""
 
     def response(self, status: int, comment: str = "", offending: int = 0) -> bytes:
         """The bytes of a C-STORE-RSP (PS3.7 section 9.3.1.2)."""

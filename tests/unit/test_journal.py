@@ -1,7 +1,6 @@
 """The journal: what was answered for is there after a crash, and what is over stays over."""
 
 import logging
-import os
 import secrets
 import shutil
 import sqlite3
@@ -18,6 +17,7 @@ from tests.unit.test_storage import instances, make_ready
 from dicomnode.errors import InvalidRootDataDirectory, OutOfResources
 from dicomnode.lib.dicom import JournalFile
 from dicomnode.storage import journal
+from dicomnode.storage.instances import Staged
 from dicomnode.storage.ledger import State
 from dicomnode.storage.store import Durability, Instance, Storage
 
@@ -312,7 +312,7 @@ def test_no_record_leads_out_of_the_root(
             opened.write(b"evil")
             opened.flush()
             text = f'[1, "{folder}", [["ct", "1.2", "{file}", 4, ""]]]'
-            assert records.append(text, opened.fileno(), 4)
+            assert records.keep(text, opened.fileno(), 4, True, str(tmp_path), "linked")
             records.settle()
         left = cut(tmp_path / "root", tmp_path / "left")
     known = set(tmp_path.iterdir())
@@ -440,8 +440,9 @@ def test_an_image_that_was_refused_does_not_join_a_case_that_takes_no_more(tmp_p
             file.flush()
             size = file.tell()
             text = f'[{number}, "P", [["ct", "{images[2].sop_instance_uid}", "x.dcm", {size}, ""]]]'
-            assert storage._journal._records.append(text, file.fileno(), size)
-            storage._journal._records.settle()
+            records = storage._journal._records
+            assert records.keep(text, file.fileno(), size, True, str(tmp_path), "linked")
+            records.settle()
         left = cut(root, tmp_path / "left")
     with running(left) as storage:
         assert len(storage.ledger.instances(number)) == 2 and digests_hold(storage)
@@ -597,7 +598,7 @@ def test_without_a_journal_images_are_flushed_one_by_one(
 
         monkeypatch.setattr(journal._File, "widen", failing)
     with running(tmp_path / "root") as storage:
-        assert storage._journal is not None and not storage._journal.takes(1)
+        assert storage._journal is not None and not storage._journal.takes(Staged(1))
         for one in instances(3):
             storage.add("P", ["ct"], one)
         left = cut(tmp_path / "root", tmp_path / "left", files=True)
@@ -627,15 +628,20 @@ def test_a_file_of_the_journal_takes_wrong_arguments_for_what_they_are(tmp_path:
             JournalFile(-1, b"x" * 16, 0, 4096, True)
         records = JournalFile(file.fileno(), b"x" * 16, 512, 4096, True)
         with pytest.raises(ValueError, match="open descriptor"):
-            records.append("text", -1, 1)
-        with pytest.raises(OSError, match="end of file"):
-            records.append("text", file.fileno(), 10)
-        assert not records.append("x" * 4096, -1, 0)
-        assert records.append("text", -1, 0)
+            records.keep("text", -1, 1, True, tmp_path, "name")
+        for with_image, told in ((True, "end of file"), (False, "0 of 10 bytes")):
+            with pytest.raises(OSError, match=told):
+                records.keep("text", file.fileno(), 10, with_image, tmp_path, "name")
+        with pytest.raises(FileNotFoundError):
+            records.keep("text", file.fileno(), 0, True, tmp_path / "missing", "name")
+        assert records.keep("text", file.fileno(), 0, True, tmp_path, "file") is False
+        assert records.keep("x" * 4096, file.fileno(), 0, True, tmp_path, "name") is None
+        assert not records.append("x" * 4096)
+        assert not records.has_failed and not (tmp_path / "name").exists()
+        assert records.append("text")
         records.settle()
         records.finish()
-        assert not records.append("text", -1, 0)
+        assert not records.append("text")
         data = Path(file.name).read_bytes()
         assert len(data) == 1024
         assert data[512:528] == b"x" * 16 and struct.unpack_from("<II", data, 544) == (4, 0)
-        assert data[552:556] == b"text" and os.fstat(file.fileno()).st_size == 1024

@@ -404,6 +404,34 @@ def test_a_socket_is_read_until_it_is_woken_or_closed() -> None:
     os.close(wake)
 
 
+def test_what_a_socket_does_not_take_of_an_answer_is_left() -> None:
+    ours, theirs = socket.socketpair()
+    wake = os.eventfd(0)
+    with ours, theirs:
+        receiver = Receiver(BOTH, 1 << 20, 1 << 20, 1 << 20, ours.fileno())
+        theirs.sendall(wire.store("1.2.3", DATA))
+        one = receiver.receive(wake, 5.0)
+        assert isinstance(one, Received)
+        ours.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                ours.send(bytes(1 << 16))
+        one.answer(0)
+        # Nothing is read before that is sent.
+        theirs.sendall(pdu(wire.RELEASE, bytes(4)))
+        assert receiver.is_arriving and receiver.receive(wake, 5.0) is None and receiver.is_arriving
+        assert receiver.unsent() == one.response(0) and receiver.unsent() == b""
+        receiver.answered()
+        assert not receiver.is_arriving
+        assert receiver.receive(wake, 5.0) == pdu(wire.RELEASE, bytes(4))
+    unconnected = Receiver(BOTH, 1 << 20, 1 << 20, 1 << 20)
+    two = unconnected.offer(wire.store("1.2.3", DATA))
+    assert isinstance(two, Received)
+    two.answer(0xA700, "no room")
+    assert two.status == 0xA700 and unconnected.unsent() == two.response(0xA700, "no room")
+    os.close(wake)
+
+
 def test_the_file_of_the_next_image_is_open_once_an_answer_is_sent(tmp_path: Path) -> None:
     def opened() -> list[int]:
         found = []
@@ -421,10 +449,15 @@ def test_the_file_of_the_next_image_is_open_once_an_answer_is_sent(tmp_path: Pat
             BOTH, 1 << 20, 1 << 20, 1 << 20, ours.fileno(), folder=tmp_path, title="SENDER"
         )
         assert receiver.receive(wake, 0.01) is None and not opened()
-        for _ in range(2):
-            receiver.answer(b"answer")
-            assert theirs.recv(100) == b"answer" and receiver.unsent() == b""
+        theirs.sendall(wire.store("1.2.3", DATA))
+        one = receiver.receive(wake, 5.0)
+        assert isinstance(one, Received) and one.status is None
+        one.close()
+        for status in (0, 0xA700):
+            one.answer(status)
+            assert one.status == 0 and receiver.unsent() == b""
             assert receiver.receive(wake, 0.01) is None
+        assert theirs.recv(1000) == one.response(0)
         (spare,) = opened()
         theirs.sendall(wire.store("1.2.3", DATA) * 2)
         images = [receiver.receive(wake, 5.0) for _ in range(2)]
@@ -435,7 +468,7 @@ def test_the_file_of_the_next_image_is_open_once_an_answer_is_sent(tmp_path: Pat
         for one in images:
             one.close()  # type: ignore[union-attr]
         assert not opened()
-        receiver.answer(b"answer")
+        images[1].answer(0)  # type: ignore[union-attr]
         assert receiver.receive(wake, 0.01) is None and len(opened()) == 1
         receiver.close()
         assert not opened() and not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dicomnode.errors import InvalidRootDataDirectory, NoRoom, OutOfResources, UnknownCase
-from dicomnode.lib.dicom import encode
+from dicomnode.lib.dicom import encode, link
 from dicomnode.storage.instances import KEPT_BESIDES, FileInstances, MemoryInstances
 from dicomnode.storage.journal import Journal
 from dicomnode.storage.layout import digest_of
@@ -159,7 +159,7 @@ def test_a_ledger_that_cannot_be_written_leaves_no_file(
 
         assert storage._journal is not None
         for is_open, place, name in [
-            (True, storage._journal, "add"),
+            (True, storage._journal, "keep"),
             (False, storage.ledger, "add_instances"),
         ]:
             with monkeypatch.context() as broken:
@@ -177,7 +177,7 @@ def test_a_file_without_its_row_is_adopted(tmp_path: Path, monkeypatch: pytest.M
         storage.add("P", ["ct"], first)
         # The node ends between the file and its row.
         assert storage._journal is not None
-        monkeypatch.setattr(storage._journal, "add", lambda *_: True)
+        monkeypatch.setattr(storage._journal, "keep", lambda *place: link(*place[4:]))
         storage.add("P", ["ct"], second)
     with opened(tmp_path) as storage:
         contents = storage.current("P")

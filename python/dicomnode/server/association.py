@@ -132,22 +132,6 @@ class _Visit:
             self.touched.setdefault(identifier, set()).add(case_id)
 
 
-@dataclass(eq=False, slots=True)
-class _Answer:
-    """The answer to an image, given once."""
-
-    received: Received
-    send: Callable[[bytes], None]
-    #: Of the answer that was given.
-    status: int | None = None
-
-    def give(self, status: int = _SUCCESS, comment: str = "") -> None:
-        """Send it, unless it was sent."""
-        if self.status is None:
-            self.status = status
-            self.send(self.received.response(status, comment[:64]))
-
-
 class _Working:
     """The threads that store an image or end an association, and how deep they are in it."""
 
@@ -527,28 +511,21 @@ class AssociationServer:
             )
         greatest.cut_off()
 
-    def store(
-        self,
-        association: NodeAssociation,
-        received: Received,
-        answer: Callable[[bytes], None],
-    ) -> None:
+    def store(self, association: NodeAssociation, received: Received) -> None:
         """Keep an image, and answer it as soon as it is kept."""
         # Without a visit the connection has closed while this image was on its way.
         visit = self._visits.get(association) or _Visit(over=True)
         try:
             with self._working, Scope(association.number):
-                self._store(association, received, visit, _Answer(received, answer))
+                self._store(association, received, visit)
         finally:
             # A log may keep an error, with all that it has seen.
             received.close()
 
-    def _store(
-        self, association: NodeAssociation, received: Received, visit: _Visit, answer: "_Answer"
-    ) -> None:
+    def _store(self, association: NodeAssociation, received: Received, visit: _Visit) -> None:
         uid = received.sop_instance_uid
         try:
-            status, comment, identifier, case_id = self._kept(association, received, visit, answer)
+            status, comment, identifier, case_id = self._kept(association, received, visit)
         except OutOfResources as error:
             self._logger.error("%s not stored: %s", uid, error)
             status, comment, identifier, case_id = _OUT_OF_RESOURCES, "out of resources", "", 0
@@ -557,10 +534,10 @@ class AssociationServer:
             self._logger.exception("%s not stored", uid)
             status, comment, identifier = _NOT_UNDERSTOOD, "the node failed, see its log", ""
             case_id = 0
-        # Its sender prepares the next one meanwhile.
-        answer.give(status, comment)
+        # What was stored may have been answered as soon as it was kept.
+        received.answer(status, comment[:64])
         meters = self._reception.meters
-        meters.instances.add(label=f"0x{answer.status:04X}")
+        meters.instances.add(label=f"0x{received.status:04X}")
         meters.bytes_received.add(received.size)
         with visit.lock:
             if identifier:
@@ -589,12 +566,8 @@ class AssociationServer:
         association: NodeAssociation,
         received: Received,
         visit: _Visit,
-        answer: "_Answer",
     ) -> tuple[int, str, str, int]:
-        """Status, comment, and identifier and number of the case where the image was stored.
-
-        Where it was, it may be answered before all of the node knows of it.
-        """
+        """Status, comment, and identifier and number of the case where the image was stored."""
         uid, sop_class = received.sop_instance_uid, received.sop_class_uid
         agreed_class, syntax = association.agreed[received.context_id]
         if not is_uid(uid):
@@ -660,10 +633,10 @@ class AssociationServer:
                 chunks,
                 partial(_digest_of, received, apart),
                 arrived,
+                received,
             ),
             identifier,
             visit,
-            answer,
         )
 
     def _prefix(self, association: NodeAssociation, received: Received) -> bytes:
@@ -676,12 +649,7 @@ class AssociationServer:
         )
 
     def _keep(
-        self,
-        header: Header,
-        instance: Instance,
-        identifier: str | None,
-        visit: _Visit,
-        answer: "_Answer",
+        self, header: Header, instance: Instance, identifier: str | None, visit: _Visit
     ) -> tuple[int, str, str, int]:
         reception, uid = self._reception, instance.sop_instance_uid
         try:
@@ -710,7 +678,6 @@ class AssociationServer:
                 target.accepted,
                 instance,
                 partial(visit.touch, target.identifier),
-                answer.give,
             )
         except DuplicateInstance as error:
             self._logger.error("%s; the first is kept", error)

@@ -61,10 +61,8 @@ _RELEASE_RESPONSE = b"\x06\0\0\0\0\4\0\0\0\0"
 class Service(Protocol):
     """What the owner of a transport does with what arrives."""
 
-    def store(
-        self, association: "NodeAssociation", received: Received, answer: Callable[[bytes], None]
-    ) -> None:
-        """Keep an image, and answer it, once, with the PDU of a response. Raises nothing."""
+    def store(self, association: "NodeAssociation", received: Received) -> None:
+        """Keep an image, and answer it. Raises nothing."""
 
     def arriving(self, association: Association) -> None:
         """Bytes of an image have arrived."""
@@ -271,7 +269,7 @@ class _Provider(DULServiceProvider):
                 self._began = None
                 # Its sender is not idle, also where it never pauses so that this loop would end.
                 self._whole = self._idle_timer._start_time = time.monotonic()
-                self._service.store(self._association, found, receiver.answer)
+                self._service.store(self._association, found)
                 # Its memory is that of the next one.
                 found = None
                 self._whole = math.inf

@@ -9,16 +9,19 @@ import errno
 import os
 import secrets
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from dicomnode.errors import NoRoom, OutOfResources
 from dicomnode.lib.dicom import Source, link
 
 Buffer = bytes | memoryview
+#: Gives an open file of so many bytes a name in a folder, flushed or not; False, and nothing is done, where it is taken.
+#: Raises OSError.
+Naming: TypeAlias = Callable[[int, int, str, str, bool], bool]
 
 # What is kept of an instance in memory besides its bytes, at most: its names and its row in the ledger.
 KEPT_BESIDES = 4096
@@ -54,10 +57,10 @@ class Instances(Protocol):
     def flush(self, staged: Staged) -> None:
         """As `place` does it before anything has a name. Raises OutOfResources."""
 
-    def place(self, staged: Staged, folder: str, name: str) -> bool:
+    def place(self, staged: Staged, folder: str, name: str, naming: Naming = link) -> bool:
         """Put staged bytes into a folder under a name; False, and nothing is done, where that is taken.
 
-        Raises OutOfResources.
+        Where they are in a file, `naming` does that. Raises OutOfResources.
         """
 
     def placed(self, folder: str, name: str) -> AbstractContextManager[Staged]:
@@ -136,7 +139,7 @@ class FileInstances:
         name = self._incoming / f"{secrets.token_hex(16)}.part"
         return os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600), name
 
-    def place(self, staged: Staged, folder: str, name: str) -> bool:
+    def place(self, staged: Staged, folder: str, name: str, naming: Naming = link) -> bool:
         directory = f"{self._base}/{folder}"
         try:
             for _ in range(_MOST_TRIES):
@@ -144,7 +147,7 @@ class FileInstances:
                     if folder not in self._made:
                         self._make(folder)
                     is_flushed = self._flush and not staged.is_kept
-                    return link(staged.descriptor, staged.size, directory, name, is_flushed)
+                    return naming(staged.descriptor, staged.size, directory, name, is_flushed)
                 except FileNotFoundError:
                     # It was removed, or one above it, since it was empty.
                     self._made.discard(folder)
@@ -263,7 +266,8 @@ class MemoryInstances:
     def flush(self, staged: Staged) -> None:
         pass
 
-    def place(self, staged: Staged, folder: str, name: str) -> bool:
+    def place(self, staged: Staged, folder: str, name: str, naming: Naming = link) -> bool:
+        del naming
         with self._lock:
             if (folder, name) in self._kept:
                 return False

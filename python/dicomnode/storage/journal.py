@@ -28,7 +28,14 @@ from dicomnode.errors import (
     OutOfResources,
     UnknownCase,
 )
-from dicomnode.lib.dicom import JournalFile, digest, filesystem_type, scan, sync_filesystem
+from dicomnode.lib.dicom import (
+    JournalFile,
+    Received,
+    digest,
+    filesystem_type,
+    scan,
+    sync_filesystem,
+)
 from dicomnode.storage.instances import Instances, Staged, out_of_resources
 from dicomnode.storage.layout import BLAKE3, OURS, OWN, input_folder
 from dicomnode.storage.ledger import OVER, InstanceRow, Ledger
@@ -362,42 +369,70 @@ class Journal:
 
     # While images arrive
 
-    def takes(self, size: int) -> bool:
-        """Whether an image of so many bytes is kept here, so that its own file need not be flushed."""
-        return self._is_open and self._is_flushed and size <= MOST_BYTES
+    def takes(self, staged: Staged) -> bool:
+        """Whether `keep` is to keep an image: one whose file need not be flushed by itself."""
+        if not self._is_open:
+            return False
+        staged.is_kept = self._is_flushed and staged.size <= MOST_BYTES
+        return staged.is_kept or not self._is_flushed
 
-    def add(
+    def keep(
         self,
         case: OpenCase,
         rows: list[InstanceRow],
         staged: Staged,
-        on_kept: Callable[[], None] = lambda: None,
+        request: Received | None,
+        descriptor: int,
+        size: int,
+        folder: str,
+        name: str,
+        is_flushed: bool,
     ) -> bool:
-        """Keep rows of an image, and the image where that `is_kept`; after `on_kept` have the ledger expect them.
+        """Give the file of an image its last name, keep a record as `add` does, and then answer the request.
 
-        Its files have to have their names, and to be durable where it is not kept here. False, and nothing is done, where
-        the journal takes no records. Raises OutOfResources.
+        False, and nothing is done, where the name is taken. Raises OutOfResources, and OSError; then it has no name.
         """
-        plain = [(one.input, one.uid, one.file, one.size, one.digest.hex()) for one in rows]
-        text = json.dumps((case.id, case.folder, plain))
-        records = self._append(text, staged.descriptor, staged.size if staged.is_kept else 0)
+        del is_flushed
+        text = _text(case, rows)
+        while self._is_open:
+            records = self._records
+            try:
+                kept = records.keep(text, descriptor, size, staged.is_kept, folder, name, request)
+                if kept is None:
+                    self._turn(records)
+                    continue
+            except OSError as error:
+                if records.has_failed:
+                    self._give_up(error)
+                raise
+            if kept:
+                self._expect(case, rows, records)
+            return kept
+        raise OutOfResources("the journal was given up")
+
+    def add(self, case: OpenCase, rows: list[InstanceRow]) -> bool:
+        """Keep rows of an image, and have the ledger expect them. Its files have to be durable.
+
+        False, and nothing is done, where the journal takes no records. Raises OutOfResources.
+        """
+        records = self._append(_text(case, rows))
         if records is None:
-            if staged.is_kept:
-                raise OutOfResources("the journal was given up")
             return False
+        self._expect(case, rows, records)
+        return True
+
+    def _expect(self, case: OpenCase, rows: list[InstanceRow], records: JournalFile) -> None:
         try:
-            on_kept()
             self._ledger.expect(case.id, rows)
         finally:
             records.settle()
-        return True
 
-    def _append(self, text: str, descriptor: int, size: int) -> JournalFile | None:
+    def _append(self, text: str) -> JournalFile | None:
         """Where a record was kept, which has to be settled; None where none is kept. Raises OutOfResources."""
         try:
             while self._is_open:
                 records = self._records
-                if records.append(text, descriptor, size):
+                if records.append(text):
                     return records
                 self._turn(records)
         except OSError as error:
@@ -408,7 +443,7 @@ class Journal:
     def forget(self, case_id: int) -> None:
         """A case is over: before its files are deleted. Also without the ledger it does not come back then."""
         with suppress(OutOfResources):
-            records = self._append(json.dumps((case_id, "", ())), -1, 0)
+            records = self._append(json.dumps((case_id, "", ())))
             if records is not None:
                 records.settle()
 
@@ -502,6 +537,11 @@ class Journal:
             if self._folder >= 0:
                 os.close(self._folder)
                 self._folder = -1
+
+
+def _text(case: OpenCase, rows: list[InstanceRow]) -> str:
+    plain = [(one.input, one.uid, one.file, one.size, one.digest.hex()) for one in rows]
+    return json.dumps((case.id, case.folder, plain))
 
 
 def _linux_version() -> tuple[int, int]:

@@ -23,6 +23,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -34,7 +35,7 @@ from dicomnode.errors import (
     OutOfResources,
     UnknownCase,
 )
-from dicomnode.lib.dicom import LazyDataset, Source, safe_name, scan
+from dicomnode.lib.dicom import LazyDataset, Received, Source, link, safe_name, scan
 from dicomnode.lib.expected import series_of
 from dicomnode.storage.commitments import Commitments
 from dicomnode.storage.disk import Disk
@@ -43,6 +44,7 @@ from dicomnode.storage.instances import (
     FileInstances,
     Instances,
     MemoryInstances,
+    Naming,
     Staged,
     flush_folder,
 )
@@ -78,7 +80,8 @@ class Instance(NamedTuple):
 
     `digest_of` gives the digest, of so many bytes, of the dataset without the file meta, so that a resend
     in another association counts as the same; it is asked for as late as possible. Where it is in a file
-    already, that is `arrived`, which belongs to whoever wrote it, and there are no `chunks`.
+    already, that is `arrived`, which belongs to whoever wrote it, and there are no `chunks`. The `request` that
+    brought it may be answered as soon as it is kept.
     """
 
     sop_instance_uid: str
@@ -86,6 +89,7 @@ class Instance(NamedTuple):
     chunks: Sequence[Buffer]
     digest_of: Callable[[int], bytes]
     arrived: Staged | None = None
+    request: Received | None = None
 
 
 class DuplicateInstance(Exception):
@@ -262,20 +266,18 @@ class Storage:
         input_names: Iterable[str],
         instance: Instance,
         on_added: Callable[[int], None] = lambda _: None,
-        on_kept: Callable[[], None] = lambda: None,
     ) -> int:
         """Keep an instance in the named inputs of the identifier's open case; the case's number.
 
-        An instance that is there already with the same content is not stored again. `on_kept` is called as soon as
-        nothing can take away what is new, and may not raise; `on_added` is called with that number after it, before
-        anybody can see the instance in the case.
+        An instance that is there already with the same content is not stored again. `on_added` is called with
+        that number before anybody can see the instance in the case.
 
         Raises OutOfResources (nothing was stored) and DuplicateInstance (other content under the
         same SOPInstanceUID; the first is kept).
         """
         turn = self._turns.take(identifier)
         try:
-            return self._add(turn, identifier, tuple(input_names), instance, on_added, on_kept)
+            return self._add(turn, identifier, tuple(input_names), instance, on_added)
         finally:
             self._turns.give(identifier, turn)
 
@@ -286,7 +288,6 @@ class Storage:
         names: tuple[str, ...],
         instance: Instance,
         on_added: Callable[[int], None],
-        on_kept: Callable[[], None],
     ) -> int:
         uid = instance.sop_instance_uid
         rows: list[InstanceRow] = []
@@ -309,7 +310,7 @@ class Storage:
             self._arriving.setdefault(identifier, {})[uid] = False
         try:
             # While it is on its way, the case is neither claimed nor set aside.
-            rows = self._put_instance(case, lacking, instance, instance.arrived, on_kept)
+            rows = self._put_instance(case, lacking, instance, instance.arrived)
         finally:
             with turn.lock:
                 arriving = self._arriving[identifier]
@@ -324,12 +325,7 @@ class Storage:
         return case.id
 
     def _put_instance(
-        self,
-        case: OpenCase,
-        names: Iterable[str],
-        instance: Instance,
-        staged: Staged | None,
-        on_kept: Callable[[], None],
+        self, case: OpenCase, names: Sequence[str], instance: Instance, staged: Staged | None
     ) -> list[InstanceRow]:
         """Make an instance durable in these inputs: its files, their folders, then the rows.
 
@@ -337,26 +333,57 @@ class Storage:
         """
         if staged is None:
             with self._instances.staging(instance.chunks) as made:
-                return self._put_instance(case, names, instance, made, on_kept)
-        rows: list[InstanceRow] = []
+                return self._put_instance(case, names, instance, made)
         journal = self._journal
-        staged.is_kept = journal is not None and journal.takes(staged.size)
+        if journal is not None and journal.takes(staged):
+            return self._put_at_once(journal, case, names, instance, staged)
+        rows: list[InstanceRow] = []
         try:
             for name in names:
                 file = self._place(case, name, staged, instance.name)
-                digest = instance.digest_of(self.digest_size)
-                rows.append(InstanceRow(name, instance.sop_instance_uid, file, staged.size, digest))
+                rows.append(self._row(name, file, instance, staged))
             if journal is None:
                 self.ledger.expect(case.id, rows)
-                on_kept()
-            elif not journal.add(case, rows, staged, on_kept):
+            elif not journal.add(case, rows):
                 self.ledger.add_instances(case.id, rows)
-                on_kept()
         except OutOfResources:
-            for row in rows:
-                self._instances.remove(input_folder(case.folder, row.input), [row.file])
+            self._remove(case, rows)
             raise
         return rows
+
+    def _put_at_once(
+        self,
+        journal: Journal,
+        case: OpenCase,
+        names: Sequence[str],
+        instance: Instance,
+        staged: Staged,
+    ) -> list[InstanceRow]:
+        """The same where no file has to be flushed: the last name, the record and the answer are one call."""
+        *others, last = names
+        rows: list[InstanceRow] = []
+
+        def naming(file: str) -> Naming:
+            rows[len(others) :] = [self._row(last, file, instance, staged)]
+            return partial(journal.keep, case, rows, staged, instance.request)
+
+        try:
+            for name in others:
+                file = self._place(case, name, staged, instance.name)
+                rows.append(self._row(name, file, instance, staged))
+            self._place(case, last, staged, instance.name, naming)
+        except OutOfResources:
+            self._remove(case, rows[: len(others)])
+            raise
+        return rows
+
+    def _row(self, name: str, file: str, instance: Instance, staged: Staged) -> InstanceRow:
+        digest = instance.digest_of(self.digest_size)
+        return InstanceRow(name, instance.sop_instance_uid, file, staged.size, digest)
+
+    def _remove(self, case: OpenCase, rows: Iterable[InstanceRow]) -> None:
+        for row in rows:
+            self._instances.remove(input_folder(case.folder, row.input), [row.file])
 
     @property
     def incoming(self) -> Path | None:
@@ -382,14 +409,21 @@ class Storage:
                 )
         return lacking
 
-    def _place(self, case: OpenCase, input_name: str, staged: Staged, stem: str) -> str:
+    def _place(
+        self,
+        case: OpenCase,
+        input_name: str,
+        staged: Staged,
+        stem: str,
+        naming: Callable[[str], Naming] = lambda _: link,
+    ) -> str:
         """Put staged bytes into an input as `stem.dcm`, `stem~2.dcm`, ..., the first that is free; which it is."""
         key, folder = (input_name, stem), input_folder(case.folder, input_name)
         while True:
             # It starts where the last instance of that name ended.
             number = case.suffixes[key] = case.suffixes.get(key, 0) + 1
             file = f"{stem}.dcm" if number == 1 else f"{stem}~{number}.dcm"
-            if self._instances.place(staged, folder, file):
+            if self._instances.place(staged, folder, file, naming(file)):
                 return file
 
     def _open_case(self, identifier: str) -> OpenCase:

@@ -8,12 +8,14 @@ use std::collections::TryReserveError;
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::fdatasync;
+use rustix::fs::{fdatasync, unlink};
 use rustix::io::{Errno, pread, pwrite};
 
 use crate::digest::Kind;
+use crate::incoming::link;
 
 /// Each record begins at a multiple of it, so that one behind a damaged one is found.
 pub const BLOCK: usize = 512;
@@ -32,11 +34,24 @@ pub struct JournalFile {
     turned: Condvar,
 }
 
+/// What became of an image; see [`JournalFile::keep`].
+#[derive(Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// It has its name and its record.
+    Whole,
+    /// Nothing was done.
+    NameTaken,
+    /// The record does not fit: nothing was done.
+    Full,
+}
+
 struct State {
     /// Where the next record goes that nobody writes yet.
     end: u64,
     /// Records that nobody writes yet.
     waiting: Vec<u8>,
+    /// Bytes of records that will come.
+    promised: u64,
     /// How many there were in all, how many of these are kept, and how many settled.
     count: u64,
     kept: u64,
@@ -59,6 +74,7 @@ impl JournalFile {
             state: Mutex::new(State {
                 end: start,
                 waiting: Vec::new(),
+                promised: 0,
                 count: 0,
                 kept: 0,
                 settled: 0,
@@ -75,20 +91,25 @@ impl JournalFile {
     /// # Errors
     /// Where that fails, and from then on.
     pub fn append(&self, record: &[u8]) -> io::Result<bool> {
-        let mut state = self.lock();
-        if let Some(error) = state.failed {
-            return Err(error.into());
-        }
-        let end = state.end + (state.waiting.len() + record.len()) as u64;
-        if state.is_finished || end > self.size {
+        let state = self.lock();
+        if !self.has_room(&state, record.len() as u64)? {
             return Ok(false);
+        }
+        self.add(state, record).map(|()| true)
+    }
+
+    /// Keep a record that fits.
+    fn add<'a>(&'a self, mut state: MutexGuard<'a, State>, record: &[u8]) -> io::Result<()> {
+        if let Some(error) = state.failed {
+            self.tell(&state);
+            return Err(error.into());
         }
         state.waiting.extend_from_slice(record);
         state.count += 1;
         let mine = state.count;
         loop {
             if state.kept >= mine {
-                return Ok(true);
+                return Ok(());
             }
             if let Some(error) = state.failed {
                 return Err(error.into());
@@ -103,20 +124,83 @@ impl JournalFile {
         }
     }
 
+    /// Give an open file of `size` bytes a name, which is not flushed, and keep its record. Where it was kept, `settle` has to
+    /// be called in the end.
+    ///
+    /// # Errors
+    /// Where that fails; it has no name then.
+    pub fn keep(
+        &self,
+        record: &[u8],
+        opened: BorrowedFd<'_>,
+        size: u64,
+        folder: &Path,
+        name: &str,
+    ) -> io::Result<Kept> {
+        let length = record.len() as u64;
+        let mut state = self.lock();
+        if !self.has_room(&state, length)? {
+            return Ok(Kept::Full);
+        }
+        // A file that has lost its name cannot get another one: its record has to have room before that.
+        state.promised += length;
+        drop(state);
+        let named = link(opened, size, folder, name, false);
+        let mut state = self.lock();
+        state.promised -= length;
+        let kept = match named {
+            Ok(true) => self.add(state, record).map(|()| Kept::Whole),
+            Ok(false) => {
+                self.tell(&state);
+                return Ok(Kept::NameTaken);
+            }
+            Err(error) => {
+                self.tell(&state);
+                return Err(error);
+            }
+        };
+        if kept.is_err() {
+            let _ = unlink(folder.join(name));
+        }
+        kept
+    }
+
+    /// Whether a write or a flush has failed, so that no record is kept any more.
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        self.lock().failed.is_some()
+    }
+
+    fn has_room(&self, state: &State, length: u64) -> io::Result<bool> {
+        if let Some(error) = state.failed {
+            return Err(error.into());
+        }
+        let end = state.end + state.waiting.len() as u64 + state.promised + length;
+        Ok(!state.is_finished && end <= self.size)
+    }
+
+    /// Let who waits in `finish` look again.
+    fn tell(&self, state: &State) {
+        if state.is_finished {
+            self.turned.notify_all();
+        }
+    }
+
     /// What has to happen after a record was kept, and before its file is let go, has happened.
     pub fn settle(&self) {
         let mut state = self.lock();
         state.settled += 1;
-        if state.is_finished {
-            self.turned.notify_all();
-        }
+        self.tell(&state);
     }
 
     /// Let nothing more fit, and wait until all that did has settled or has failed.
     pub fn finish(&self) {
         let mut state = self.lock();
         state.is_finished = true;
-        while state.is_writing || (state.settled < state.count && state.failed.is_none()) {
+        while state.is_writing
+            || state.promised > 0
+            || (state.settled < state.count && state.failed.is_none())
+        {
             let turned = self.turned.wait(state);
             state = turned.unwrap_or_else(PoisonError::into_inner);
         }
@@ -270,6 +354,66 @@ mod tests {
             cases[usize::from(record[40])] += 1;
         }
         assert_eq!(cases, [5; 8]);
+    }
+
+    #[test]
+    fn a_record_has_room_before_its_image_has_a_name() {
+        let file = TemporaryFile::new(b"");
+        let folder = file.path().with_extension("folder");
+        fs::create_dir(&folder).unwrap();
+        let unnamed = || {
+            let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::TMPFILE;
+            rustix::fs::open(&folder, flags, rustix::fs::Mode::RWXU).unwrap()
+        };
+        let journal = journal(file.path(), 9 * BLOCK as u64);
+        let record = [1; BLOCK];
+        let taken = unnamed();
+        let kept = journal.keep(&record, taken.as_fd(), 0, &folder, "0");
+        assert_eq!(kept.unwrap(), Kept::Whole);
+        journal.settle();
+        let unfitting = [1; 8 * BLOCK];
+        for (record, name, size, wanted) in [
+            (&record[..], "0", 0, Ok(Kept::NameTaken)),
+            (&unfitting[..], "9", 0, Ok(Kept::Full)),
+            (&record[..], "9", 7, Err(())),
+        ] {
+            let opened = unnamed();
+            let kept = journal.keep(record, opened.as_fd(), size, &folder, name);
+            assert_eq!(kept.map_err(|_| ()), wanted);
+        }
+        let count = thread::scope(|scope| {
+            let threads: Vec<_> = (1..=8)
+                .map(|number| {
+                    let (journal, folder, opened) = (&journal, &folder, unnamed());
+                    scope.spawn(move || {
+                        let name = number.to_string();
+                        let kept = journal.keep(&[2; BLOCK], opened.as_fd(), 0, folder, &name);
+                        let is_kept = kept.unwrap() == Kept::Whole;
+                        assert_eq!(folder.join(name).exists(), is_kept);
+                        if is_kept {
+                            journal.settle();
+                        }
+                        is_kept
+                    })
+                })
+                .collect();
+            let kept = threads.into_iter().map(|one| one.join().unwrap());
+            kept.filter(|one| *one).count()
+        });
+        assert_eq!(count, 7);
+        journal.finish();
+        let late = unnamed();
+        let kept = journal.keep(&record, late.as_fd(), 0, &folder, "9");
+        assert_eq!(kept.unwrap(), Kept::Full);
+        let unwritable = File::open(file.path()).unwrap();
+        let broken = JournalFile::new(unwritable.into(), [7; NONCE], 0, 1 << 20, true);
+        for _ in 0..2 {
+            let opened = unnamed();
+            let kept = broken.keep(&record, opened.as_fd(), 0, &folder, "9");
+            assert!(kept.is_err() && broken.has_failed() && !folder.join("9").exists());
+        }
+        broken.finish();
+        fs::remove_dir_all(&folder).unwrap();
     }
 
     #[test]

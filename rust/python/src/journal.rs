@@ -2,15 +2,16 @@
 
 use std::ffi::c_int;
 use std::os::fd::BorrowedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use dicomnode_core::Error;
-use dicomnode_core::journal::{self as core, NONCE};
+use dicomnode_core::journal::{self as core, Kept, NONCE};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use rustix::fs::{fstatfs, syncfs};
 
 use crate::errors::detached;
+use crate::receive::Received;
 
 /// A file that keeps records one behind another; `append` may be called by several threads at a time.
 ///
@@ -34,21 +35,62 @@ impl JournalFile {
         Ok(JournalFile(made))
     }
 
-    /// Keep a text, and the first `size` bytes of an open file unless that is 0.
+    /// Keep a text.
     ///
     /// What comes at the same time is flushed at once. False, and nothing is done, where it does not fit; else `settle` has
     /// to be called in the end. Raises OSError.
-    fn append(&self, py: Python<'_>, text: &str, descriptor: c_int, size: usize) -> PyResult<bool> {
-        let image = match size {
-            0 => None,
-            _ => Some((borrowed(descriptor)?, size)),
-        };
+    fn append(&self, py: Python<'_>, text: &str) -> PyResult<bool> {
         detached(py, || {
-            let record = self.0.record(text.as_bytes(), image);
+            let record = self.0.record(text.as_bytes(), None);
             record
                 .and_then(|record| self.0.append(&record))
                 .map_err(|error| Error::io(Path::new("journal"), error))
         })
+    }
+
+    /// Give an open file of `size` bytes a name in a folder, not flushed, keep a text and with `with_image` the file, and then
+    /// answer the request with 0x0000: all without the interpreter.
+    ///
+    /// False, and nothing is done, where the name is taken, and None where the record does not fit. Otherwise `settle` has
+    /// to be called in the end. Raises OSError, where nothing is left of it.
+    #[expect(clippy::too_many_arguments, reason = "they have names in Python")]
+    #[pyo3(signature = (text, descriptor, size, with_image, folder, name, request = None))]
+    fn keep(
+        &self,
+        py: Python<'_>,
+        text: &str,
+        descriptor: c_int,
+        size: usize,
+        with_image: bool,
+        folder: PathBuf,
+        name: &str,
+        request: Option<Bound<'_, Received>>,
+    ) -> PyResult<Option<bool>> {
+        let opened = borrowed(descriptor)?;
+        let request = request.as_ref().map(Bound::get);
+        detached(py, || {
+            let image = with_image.then_some((opened, size));
+            let kept = self
+                .0
+                .record(text.as_bytes(), image)
+                .and_then(|record| self.0.keep(&record, opened, size as u64, &folder, name));
+            match kept.map_err(|error| Error::io(Path::new(name), error))? {
+                Kept::Full => Ok(None),
+                Kept::NameTaken => Ok(Some(false)),
+                Kept::Whole => {
+                    if let Some(request) = request {
+                        request.give(0, "", 0);
+                    }
+                    Ok(Some(true))
+                }
+            }
+        })
+    }
+
+    /// Whether a write or flush of it has failed, so that it keeps nothing any more.
+    #[getter]
+    fn has_failed(&self) -> bool {
+        self.0.has_failed()
     }
 
     /// What has to happen after a record was kept, and before its file is let go, has happened.

@@ -4,7 +4,7 @@ use std::ffi::c_int;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use dicomnode_core::bytes::Bytes;
@@ -37,6 +37,7 @@ use crate::errors::detached;
 #[pyclass(frozen, module = "dicomnode._core")]
 pub struct Receiver {
     state: Mutex<State>,
+    answers: Arc<Mutex<Answers>>,
     kind: Kind,
     arriving: AtomicUsize,
     is_arriving: AtomicBool,
@@ -45,16 +46,34 @@ pub struct Receiver {
 }
 
 struct State {
-    /// None also while it is read.
-    socket: Option<OwnedFd>,
     parser: core::Receiver,
     /// None where images are kept in memory.
     incoming: Option<Incoming>,
     kept: Kept,
+}
+
+/// How images are answered.
+struct Answers {
+    socket: Option<Arc<OwnedFd>>,
     /// Of the last answer.
     unsent: Vec<u8>,
-    /// Whether an image was answered since the last time that something was read.
-    is_to_prepare: bool,
+    /// Whether there was one since the last time that something was read.
+    is_new: bool,
+}
+
+impl Answers {
+    /// Send an answer, as much as the socket takes at once.
+    fn give(&mut self, response: &[u8]) {
+        self.is_new = true;
+        self.unsent = match &self.socket {
+            Some(socket) => rest_of(socket.as_fd(), response),
+            None => response.to_vec(),
+        };
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What of the dataset that is arriving is in a file.
@@ -160,13 +179,15 @@ impl Receiver {
         });
         Ok(Receiver {
             state: Mutex::new(State {
-                socket,
                 parser: core::Receiver::new(numbers, limits, kind),
                 incoming,
                 kept: Kept::default(),
-                unsent: Vec::new(),
-                is_to_prepare: false,
             }),
+            answers: Arc::new(Mutex::new(Answers {
+                socket: socket.map(Arc::new),
+                unsent: Vec::new(),
+                is_new: false,
+            })),
             kind,
             arriving: AtomicUsize::new(0),
             is_arriving: AtomicBool::new(false),
@@ -205,25 +226,12 @@ impl Receiver {
         self.lock().parser.is_within()
     }
 
-    /// Send the answer to the image that has arrived, as much as the socket takes at once; `unsent` has the rest, all of it
-    /// without a socket. The image counts as not answered until the next `receive` or `offer`, or `answered`.
-    fn answer(&self, py: Python<'_>, response: &[u8]) {
-        py.detach(|| {
-            let mut state = self.lock();
-            state.unsent = match &state.socket {
-                Some(socket) => rest_of(socket.as_fd(), response),
-                None => response.to_vec(),
-            };
-            state.is_to_prepare = true;
-        });
-    }
-
-    /// What of the last answer was not sent.
+    /// What of the last answer was not sent; all of it without a socket.
     fn unsent<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, &std::mem::take(&mut self.lock().unsent))
+        PyBytes::new(py, &std::mem::take(&mut locked(&self.answers).unsent))
     }
 
-    /// The image that has arrived is answered.
+    /// The image that has arrived is dealt with, as it is also where more is read.
     fn answered(&self) {
         self.begin(&mut self.lock());
     }
@@ -240,7 +248,7 @@ impl Receiver {
     /// Close the duplicate of the socket, and the files of what is being written and of what may come next.
     fn close(&self, py: Python<'_>) {
         let mut state = self.lock();
-        state.socket = None;
+        locked(&self.answers).socket = None;
         let kept = std::mem::take(&mut state.kept);
         let spare = state.incoming.as_mut().and_then(|one| one.spare.take());
         drop(state);
@@ -263,7 +271,7 @@ impl Receiver {
         wake: c_int,
         seconds: f64,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
-        if self.lock().socket.is_none() {
+        if locked(&self.answers).socket.is_none() {
             return Err(PyValueError::new_err("expected a receiver with a socket"));
         }
         if !(0.0..=3600.0).contains(&seconds) || wake < 0 {
@@ -276,16 +284,15 @@ impl Receiver {
             // SAFETY: the caller keeps it open meanwhile.
             let wake = unsafe { BorrowedFd::borrow_raw(wake) };
             let mut guard = self.lock();
-            let Some(socket) = guard.socket.take() else {
+            let answers = locked(&self.answers);
+            let Some(socket) = answers.socket.clone() else {
                 return Ok(Outcome::Closed);
             };
-            let outcome = if guard.unsent.is_empty() {
-                self.read(&mut guard, socket.as_fd(), wake, end)
-            } else {
-                Ok(Outcome::Nothing)
-            };
-            guard.socket = Some(socket);
-            outcome
+            if !answers.unsent.is_empty() {
+                return Ok(Outcome::Nothing);
+            }
+            drop(answers);
+            self.read(&mut guard, socket.as_fd(), wake, end)
         })
     }
 
@@ -316,8 +323,8 @@ impl Receiver {
         self.is_arriving.store(has_more, Ordering::Relaxed);
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        locked(&self.state)
     }
 
     /// Run `work` without the interpreter.
@@ -338,6 +345,8 @@ impl Receiver {
                     is_large: kept.is_large,
                     errno: kept.errno,
                     file: Mutex::new(kept.file),
+                    answers: self.answers.clone(),
+                    status: Mutex::new(None),
                 };
                 Ok(Some(Bound::new(py, received)?.into_any()))
             }
@@ -377,7 +386,7 @@ impl Receiver {
                             // A sender with Nagle's algorithm waits for our acknowledgement.
                             let _ = set_tcp_quickack(socket, true);
                             // Another image is likely, and comes sooner to a file that is there.
-                            if std::mem::take(&mut state.is_to_prepare)
+                            if std::mem::take(&mut locked(&self.answers).is_new)
                                 && let Some(incoming) = &mut state.incoming
                             {
                                 incoming.prepare();
@@ -499,6 +508,20 @@ pub struct Received {
     is_large: bool,
     errno: Option<i32>,
     file: Mutex<Option<Growing>>,
+    answers: Arc<Mutex<Answers>>,
+    status: Mutex<Option<u16>>,
+}
+
+impl Received {
+    /// Answer it, unless it was answered.
+    pub fn give(&self, status: u16, comment: &str, offending: u32) {
+        let mut given = locked(&self.status);
+        if given.is_none() {
+            *given = Some(status);
+            let response = self.store.response(status, comment, offending);
+            locked(&self.answers).give(&response);
+        }
+    }
 }
 
 #[pymethods]
@@ -544,18 +567,14 @@ impl Received {
     /// The descriptor of its file, until `close`, and how many bytes it has to have. None without a file.
     #[getter]
     fn file(&self) -> Option<(RawFd, u64)> {
-        let file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = locked(&self.file);
         let file = file.as_ref()?;
         Some((file.as_fd().as_raw_fd(), file.start() + self.store.size))
     }
 
     /// Close its file; unless it was linked nothing is left of it.
     fn close(&self, py: Python<'_>) {
-        let file = self
-            .file
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let file = locked(&self.file).take();
         if let Some(file) = file
             && (self.is_large || file.has_name())
         {
@@ -568,6 +587,18 @@ impl Received {
     #[getter]
     fn errno(&self) -> Option<i32> {
         self.errno
+    }
+
+    /// Answer it, unless it was answered; `unsent` of its `Receiver` has what the socket did not take at once.
+    #[pyo3(signature = (status, comment = "", offending = 0))]
+    fn answer(&self, py: Python<'_>, status: u16, comment: &str, offending: u32) {
+        py.detach(|| self.give(status, comment, offending));
+    }
+
+    /// The status that it was answered with; None where it was not answered.
+    #[getter]
+    fn status(&self) -> Option<u16> {
+        *locked(&self.status)
     }
 
     /// The bytes of a C-STORE-RSP (PS3.7 section 9.3.1.2).
