@@ -413,9 +413,9 @@ def test_what_a_socket_does_not_take_of_an_answer_is_left() -> None:
         one = receiver.receive(wake, 5.0)
         assert isinstance(one, Received)
         ours.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            while True:
-                ours.send(bytes(1 << 16))
+        with contextlib.suppress(BlockingIOError):
+            while ours.send(bytes(1 << 16)):
+                pass
         one.answer(0)
         # Nothing is read before that is sent.
         theirs.sendall(pdu(wire.RELEASE, bytes(4)))

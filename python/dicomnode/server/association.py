@@ -525,7 +525,7 @@ class AssociationServer:
     def _store(self, association: NodeAssociation, received: Received, visit: _Visit) -> None:
         uid = received.sop_instance_uid
         try:
-            status, comment, identifier, case_id = self._kept(association, received, visit)
+            status, comment, identifier, case_id = self._kept(association, received, uid, visit)
         except OutOfResources as error:
             self._logger.error("%s not stored: %s", uid, error)
             status, comment, identifier, case_id = _OUT_OF_RESOURCES, "out of resources", "", 0
@@ -565,10 +565,11 @@ class AssociationServer:
         self,
         association: NodeAssociation,
         received: Received,
+        uid: str,
         visit: _Visit,
     ) -> tuple[int, str, str, int]:
         """Status, comment, and identifier and number of the case where the image was stored."""
-        uid, sop_class = received.sop_instance_uid, received.sop_class_uid
+        sop_class = received.sop_class_uid
         agreed_class, syntax = association.agreed[received.context_id]
         if not is_uid(uid):
             return self._refuse(uid, _INVALID_INSTANCE, "SOPInstanceUID is no UID")

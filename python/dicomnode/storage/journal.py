@@ -18,6 +18,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from json.encoder import encode_basestring_ascii as quoted
 from pathlib import Path
 from typing import NamedTuple
 
@@ -540,8 +541,14 @@ class Journal:
 
 
 def _text(case: OpenCase, rows: list[InstanceRow]) -> str:
-    plain = [(one.input, one.uid, one.file, one.size, one.digest.hex()) for one in rows]
-    return json.dumps((case.id, case.folder, plain))
+    """What `_record_at` reads as JSON; by hand, because it is done for each image before its answer."""
+    images = ", ".join(
+        [
+            f'[{quoted(name)}, {quoted(uid)}, {quoted(file)}, {size}, "{check.hex()}"]'
+            for name, uid, file, size, check, _ in rows
+        ]
+    )
+    return f"[{case.id}, {quoted(case.folder)}, [{images}]]"
 
 
 def _linux_version() -> tuple[int, int]:
