@@ -332,15 +332,14 @@ def test_an_error_of_the_user_that_speaks_of_a_shutdown_fails_its_case(where: st
 
 
 def break_before_the_last_answer(node: AbstractPipeline, series: list[Dataset]) -> None:
-    """Send all, and lose the connection when the last image is stored and not yet answered."""
+    """Send all, and lose the connection when the last image is here and not yet answered."""
     assert node._server is not None
     count, real = iter(range(1, len(series) + 1)), AssociationServer.store
 
-    def breaking(self: AssociationServer, one: NodeAssociation, *given: Any) -> bytes:
-        answer = real(self, one, *given)
+    def breaking(self: AssociationServer, one: NodeAssociation, *given: Any) -> None:
         if next(count, 0) == len(series):
             one.cut_off()
-        return answer
+        real(self, one, *given)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AssociationServer, "store", breaking)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.e2e import wire
 from tests.unit.test_storage import instances, make_ready
 
 from dicomnode.errors import InvalidRootDataDirectory, OutOfResources
-from dicomnode.lib.dicom import JournalFile
+from dicomnode.lib.dicom import JournalFile, Received, Receiver
 from dicomnode.storage import journal
 from dicomnode.storage.instances import Staged
 from dicomnode.storage.ledger import State
@@ -645,3 +646,84 @@ def test_a_file_of_the_journal_takes_wrong_arguments_for_what_they_are(tmp_path:
         data = Path(file.name).read_bytes()
         assert len(data) == 1024
         assert data[512:528] == b"x" * 16 and struct.unpack_from("<II", data, 544) == (4, 0)
+
+
+def requested(image: Instance) -> Instance:
+    """An image with the request that may have brought it."""
+    receiver = Receiver([(3, wire.EXPLICIT)], 1 << 20, 1 << 20, 1 << 20)
+    request = receiver.offer(wire.store(image.sop_instance_uid, b"".join(image.chunks)))
+    assert isinstance(request, Received)
+    return image._replace(request=request)
+
+
+def status_of(image: Instance) -> int | None:
+    assert image.request is not None
+    return image.request.status
+
+
+@pytest.mark.parametrize("durability", ["power", "process"])
+def test_a_request_is_answered_when_its_image_is_kept_and_not_seen_yet(
+    durability: Durability, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, another = map(requested, instances(2))
+    with running(tmp_path / "root", durability) as storage:
+        seen: list[object] = []
+
+        def on_added(number: int) -> None:
+            left = cut(tmp_path / "root", tmp_path / "left", files=durability == "process")
+            with running(left, durability) as other:
+                seen.append((status_of(one), uids_of(other, "P"), storage._arriving))
+            assert storage._open_cases["P"].rows == {}
+
+        storage.add("P", ["ct", "mr"], one, on_added)
+        assert seen == [(0, {one.sop_instance_uid}, {})]
+        # Once.
+        assert one.request is not None
+        one.request.answer(0xA700)
+        assert status_of(one) == 0
+        assert storage._journal is not None
+        with monkeypatch.context() as full:
+            full.setattr(storage._journal, "_turn", lambda _: _full(None))
+            full.setattr(storage._journal, "_records", _FullRecords())
+            with pytest.raises(OutOfResources):
+                storage.add("P", ["ct", "mr"], another)
+        assert status_of(another) is None and len(list((tmp_path / "root").glob("P/*/*"))) == 2
+        storage.add("P", ["ct", "mr"], another)
+        assert status_of(another) == 0 and uids_of(storage, "P", "mr") == uids_of(storage, "P")
+
+
+class _FullRecords:
+    def keep(self, *_: object) -> None:
+        """There is no room."""
+
+
+@pytest.mark.parametrize("trouble", ["lost", "unwritable"])
+def test_a_journal_that_cannot_go_on_is_given_up_and_the_node_is_not(
+    trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "_FILE_BYTES", 8 << 10)
+    root, images = tmp_path / "root", [requested(one) for one in instances(20)]
+    refused: list[Instance] = []
+    with running(root) as storage:
+        assert storage._journal is not None
+        for number, one in enumerate(images):
+            if number == 5 and trouble == "lost":
+                for path in root.glob(".dicomnode/journal-*"):
+                    path.unlink()
+            elif number == 5:
+                real = storage._journal._records
+                with (root / "sealed").open("w+b") as file, (root / "sealed").open("rb") as sealed:
+                    file.truncate(8 << 10)
+                    broken = JournalFile(sealed.fileno(), b"x" * 16, 512, 8 << 10, True)
+                real.finish()
+                storage._journal._records = broken
+            try:
+                storage.add("P", ["ct"], one)
+            except OutOfResources:
+                refused.append(one)
+                assert status_of(one) is None
+        assert len(refused) == 1 and not storage._journal._is_open
+        assert not list(root.glob(f"P/ct/{refused[0].name}.dcm"))
+        left = cut(root, tmp_path / "left", files=True)
+    with running(left) as storage:
+        assert len(uids_of(storage, "P")) == 19 and digests_hold(storage)

@@ -399,16 +399,15 @@ class Journal:
             records = self._records
             try:
                 kept = records.keep(text, descriptor, size, staged.is_kept, folder, name, request)
-                if kept is None:
-                    self._turn(records)
-                    continue
             except OSError as error:
                 if records.has_failed:
                     self._give_up(error)
                 raise
-            if kept:
-                self._expect(case, rows, records)
-            return kept
+            if kept is not None:
+                if kept:
+                    self._expect(case, rows, records)
+                return kept
+            self._turn(records)
         raise OutOfResources("the journal was given up")
 
     def add(self, case: OpenCase, rows: list[InstanceRow]) -> bool:
@@ -430,15 +429,16 @@ class Journal:
 
     def _append(self, text: str) -> JournalFile | None:
         """Where a record was kept, which has to be settled; None where none is kept. Raises OutOfResources."""
-        try:
-            while self._is_open:
-                records = self._records
-                if records.append(text):
-                    return records
-                self._turn(records)
-        except OSError as error:
-            self._give_up(error)
-            raise out_of_resources(error) from error
+        while self._is_open:
+            records = self._records
+            try:
+                is_kept = records.append(text)
+            except OSError as error:
+                self._give_up(error)
+                raise out_of_resources(error) from error
+            if is_kept:
+                return records
+            self._turn(records)
         return None
 
     def forget(self, case_id: int) -> None:
@@ -449,7 +449,14 @@ class Journal:
                 records.settle()
 
     def _turn(self, records: JournalFile) -> None:
-        """Go on with the other file, and bring ledger and disk up to this one. Raises OSError, OutOfResources."""
+        """Go on with the other file, and bring ledger and disk up to this one. Raises OutOfResources."""
+        try:
+            self._begin_other(records)
+        except OSError as error:
+            self._give_up(error)
+            raise out_of_resources(error) from error
+
+    def _begin_other(self, records: JournalFile) -> None:
         with self._turning:
             if self._records is not records or not self._is_open:
                 # Another thread has.
