@@ -79,6 +79,11 @@ class Header:
         name is `Image_<modality>_<instance number>`.
         """
 
+    def missing_pixels(self) -> int:
+        """How many bytes of uncompressed pixel data are missing by Rows, Columns, BitsAllocated, SamplesPerPixel and NumberOfFrames;
+        0 where none are, or where the header does not tell.
+        """
+
     def tags(self) -> list[int]:
         """The tags present, in the order of the file, group 0002 left out."""
 

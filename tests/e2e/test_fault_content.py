@@ -292,8 +292,23 @@ def _fails(node: Grinding, data: bytes, told: str, syntax: str) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 2, 30])
-def test_c11_pixels_of_another_length_are_an_error_that_names_the_image(size: int) -> None:
-    fails(dataset({0x7FE00010: ("OW", bytes(size))}), "[Pp]ixel")
+def test_c11_pixels_that_are_too_short_are_c000_and_the_whole_image_is_taken_then(
+    size: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running_node(Grinding, root_data_directory=tmp_path, log_level="WARNING") as node:
+        assert answer(node, dataset({0x7FE00010: ("OW", bytes(size))})) == 0xC000
+        assert f"'1.2.3' answered 0xC000: PixelData lacks {32 - size} bytes" in caplog.text
+        assert not node.cases() and not list((tmp_path / ".dicomnode" / "incoming").iterdir())
+        assert answer(node, dataset()) == 0x0000
+        wait_for_cases(node, State.DONE)
+
+
+def test_c11_a_large_image_that_is_too_short_is_c000_too() -> None:
+    lines = struct.pack("<H", 2200)
+    wide = {0x00280010: ("US", lines), 0x00280011: ("US", lines)}
+    with node_of() as node:
+        assert answer(node, dataset({**wide, 0x7FE00010: ("OW", bytes(5 << 20))})) == 0xC000
+        assert answer(node, dataset({**wide, 0x7FE00010: ("OW", bytes(10 << 20))})) == 0x0000
 
 
 def test_c12_a_deflated_bomb_is_not_taken() -> None:

@@ -599,6 +599,7 @@ class AssociationServer:
         try:
             header = scan(received, syntax) if apart is None else scan(apart.path)
             ordinary = header.ordinary(sop_class, uid, reception.identifier_tag)
+            missing = header.missing_pixels()
         except InvalidDicom as error:
             self._logger.error("%s cannot be understood: %s", uid, error)
             return self._refuse(uid, _NOT_UNDERSTOOD, "dataset cannot be understood")
@@ -611,6 +612,9 @@ class AssociationServer:
             ):
                 if header.text(tag) != wanted:
                     return self._refuse(uid, _DOES_NOT_MATCH, f"{said} differs from the request")
+        if missing:
+            # A part of it got lost, and its sender has to know: what is kept here would be in the way of the whole image.
+            return self._refuse(uid, _NOT_UNDERSTOOD, f"PixelData lacks {missing} bytes")
         accept = reception.accept
         if accept is not None:
             offered = LazyDataset(

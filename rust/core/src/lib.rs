@@ -30,6 +30,7 @@ pub mod color;
 pub mod digest;
 pub mod encapsulated;
 pub mod error;
+pub mod extent;
 pub mod folder;
 mod functional;
 pub mod hashing;

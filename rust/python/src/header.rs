@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use dicomnode_core::{names, scan as core};
+use dicomnode_core::{extent, names, scan as core};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString};
 
@@ -87,12 +87,15 @@ impl Header {
     ) -> PyResult<Option<(String, String)>> {
         let whole = self.owner.bytes(py);
         let find = || names::ordinary(&self.header, whole, sop_class_uid, sop_instance_uid, tag);
-        let found = if self.header.is_in_memory() {
-            attached(py, find)?
-        } else {
-            detached(py, find)?
-        };
+        let found = self.look(py, find)?;
         Ok(found.map(|names| (names.identifier, names.stem)))
+    }
+
+    /// How many bytes of uncompressed pixel data are missing by Rows, Columns, BitsAllocated, SamplesPerPixel and NumberOfFrames;
+    /// 0 where none are, or where the header does not tell.
+    fn missing_pixels(&self, py: Python<'_>) -> PyResult<u64> {
+        let whole = self.owner.bytes(py);
+        self.look(py, || extent::missing_pixels(&self.header, whole))
     }
 
     /// The tags present, in the order of the file, group 0002 left out.
@@ -105,11 +108,19 @@ impl Header {
     /// An element of the top level with its raw value, as `get` gives it.
     fn value<'a>(&'a self, py: Python<'a>, tag: u32) -> PyResult<Option<core::Found<'a>>> {
         let whole = self.owner.bytes(py);
-        let value = || self.header.value(tag, whole);
+        self.look(py, || self.header.value(tag, whole))
+    }
+
+    /// Look something up, without the interpreter where that may read a file.
+    fn look<T: Send>(
+        &self,
+        py: Python<'_>,
+        find: impl FnOnce() -> dicomnode_core::Result<T> + Send,
+    ) -> PyResult<T> {
         if self.header.is_in_memory() {
-            attached(py, value)
+            attached(py, find)
         } else {
-            detached(py, value)
+            detached(py, find)
         }
     }
 }

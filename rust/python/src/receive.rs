@@ -592,7 +592,9 @@ impl Received {
     /// Answer it, unless it was answered; `unsent` of its `Receiver` has what the socket did not take at once.
     #[pyo3(signature = (status, comment = "", offending = 0))]
     fn answer(&self, py: Python<'_>, status: u16, comment: &str, offending: u32) {
-        py.detach(|| self.give(status, comment, offending));
+        if self.status().is_none() {
+            py.detach(|| self.give(status, comment, offending));
+        }
     }
 
     /// The status that it was answered with; None where it was not answered.
