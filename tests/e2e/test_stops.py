@@ -234,13 +234,16 @@ def test_what_is_sent_again_because_the_last_answer_was_lost_is_not_delivered_tw
 ) -> None:
     code = """
     from dicomnode.server.association import AssociationServer
-    answered, count = AssociationServer.store, []
-    def dying(*given):
-        count.append(answered(*given))
-        if len(count) == 5 and not (root / "died").exists():
+    store, count = AssociationServer.store, []
+    def dying(server, association, received):
+        count.append(received)
+        is_last = len(count) == 5 and not (root / "died").exists()
+        if is_last:
+            association.cut_off()
+        store(server, association, received)
+        if is_last:
             (root / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return count[-1]
     AssociationServer.store = dying
 
     class Five(Two):
