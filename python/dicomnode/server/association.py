@@ -534,10 +534,11 @@ class AssociationServer:
             self._logger.exception("%s not stored", uid)
             status, comment, identifier = _NOT_UNDERSTOOD, "the node failed, see its log", ""
             case_id = 0
-        # What was stored may have been answered as soon as it was kept.
-        received.answer(status, comment[:64])
+        if received.status is not None:
+            # As soon as it was kept.
+            status = received.status
         meters = self._reception.meters
-        meters.instances.add(label=f"0x{received.status:04X}")
+        meters.instances.add(label=f"0x{status:04X}")
         meters.bytes_received.add(received.size)
         with visit.lock:
             if identifier:
@@ -549,6 +550,7 @@ class AssociationServer:
         if identifier and decode is not None:
             # Which may take a while: this association has brought an image before that.
             self._decode(decode, identifier, uid)
+        received.answer(status, comment[:64])
         if late and identifier:
             # The connection closed while this image was being stored.
             self._interrupt([case_id])
@@ -638,7 +640,8 @@ class AssociationServer:
                 chunks,
                 partial(_digest_of, received, apart),
                 arrived,
-                received,
+                # The answer waits for an image that is decoded on arrival.
+                received if reception.decode is None else None,
             ),
             identifier,
             visit,
