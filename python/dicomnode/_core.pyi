@@ -184,7 +184,7 @@ class Receiver:
 
     @property
     def is_arriving(self) -> bool:
-        """Whether an image has begun to arrive, or has arrived and is not answered."""
+        """Whether an image has begun to arrive, or has arrived and is not dealt with."""
 
     @property
     def is_large(self) -> bool:

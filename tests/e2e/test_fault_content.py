@@ -298,7 +298,7 @@ def test_c11_pixels_that_are_too_short_are_c000_and_the_whole_image_is_taken_the
     with running_node(Grinding, root_data_directory=tmp_path, log_level="WARNING") as node:
         assert answer(node, dataset({0x7FE00010: ("OW", bytes(size))})) == 0xC000
         assert f"'1.2.3' answered 0xC000: PixelData lacks {32 - size} bytes" in caplog.text
-        assert not node.cases() and not list((tmp_path / ".dicomnode" / "incoming").iterdir())
+        assert not node.cases()
         assert answer(node, dataset()) == 0x0000
         wait_for_cases(node, State.DONE)
 

@@ -1,12 +1,16 @@
 """The journal: what was answered for is there after a crash, and what is over stays over."""
 
 import logging
+import resource
 import secrets
 import shutil
+import signal
 import sqlite3
 import struct
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +22,13 @@ from tests.unit.test_storage import instances, make_ready
 from dicomnode.errors import InvalidRootDataDirectory, OutOfResources
 from dicomnode.lib.dicom import JournalFile, Received, Receiver
 from dicomnode.storage import journal
+from dicomnode.storage import ledger as ledger_module
+from dicomnode.storage.commitments import Commitment
 from dicomnode.storage.instances import Staged
 from dicomnode.storage.ledger import State
 from dicomnode.storage.store import Durability, Instance, Storage
 
+CT = "1.2.840.10008.5.1.4.1.1.2"
 LOGGER = logging.getLogger("dicomnode.test")
 
 
@@ -599,7 +606,7 @@ def test_without_a_journal_images_are_flushed_one_by_one(
 
         monkeypatch.setattr(journal._File, "widen", failing)
     with running(tmp_path / "root") as storage:
-        assert storage._journal is not None and not storage._journal.takes(Staged(1))
+        assert storage._journal is not None and not storage._journal.prepare(Staged(1))
         for one in instances(3):
             storage.add("P", ["ct"], one)
         left = cut(tmp_path / "root", tmp_path / "left", files=True)
@@ -727,3 +734,120 @@ def test_a_journal_that_cannot_go_on_is_given_up_and_the_node_is_not(
         left = cut(root, tmp_path / "left", files=True)
     with running(left) as storage:
         assert len(uids_of(storage, "P")) == 19 and digests_hold(storage)
+
+
+@contextmanager
+def held_after_the_answer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What comes after an answer waits until this ends."""
+    go_on, real = threading.Event(), journal.Journal._expect
+
+    def late(self: journal.Journal, *given: Any) -> None:
+        assert go_on.wait(60)
+        real(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "_expect", late)
+        try:
+            yield
+        finally:
+            go_on.set()
+
+
+def until_answered(image: Instance) -> None:
+    for _ in range(1000):
+        if status_of(image) is not None:
+            return
+        time.sleep(0.01)
+    raise TimeoutError("not answered")
+
+
+def test_what_is_answered_and_not_in_its_case_yet_holds_the_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = map(requested, instances(3))
+    with running(tmp_path) as storage, ThreadPoolExecutor(8) as pool:
+        storage.commitments.ask("SENDER", Commitment("1.2", {second.sop_instance_uid: CT}))
+        number = storage.add("P", ["ct"], first)
+        before = storage.current("P")
+        assert before is not None
+        with held_after_the_answer(monkeypatch):
+            adding = pool.submit(storage.add, "P", ["ct"], second)
+            until_answered(second)
+            other = pool.submit(storage.add, "Q", ["ct"], third)
+            until_answered(third)
+            assert not storage.expire("P", before)
+            make_ready(storage, number)
+            case = storage.ledger.case(number)
+            assert not storage.seal(case, before) and storage.park("P", before) is None
+            waiting = [
+                pool.submit(storage.add, "P", ["ct"], second),
+                pool.submit(storage.kept, "1.2", [second.sop_instance_uid]),
+                pool.submit(storage._journal._begin_other, storage._journal._records),  # type: ignore[union-attr]
+            ]
+            time.sleep(0.2)
+            assert not any(one.done() for one in (adding, other, *waiting))
+        assert [one.result(30) for one in waiting] == [
+            number,
+            {second.sop_instance_uid: CT},
+            None,
+        ]
+        assert adding.result(30) == number and other.result(30)
+        assert not storage.seal(case, before)
+        after = storage.current("P")
+        assert after is not None and len(after.sources["ct"]) == 2
+        make_ready(storage, number)
+        assert storage.seal(storage.ledger.case(number), after)
+
+
+def test_an_image_that_is_answered_is_in_its_case_whatever_fails_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, one, another = map(requested, instances(3))
+
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    with running(tmp_path) as storage:
+        storage.add("P", ["ct"], first)
+        with monkeypatch.context() as broken:
+            broken.setattr(ledger_module, "_MOST_EXPECTED", 1)
+            broken.setattr(storage.ledger, "write_expected", no_memory)
+            assert storage.add("P", ["ct", "mr"], one) == 1
+        with monkeypatch.context() as broken:
+            broken.setattr(journal.Journal, "_expect", no_memory)
+            with pytest.raises(MemoryError):
+                storage.add("P", ["ct"], another)
+            assert storage._journal is not None
+            storage._journal._records.settle()
+        assert status_of(one) == status_of(another) == 0
+        contents = storage.current("P")
+        assert contents is not None
+        assert [len(contents.sources[name]) for name in ("ct", "mr")] == [3, 1]
+        left = cut(tmp_path, tmp_path.with_name("left"))
+    with running(left) as storage:
+        assert len(uids_of(storage, "P")) == 3 and digests_hold(storage)
+
+
+def test_what_is_kept_settles_before_its_file_is_let_go_also_after_a_failure(
+    tmp_path: Path,
+) -> None:
+    with (tmp_path / "file").open("w+b") as file:
+        file.truncate(4096)
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        records = JournalFile(file.fileno(), b"x" * 16, 512, 1 << 20, False)
+        assert records.append("kept")
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limit[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                records.append("fails" * 1000)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            signal.signal(signal.SIGXFSZ, before)
+        assert records.has_failed
+        with ThreadPoolExecutor(1) as pool:
+            finishing = pool.submit(records.finish)
+            time.sleep(0.1)
+            assert not finishing.done()
+            records.settle()
+            finishing.result(10)

@@ -177,7 +177,7 @@ def test_a_file_without_its_row_is_adopted(tmp_path: Path, monkeypatch: pytest.M
         storage.add("P", ["ct"], first)
         # The node ends between the file and its row.
         assert storage._journal is not None
-        monkeypatch.setattr(storage._journal, "keep", lambda *place: link(*place[4:]))
+        monkeypatch.setattr(storage._journal, "keep", lambda *place: link(*place[5:]))
         storage.add("P", ["ct"], second)
     with opened(tmp_path) as storage:
         contents = storage.current("P")

@@ -531,7 +531,8 @@ class AssociationServer:
             status, comment, identifier, case_id = _OUT_OF_RESOURCES, "out of resources", "", 0
         except Exception:
             # filter() and functions in required_values are the user's: anything can come here.
-            self._logger.exception("%s not stored", uid)
+            is_kept = received.status is not None
+            self._logger.exception("%s %s", uid, "was stored" if is_kept else "not stored")
             status, comment, identifier = _NOT_UNDERSTOOD, "the node failed, see its log", ""
             case_id = 0
         if received.status is not None:
@@ -601,7 +602,6 @@ class AssociationServer:
         try:
             header = scan(received, syntax) if apart is None else scan(apart.path)
             ordinary = header.ordinary(sop_class, uid, reception.identifier_tag)
-            missing = header.missing_pixels()
         except InvalidDicom as error:
             self._logger.error("%s cannot be understood: %s", uid, error)
             return self._refuse(uid, _NOT_UNDERSTOOD, "dataset cannot be understood")
@@ -614,9 +614,6 @@ class AssociationServer:
             ):
                 if header.text(tag) != wanted:
                     return self._refuse(uid, _DOES_NOT_MATCH, f"{said} differs from the request")
-        if missing:
-            # A part of it got lost, and its sender has to know: what is kept here would be in the way of the whole image.
-            return self._refuse(uid, _NOT_UNDERSTOOD, f"PixelData lacks {missing} bytes")
         accept = reception.accept
         if accept is not None:
             offered = LazyDataset(
@@ -680,6 +677,9 @@ class AssociationServer:
         if self._storage.outbox.maker(uid) is not None:
             # To process it would make another one of it, which may come back too, without end.
             return self._refuse(uid, _REFUSED, "this node made it, and does not process it")
+        if missing := header.missing_pixels():
+            # A part of it got lost, and its sender has to know: what is kept here would be in the way of the whole image.
+            return self._refuse(uid, _NOT_UNDERSTOOD, f"PixelData lacks {missing} bytes")
         try:
             case_id = self._storage.add(
                 target.identifier,

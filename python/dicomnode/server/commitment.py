@@ -183,7 +183,7 @@ class Committing:
             self._tell_of_none(asked, asking)
             return
         with self._reading:
-            kept = self._storage.kept(asked.transaction_uid)
+            kept = self._storage.kept(asked.transaction_uid, asked.instances)
         failed = {
             uid: NOT_THERE if uid not in kept else OTHER_CLASS
             for uid, kind in asked.instances.items()

@@ -148,7 +148,7 @@ class _Provider(DULServiceProvider):
         # When the message that is arriving began, and how much had arrived by then; and when last
         # something came, and how much by then.
         self._began: tuple[float, int] | None = None
-        # Since when an image is whole that is not answered.
+        # Since when an image is whole that is not dealt with.
         self._whole = math.inf
         self._last: tuple[float, int] = (0.0, 0)
         # The thread that runs this, while it does.
@@ -162,7 +162,7 @@ class _Provider(DULServiceProvider):
 
     @property
     def is_arriving(self) -> bool:
-        """Whether an image is here, or a part of one, that was not answered.
+        """Whether an image is here, or a part of one, that was not dealt with.
 
         One that is whole for long does not count: code of a user may hang with it.
         """
@@ -539,7 +539,7 @@ class NodeAssociation(Association):
 
     @property
     def is_arriving(self) -> bool:
-        """Whether an image is here, or a part of one, that was not answered."""
+        """Whether an image is here, or a part of one, that was not dealt with."""
         return self.provider.is_arriving
 
     @property

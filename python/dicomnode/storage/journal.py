@@ -8,6 +8,7 @@ start after a crash makes up for what is missing. There are two such files: whil
 brought up to the other.
 """
 
+import errno
 import json
 import logging
 import os
@@ -370,8 +371,8 @@ class Journal:
 
     # While images arrive
 
-    def takes(self, staged: Staged) -> bool:
-        """Whether `keep` is to keep an image: one whose file need not be flushed by itself."""
+    def prepare(self, staged: Staged) -> bool:
+        """Find out whether `keep` is to keep an image, since its file need not be flushed by itself, and how."""
         if not self._is_open:
             return False
         staged.is_kept = self._is_flushed and staged.size <= MOST_BYTES
@@ -383,6 +384,7 @@ class Journal:
         rows: list[InstanceRow],
         staged: Staged,
         request: Received | None,
+        kept: list[InstanceRow],
         descriptor: int,
         size: int,
         folder: str,
@@ -391,22 +393,25 @@ class Journal:
     ) -> bool:
         """Give the file of an image its last name, keep a record as `add` does, and then answer the request.
 
-        False, and nothing is done, where the name is taken. Raises OutOfResources, and OSError; then it has no name.
+        The rows are added to `kept` then. False, and nothing is done, where the name is taken. Raises OutOfResources, and OSError; then it has no name.
         """
         del is_flushed
         text = _text(case, rows)
         while self._is_open:
             records = self._records
             try:
-                kept = records.keep(text, descriptor, size, staged.is_kept, folder, name, request)
+                outcome = records.keep(
+                    text, descriptor, size, staged.is_kept, folder, name, request
+                )
             except OSError as error:
                 if records.has_failed:
                     self._give_up(error)
                 raise
-            if kept is not None:
-                if kept:
+            if outcome is not None:
+                if outcome:
+                    kept.extend(rows)
                     self._expect(case, rows, records)
-                return kept
+                return outcome
             self._turn(records)
         raise OutOfResources("the journal was given up")
 
@@ -468,6 +473,8 @@ class Journal:
                 # There was no room then.
                 self._clean(other)
             records.finish()
+            if records.has_failed:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
             assert full.head is not None
             generation = full.head.generation + 1
             head = full.head._replace(nonce=secrets.token_bytes(16), generation=generation)

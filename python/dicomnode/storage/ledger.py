@@ -162,7 +162,7 @@ class Ledger:
         """Close the file; further calls fail."""
         with self._lock:
             # Where that fails, the journal has it yet.
-            with suppress(OutOfResources, sqlite3.Error):
+            with suppress(OutOfResources, sqlite3.Error, MemoryError):
                 self.write_expected()
             self._connection.close()
 
@@ -539,7 +539,7 @@ class Ledger:
             is_much = len(self._expected) >= _MOST_EXPECTED
         if is_much:
             # They stay expected, and whoever uses the ledger next is told.
-            with suppress(OutOfResources, sqlite3.Error):
+            with suppress(OutOfResources, sqlite3.Error, MemoryError):
                 self.write_expected()
 
     def write_expected(self) -> None:

@@ -290,7 +290,8 @@ class Storage:
         on_added: Callable[[int], None],
     ) -> int:
         uid = instance.sop_instance_uid
-        rows: list[InstanceRow] = []
+        # What was kept, also where something fails after that.
+        kept: list[InstanceRow] = []
         with turn.lock:
             # The same image may be arriving over another association.
             while uid in (arriving := self._arriving.get(identifier, {})):
@@ -310,7 +311,7 @@ class Storage:
             self._arriving.setdefault(identifier, {})[uid] = False
         try:
             # While it is on its way, the case is neither claimed nor set aside.
-            rows = self._put_instance(case, lacking, instance, instance.arrived)
+            self._put_instance(case, lacking, instance, instance.arrived, kept)
         finally:
             with turn.lock:
                 arriving = self._arriving[identifier]
@@ -318,25 +319,32 @@ class Storage:
                     turn.condition.notify_all()
                 if not arriving:
                     del self._arriving[identifier]
-                if rows:
+                if kept:
                     on_added(case.id)
-                for row in rows:
+                for row in kept:
                     case.put(row)
         return case.id
 
     def _put_instance(
-        self, case: OpenCase, names: Sequence[str], instance: Instance, staged: Staged | None
-    ) -> list[InstanceRow]:
-        """Make an instance durable in these inputs: its files, their folders, then the rows.
+        self,
+        case: OpenCase,
+        names: Sequence[str],
+        instance: Instance,
+        staged: Staged | None,
+        kept: list[InstanceRow],
+    ) -> None:
+        """Make an instance durable in these inputs: its files, their folders, then the rows, which are added to `kept`.
 
         The journal stands for the rows, and in the case of a small one for the rest as well.
         """
         if staged is None:
             with self._instances.staging(instance.chunks) as made:
-                return self._put_instance(case, names, instance, made)
+                self._put_instance(case, names, instance, made, kept)
+            return
         journal = self._journal
-        if journal is not None and journal.takes(staged):
-            return self._put_at_once(journal, case, names, instance, staged)
+        if journal is not None and journal.prepare(staged):
+            self._put_at_once(journal, case, names, instance, staged, kept)
+            return
         rows: list[InstanceRow] = []
         try:
             for name in names:
@@ -349,7 +357,7 @@ class Storage:
         except OutOfResources:
             self._remove(case, rows)
             raise
-        return rows
+        kept.extend(rows)
 
     def _put_at_once(
         self,
@@ -358,14 +366,15 @@ class Storage:
         names: Sequence[str],
         instance: Instance,
         staged: Staged,
-    ) -> list[InstanceRow]:
+        kept: list[InstanceRow],
+    ) -> None:
         """The same where no file has to be flushed: the last name, the record and the answer are one call."""
         *others, last = names
         rows: list[InstanceRow] = []
 
         def naming(file: str) -> Naming:
-            rows[len(others) :] = [self._row(last, file, instance, staged)]
-            return partial(journal.keep, case, rows, staged, instance.request)
+            all_rows = [*rows, self._row(last, file, instance, staged)]
+            return partial(journal.keep, case, all_rows, staged, instance.request, kept)
 
         try:
             for name in others:
@@ -373,9 +382,8 @@ class Storage:
                 rows.append(self._row(name, file, instance, staged))
             self._place(case, last, staged, instance.name, naming)
         except OutOfResources:
-            self._remove(case, rows[: len(others)])
+            self._remove(case, rows)
             raise
-        return rows
 
     def _row(self, name: str, file: str, instance: Instance, staged: Staged) -> InstanceRow:
         digest = instance.digest_of(self.digest_size)
@@ -810,12 +818,13 @@ class Storage:
             raise DamagedResult(f"result {row.uid} is not what was kept")
         return data
 
-    def kept(self, transaction_uid: str) -> dict[str, str]:
-        """Of the instances that a sender asked to keep those that are here and sound, with their class.
+    def kept(self, transaction_uid: str, uids: Iterable[str]) -> dict[str, str]:
+        """Of the instances that a sender asked to keep, which are `uids`, those that are here and sound, with their class.
 
         None of them without a root directory: what is in memory is not kept.
         """
         found: dict[str, str] = {}
+        self._await(set(uids))
         for uid, folder, name, file, digest in self.commitments.copies(transaction_uid):
             source = self._instances.source(input_folder(folder, name), file)
             if self.root is None or uid in found or not isinstance(source, str):
@@ -826,6 +835,14 @@ class Storage:
             except (InvalidDicom, OSError) as error:
                 self._logger.error("%s cannot be read: %s", uid, type(error).__name__)
         return found
+
+    def _await(self, uids: set[str]) -> None:
+        """Until none of these is on its way: it may be answered, and the ledger not know of it yet."""
+        for identifier in list(self._arriving):
+            with self.holding(identifier) as condition:
+                while coming := uids.intersection(self._arriving.get(identifier, {})):
+                    self._arriving[identifier].update(dict.fromkeys(coming, True))
+                    condition.wait()
 
     def drop_results(self, case_id: int, error: str) -> None:
         """Give up the results of a case, which is FAILED by that: a retry makes them anew."""

@@ -51,10 +51,15 @@ pub fn missing_pixels(header: &Header, whole: Option<&[u8]>) -> Result<u64> {
         }
     };
     let photometric = header.value(PHOTOMETRIC_INTERPRETATION, whole)?;
-    let is_shared = photometric.is_some_and(|(_, text)| text.trim_ascii_end().ends_with(b"_422"));
-    // Of each pair of pixels both have a Y, and share Cb and Cr (PS3.3 section C.7.6.3.1.2).
+    let photometric = photometric.map_or_else(String::new, |(_, text)| {
+        String::from_utf8_lossy(&text).into_owned()
+    });
+    let photometric = photometric.trim_matches([' ', '\0']);
     let samples = match number(SAMPLES_PER_PIXEL)?.unwrap_or(1) {
-        3 if is_shared => 2,
+        // Of each pair of pixels both have a Y, and share Cb and Cr (PS3.3 section C.7.6.3.1.2).
+        3 if photometric.ends_with("_422") => 2,
+        // Of compressed images only.
+        3 if photometric.ends_with("_420") => return Ok(0),
         samples => samples,
     };
     let wanted = (rows * columns * samples * bits * u128::from(frames)).div_ceil(8);
@@ -161,6 +166,13 @@ mod tests {
         };
         assert_eq!(missing(&halved, 60), 0);
         assert_eq!(missing(&halved, 58), 2);
+        for (photometric, wanted) in [("YBR_PARTIAL_422\0", 2), ("YBR_PARTIAL_420 ", 0)] {
+            let padded = Given {
+                photometric,
+                ..with((SAMPLES_PER_PIXEL, 3))
+            };
+            assert_eq!(missing(&padded, 58), wanted);
+        }
         let frames = Given {
             frames: "4 ",
             ..Given::default()

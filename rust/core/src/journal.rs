@@ -197,10 +197,9 @@ impl JournalFile {
     pub fn finish(&self) {
         let mut state = self.lock();
         state.is_finished = true;
-        while state.is_writing
-            || state.promised > 0
-            || (state.settled < state.count && state.failed.is_none())
-        {
+        // After a failure no other than those that were kept settle.
+        let all = |state: &State| state.failed.map_or(state.count, |_| state.kept);
+        while state.is_writing || state.promised > 0 || state.settled < all(&state) {
             let turned = self.turned.wait(state);
             state = turned.unwrap_or_else(PoisonError::into_inner);
         }
@@ -402,6 +401,10 @@ mod tests {
         });
         assert_eq!(count, 7);
         journal.finish();
+        let promising = self::journal(file.path(), 3 * BLOCK as u64);
+        promising.lock().promised = BLOCK as u64;
+        assert!(!promising.append(&[1; 2 * BLOCK]).unwrap());
+        assert!(promising.append(&[1; BLOCK]).unwrap());
         let late = unnamed();
         let kept = journal.keep(&record, late.as_fd(), 0, &folder, "9");
         assert_eq!(kept.unwrap(), Kept::Full);

@@ -202,7 +202,7 @@ impl Receiver {
         self.arriving.load(Ordering::Relaxed)
     }
 
-    /// Whether an image has begun to arrive, or has arrived and is not answered.
+    /// Whether an image has begun to arrive, or has arrived and is not dealt with.
     #[getter]
     fn is_arriving(&self) -> bool {
         self.is_arriving.load(Ordering::Relaxed)
