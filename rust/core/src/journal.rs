@@ -31,7 +31,10 @@ pub struct JournalFile {
     size: u64,
     is_flushed: bool,
     state: Mutex<State>,
-    turned: Condvar,
+    /// For those whose records the same write takes: of every other write the same.
+    written: [Condvar; 2],
+    /// For who waits in `finish`.
+    idle: Condvar,
 }
 
 /// What became of an image; see [`JournalFile::keep`].
@@ -57,6 +60,8 @@ struct State {
     kept: u64,
     settled: u64,
     is_writing: bool,
+    /// How many have begun.
+    writes: usize,
     is_finished: bool,
     failed: Option<Errno>,
 }
@@ -79,10 +84,12 @@ impl JournalFile {
                 kept: 0,
                 settled: 0,
                 is_writing: false,
+                writes: 0,
                 is_finished: false,
                 failed: None,
             }),
-            turned: Condvar::new(),
+            written: [Condvar::new(), Condvar::new()],
+            idle: Condvar::new(),
         }
     }
 
@@ -106,7 +113,7 @@ impl JournalFile {
         }
         state.waiting.extend_from_slice(record);
         state.count += 1;
-        let mine = state.count;
+        let (mine, write) = (state.count, state.writes + 1);
         loop {
             if state.kept >= mine {
                 return Ok(());
@@ -115,7 +122,7 @@ impl JournalFile {
                 return Err(error.into());
             }
             state = if state.is_writing {
-                self.turned
+                self.written[write % 2]
                     .wait(state)
                     .unwrap_or_else(PoisonError::into_inner)
             } else {
@@ -182,7 +189,7 @@ impl JournalFile {
     /// Let who waits in `finish` look again.
     fn tell(&self, state: &State) {
         if state.is_finished {
-            self.turned.notify_all();
+            self.idle.notify_all();
         }
     }
 
@@ -200,7 +207,7 @@ impl JournalFile {
         // After a failure no other than those that were kept settle.
         let all = |state: &State| state.failed.map_or(state.count, |_| state.kept);
         while state.is_writing || state.promised > 0 || state.settled < all(&state) {
-            let turned = self.turned.wait(state);
+            let turned = self.idle.wait(state);
             state = turned.unwrap_or_else(PoisonError::into_inner);
         }
     }
@@ -211,6 +218,8 @@ impl JournalFile {
         let (place, last) = (state.end, state.count);
         state.end += bytes.len() as u64;
         state.is_writing = true;
+        state.writes += 1;
+        let write = state.writes;
         drop(state);
         let outcome = write_all(self.file.as_fd(), &bytes, place).and_then(|()| {
             // An error of what is flushed here shows nowhere else.
@@ -231,7 +240,15 @@ impl JournalFile {
             bytes.clear();
             state.waiting = bytes;
         }
-        self.turned.notify_all();
+        self.written[write % 2].notify_all();
+        let next = &self.written[(write + 1) % 2];
+        if state.failed.is_some() {
+            next.notify_all();
+        } else {
+            // Of those who came meanwhile one writes for all.
+            next.notify_one();
+        }
+        self.tell(&state);
         state
     }
 
