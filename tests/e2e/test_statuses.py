@@ -4,7 +4,8 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pynetdicom.dimse_primitives import C_STORE
 
 from dicomnode.lib.dicom import encode
 from dicomnode.lib.dimse import echo, send
+from dicomnode.server.completeness import Completeness
 from dicomnode.server.input import AbstractInput
 from dicomnode.server.limits import Limits
 from dicomnode.server.node import AbstractPipeline
@@ -334,3 +336,31 @@ def test_an_association_has_a_number_of_images_and_bytes() -> None:
             address = address_of(one)
             assert [a.status for a in send(address, series)] == [0, 0, 0xA700, 0xA700]
             assert [a.status for a in send(address, series[2:])] == [0, 0]
+
+
+@pytest.mark.parametrize("has_root", [False, True])
+def test_an_image_that_is_stored_is_answered_so_whatever_fails_then(
+    has_root: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Completeness, "arrived", fails)
+    root = tmp_path if has_root else None
+    with running_node(Node, root_data_directory=root, log_level="INFO") as node:
+        series = make_series(2)
+        assert [one.status for one in send(address_of(node), series)] == [0, 0]
+        assert [total for total, _ in node._storage.ledger.counts(1).values()] == [2]  # type: ignore[union-attr]
+        assert wait_until(lambda: "closed: 2 stored, 0 refused" in caplog.text)
+    assert f"{series[0].SOPInstanceUID} is stored, but the node failed" in caplog.text
+
+
+def wait_until(is_so: Callable[[], bool]) -> bool:
+    for _ in range(500):
+        if is_so():
+            return True
+        time.sleep(0.01)
+    return False

@@ -778,7 +778,7 @@ def test_what_is_answered_and_not_in_its_case_yet_holds_the_case(
             assert not storage.expire("P", before)
             make_ready(storage, number)
             case = storage.ledger.case(number)
-            assert not storage.seal(case, before) and storage.park("P", before) is None
+            assert not storage.seal(case, before)
             waiting = [
                 pool.submit(storage.add, "P", ["ct"], second),
                 pool.submit(storage.kept, "1.2", [second.sop_instance_uid]),
@@ -851,3 +851,26 @@ def test_what_is_kept_settles_before_its_file_is_let_go_also_after_a_failure(
             assert not finishing.done()
             records.settle()
             finishing.result(10)
+
+
+def test_a_record_that_fails_while_the_journal_is_closed_has_images_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = started(tmp_path)
+    storage.add("P", ["ct"], instances(1)[0])
+    assert storage._journal is not None
+    with (tmp_path / "sealed").open("w+b") as file, (tmp_path / "sealed").open("rb") as sealed:
+        file.truncate(8 << 10)
+        broken = JournalFile(sealed.fileno(), b"x" * 16, 512, 8 << 10, True)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        broken.append("fails")
+    # Whoever brought it has not come to deal with it.
+    real, storage._journal._records = storage._journal._records, broken
+    real.finish()
+    storage.close()
+    heads = [
+        journal._head_of((tmp_path / ".dicomnode" / f"journal-{k}").read_bytes()) for k in (1, 2)
+    ]
+    assert [one.is_distrusted for one in heads if one is not None] == [True]
+    with running(tmp_path) as storage:
+        assert len(uids_of(storage, "P")) == 1 and digests_hold(storage)

@@ -124,12 +124,15 @@ class _Visit:
     #: Bytes of all images.
     size: int = 0
     over: bool = False
+    #: Identifier and case of the image that is being dealt with, once it is in a case.
+    newest: tuple[str, int] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def touch(self, identifier: str, case_id: int) -> None:
         """An image of this association is in a case."""
         with self.lock:
             self.touched.setdefault(identifier, set()).add(case_id)
+            self.newest = identifier, case_id
 
 
 class _Working:
@@ -524,6 +527,7 @@ class AssociationServer:
 
     def _store(self, association: NodeAssociation, received: Received, visit: _Visit) -> None:
         uid = received.sop_instance_uid
+        visit.newest = None
         try:
             status, comment, identifier, case_id = self._kept(association, received, uid, visit)
         except OutOfResources as error:
@@ -531,13 +535,13 @@ class AssociationServer:
             status, comment, identifier, case_id = _OUT_OF_RESOURCES, "out of resources", "", 0
         except Exception:
             # filter() and functions in required_values are the user's: anything can come here.
-            is_kept = received.status is not None
-            self._logger.exception("%s %s", uid, "was stored" if is_kept else "not stored")
-            status, comment, identifier = _NOT_UNDERSTOOD, "the node failed, see its log", ""
-            case_id = 0
-        if received.status is not None:
-            # As soon as it was kept.
-            status = received.status
+            if visit.newest is not None:
+                self._logger.exception("%s is stored, but the node failed", uid)
+                status, comment, (identifier, case_id) = _SUCCESS, "", visit.newest
+            else:
+                self._logger.exception("%s not stored", uid)
+                status, comment, identifier = _NOT_UNDERSTOOD, "the node failed, see its log", ""
+                case_id = 0
         meters = self._reception.meters
         meters.instances.add(label=f"0x{status:04X}")
         meters.bytes_received.add(received.size)

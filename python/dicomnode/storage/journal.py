@@ -17,8 +17,9 @@ import secrets
 import sqlite3
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as quoted
 from pathlib import Path
 from typing import NamedTuple
@@ -59,6 +60,13 @@ _SOUND = {0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x01021994}
 # How a record begins, see `record` in the core: that number, a digest of all that follows, bytes of the text and of the image.
 _RECORD = struct.Struct("<16s16sII")
 _CHECKED = 32
+
+
+@dataclass
+class Kept:
+    """What was kept of an image."""
+
+    rows: Sequence[InstanceRow] = ()
 
 
 class _Head(NamedTuple):
@@ -384,7 +392,7 @@ class Journal:
         rows: list[InstanceRow],
         staged: Staged,
         request: Received | None,
-        kept: list[InstanceRow],
+        kept: Kept,
         descriptor: int,
         size: int,
         folder: str,
@@ -393,10 +401,10 @@ class Journal:
     ) -> bool:
         """Give the file of an image its last name, keep a record as `add` does, and then answer the request.
 
-        The rows are added to `kept` then. False, and nothing is done, where the name is taken. Raises OutOfResources, and OSError; then it has no name.
+        `kept` has the rows then. False, and nothing is done, where the name is taken. Raises OutOfResources, and OSError; then it has no name.
         """
         del is_flushed
-        text = _text(case, rows)
+        text, expected = _text(case, rows), [(case.id, *row) for row in rows]
         while self._is_open:
             records = self._records
             try:
@@ -409,8 +417,8 @@ class Journal:
                 raise
             if outcome is not None:
                 if outcome:
-                    kept.extend(rows)
-                    self._expect(case, rows, records)
+                    kept.rows = rows
+                    self._expect(expected, records)
                 return outcome
             self._turn(records)
         raise OutOfResources("the journal was given up")
@@ -420,15 +428,16 @@ class Journal:
 
         False, and nothing is done, where the journal takes no records. Raises OutOfResources.
         """
+        expected = [(case.id, *row) for row in rows]
         records = self._append(_text(case, rows))
         if records is None:
             return False
-        self._expect(case, rows, records)
+        self._expect(expected, records)
         return True
 
-    def _expect(self, case: OpenCase, rows: list[InstanceRow], records: JournalFile) -> None:
+    def _expect(self, expected: Sequence[tuple[object, ...]], records: JournalFile) -> None:
         try:
-            self._ledger.expect(case.id, rows)
+            self._ledger.expect(expected)
         finally:
             records.settle()
 
@@ -473,8 +482,7 @@ class Journal:
                 # There was no room then.
                 self._clean(other)
             records.finish()
-            if records.has_failed:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            _check(records)
             assert full.head is not None
             generation = full.head.generation + 1
             head = full.head._replace(nonce=secrets.token_bytes(16), generation=generation)
@@ -538,6 +546,7 @@ class Journal:
                 self._cleaning.join()
             if was_open and not self._has_failed:
                 self._records.finish()
+                _check(self._records)
                 for file in self._files:
                     if file.head is not None:
                         self._clean(file)
@@ -552,6 +561,12 @@ class Journal:
             if self._folder >= 0:
                 os.close(self._folder)
                 self._folder = -1
+
+
+def _check(records: JournalFile) -> None:
+    """Raises OSError where a record was not kept, which whoever brought it may not have dealt with yet."""
+    if records.has_failed:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def _text(case: OpenCase, rows: list[InstanceRow]) -> str:

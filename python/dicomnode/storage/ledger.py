@@ -529,13 +529,13 @@ class Ledger:
 
     # Instances
 
-    def expect(self, case_id: int, rows: Iterable[InstanceRow]) -> None:
+    def expect(self, rows: Sequence[tuple[object, ...]]) -> None:
         """Record instances as stored, which the journal has: many at once, before the ledger is used next.
 
-        Raises nothing: they may be answered already.
+        Each row begins with its case. Raises nothing: they may be answered already.
         """
         with self._expecting:
-            self._expected += [(case_id, *row) for row in rows]
+            self._expected += rows
             is_much = len(self._expected) >= _MOST_EXPECTED
         if is_much:
             # They stay expected, and whoever uses the ledger next is told.

@@ -48,7 +48,7 @@ from dicomnode.storage.instances import (
     Staged,
     flush_folder,
 )
-from dicomnode.storage.journal import JOURNAL_BYTES, Journal
+from dicomnode.storage.journal import JOURNAL_BYTES, Journal, Kept
 from dicomnode.storage.layout import (
     BLAKE3,
     OWN,
@@ -291,7 +291,7 @@ class Storage:
     ) -> int:
         uid = instance.sop_instance_uid
         # What was kept, also where something fails after that.
-        kept: list[InstanceRow] = []
+        kept = Kept()
         with turn.lock:
             # The same image may be arriving over another association.
             while uid in (arriving := self._arriving.get(identifier, {})):
@@ -319,9 +319,9 @@ class Storage:
                     turn.condition.notify_all()
                 if not arriving:
                     del self._arriving[identifier]
-                if kept:
+                if kept.rows:
                     on_added(case.id)
-                for row in kept:
+                for row in kept.rows:
                     case.put(row)
         return case.id
 
@@ -331,9 +331,9 @@ class Storage:
         names: Sequence[str],
         instance: Instance,
         staged: Staged | None,
-        kept: list[InstanceRow],
+        kept: Kept,
     ) -> None:
-        """Make an instance durable in these inputs: its files, their folders, then the rows, which are added to `kept`.
+        """Make an instance durable in these inputs: its files, their folders, then the rows, which `kept` has in the end.
 
         The journal stands for the rows, and in the case of a small one for the rest as well.
         """
@@ -351,13 +351,13 @@ class Storage:
                 file = self._place(case, name, staged, instance.name)
                 rows.append(self._row(name, file, instance, staged))
             if journal is None:
-                self.ledger.expect(case.id, rows)
+                self.ledger.expect([(case.id, *row) for row in rows])
             elif not journal.add(case, rows):
                 self.ledger.add_instances(case.id, rows)
         except OutOfResources:
             self._remove(case, rows)
             raise
-        kept.extend(rows)
+        kept.rows = rows
 
     def _put_at_once(
         self,
@@ -366,7 +366,7 @@ class Storage:
         names: Sequence[str],
         instance: Instance,
         staged: Staged,
-        kept: list[InstanceRow],
+        kept: Kept,
     ) -> None:
         """The same where no file has to be flushed: the last name, the record and the answer are one call."""
         *others, last = names
