@@ -64,7 +64,7 @@ def calls_of(trace: Path, first: int = 0) -> list[Call]:
             begun[thread] = (number, text.removesuffix("<unfinished ...>"))
             continue
         if resumed := re.match(r"<\.\.\. \w+ resumed>(.*)", text):
-            begin, first = begun.pop(thread)
+            begin, first = begun.pop(thread, (number, ""))
             text = first + resumed[1]
         if re.search(r"\) += \d", text):
             found.append(Call(text.split("(", 1)[0], text, begin, number))
