@@ -4,8 +4,7 @@ import logging
 import os
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -354,13 +353,5 @@ def test_an_image_that_is_stored_is_answered_so_whatever_fails_then(
         series = make_series(2)
         assert [one.status for one in send(address_of(node), series)] == [0, 0]
         assert [total for total, _ in node._storage.ledger.counts(1).values()] == [2]  # type: ignore[union-attr]
-        assert wait_until(lambda: "closed: 2 stored, 0 refused" in caplog.text)
+        assert node.wait(lambda: "closed: 2 stored, 0 refused" in caplog.text, 10)
     assert f"{series[0].SOPInstanceUID} is stored, but the node failed" in caplog.text
-
-
-def wait_until(is_so: Callable[[], bool]) -> bool:
-    for _ in range(500):
-        if is_so():
-            return True
-        time.sleep(0.01)
-    return False

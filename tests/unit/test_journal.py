@@ -8,9 +8,8 @@ import signal
 import sqlite3
 import struct
 import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -737,28 +736,22 @@ def test_a_journal_that_cannot_go_on_is_given_up_and_the_node_is_not(
 
 
 @contextmanager
-def held_after_the_answer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What comes after an answer waits until this ends."""
+def held_after_the_answer(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Semaphore]:
+    """What comes after an answer waits until this ends; free for each that was answered."""
     go_on, real = threading.Event(), journal.Journal._expect
+    answered = threading.Semaphore(0)
 
     def late(self: journal.Journal, *given: Any) -> None:
+        answered.release()
         assert go_on.wait(60)
         real(self, *given)
 
     with monkeypatch.context() as patch:
         patch.setattr(journal.Journal, "_expect", late)
         try:
-            yield
+            yield answered
         finally:
             go_on.set()
-
-
-def until_answered(image: Instance) -> None:
-    for _ in range(1000):
-        if status_of(image) is not None:
-            return
-        time.sleep(0.01)
-    raise TimeoutError("not answered")
 
 
 def test_what_is_answered_and_not_in_its_case_yet_holds_the_case(
@@ -770,11 +763,11 @@ def test_what_is_answered_and_not_in_its_case_yet_holds_the_case(
         number = storage.add("P", ["ct"], first)
         before = storage.current("P")
         assert before is not None
-        with held_after_the_answer(monkeypatch):
+        with held_after_the_answer(monkeypatch) as answered:
             adding = pool.submit(storage.add, "P", ["ct"], second)
-            until_answered(second)
+            assert answered.acquire(timeout=30) and status_of(second) == 0
             other = pool.submit(storage.add, "Q", ["ct"], third)
-            until_answered(third)
+            assert answered.acquire(timeout=30) and status_of(third) == 0
             assert not storage.expire("P", before)
             make_ready(storage, number)
             case = storage.ledger.case(number)
@@ -784,8 +777,7 @@ def test_what_is_answered_and_not_in_its_case_yet_holds_the_case(
                 pool.submit(storage.kept, "1.2", [second.sop_instance_uid]),
                 pool.submit(storage._journal._begin_other, storage._journal._records),  # type: ignore[union-attr]
             ]
-            time.sleep(0.2)
-            assert not any(one.done() for one in (adding, other, *waiting))
+            assert not wait([adding, other, *waiting], 0.2, FIRST_COMPLETED).done
         assert [one.result(30) for one in waiting] == [
             number,
             {second.sop_instance_uid: CT},
@@ -847,8 +839,7 @@ def test_what_is_kept_settles_before_its_file_is_let_go_also_after_a_failure(
         assert records.has_failed
         with ThreadPoolExecutor(1) as pool:
             finishing = pool.submit(records.finish)
-            time.sleep(0.1)
-            assert not finishing.done()
+            assert not wait([finishing], 0.1).done
             records.settle()
             finishing.result(10)
 
