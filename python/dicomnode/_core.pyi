@@ -70,15 +70,6 @@ class Header:
         What is no ASCII is a replacement character.
         """
 
-    def ordinary(
-        self, sop_class_uid: str, sop_instance_uid: str, tag: int
-    ) -> tuple[str, str] | None:
-        """Identifier and name of an ordinary image, which is the one that its sender said; None for any other.
-
-        Ordinary are plain values of `tag`, which is that of the identifier, of Modality and of InstanceNumber. The
-        name is `Image_<modality>_<instance number>`.
-        """
-
     def missing_pixels(self) -> int:
         """How many bytes of uncompressed pixel data are missing by Rows, Columns, BitsAllocated, SamplesPerPixel and NumberOfFrames;
         0 where none are, or where the header does not tell.
@@ -121,10 +112,13 @@ class JournalFile:
         with_image: bool,
         folder: str | Path,
         name: str,
+        flush: bool,
         request: Received | None = None,
+        is_awaited: bool = False,
     ) -> bool | None:
-        """Give an open file of `size` bytes a name in a folder, not flushed, keep a text and with `with_image` the file, and
-        then answer the request with 0x0000: all without the interpreter.
+        """Give an open file of `size` bytes a name in a folder as `link` does, keep a text and with `with_image` the file, and
+        then, if it `is_awaited`, answer the request with 0x0000: all without the interpreter. Each NUL of the text becomes
+        the digest of the request, which need not be there before the name is.
 
         False, and nothing is done, where the name is taken, and None where the record does not fit. Otherwise `settle` has
         to be called in the end. Raises OSError, where nothing is left of it.
@@ -158,12 +152,13 @@ def part10_prefix(
 class Receiver:
     """Parses one association's bytes into C-STORE requests (PS3.7 section 9.1.1).
 
-    `contexts` are the accepted presentation contexts: ID and transfer syntax. `socket` is read by `receive`; it
-    is duplicated, so that the caller may close it at any time. Of a dataset at most `memory` bytes are held.
-    `digest_size` tells the kind of the digests, as in `digest`. With `folder` each image is written to a Part 10
+    `contexts` are the accepted presentation contexts: ID and transfer syntax. `socket` is read by `receive` until `wake`
+    can be read; both are duplicated, so that the caller may close them at any time. Of a dataset at most `memory` bytes are
+    held. `digest_size` tells the kind of the digests, as in `digest`. With `folder` each image is written to a Part 10
     file there while it arrives, unless less than `least_free` bytes are free; `title` is the AE title of its sender.
+    `identifier_tag` is the attribute that tells who an image belongs to.
 
-    Raises OSError where the socket cannot be duplicated.
+    Raises OSError where they cannot be duplicated.
     """
 
     def __new__(
@@ -173,10 +168,12 @@ class Receiver:
         dataset: int,
         memory: int,
         socket: int | None = None,
+        wake: int | None = None,
         digest_size: int = 32,
         folder: Path | None = None,
         least_free: int = 0,
         title: str = "",
+        identifier_tag: int = 0x00100020,
     ) -> Self: ...
     @property
     def arriving(self) -> int:
@@ -196,10 +193,10 @@ class Receiver:
 
     @property
     def is_within(self) -> bool:
-        """Whether a message has begun and is not whole."""
+        """Whether a message has begun and is not whole, or is here and was not asked for."""
 
     def unsent(self) -> bytes:
-        """What of the last answer was not sent; all of it without a socket."""
+        """What of the last answers was not sent; all of it without a socket."""
 
     def answered(self) -> None:
         """The image that has arrived is dealt with, as it is also where more is read."""
@@ -208,9 +205,9 @@ class Receiver:
         """Keep no more of a dataset that is too large for memory; the request then tells `errno`."""
 
     def close(self) -> None:
-        """Close the duplicate of the socket, and the files of what is being written and of what may come next."""
+        """Close the duplicates of socket and `wake`, and the files of what is being written and of what may come next."""
 
-    def receive(self, wake: int, seconds: float) -> Received | bytes | None:
+    def receive(self, seconds: float) -> Received | bytes | None:
         """Read from the socket until something is whole.
 
         After an answer, and with a folder, the file of the next image may be opened already. Where some of the answer is
@@ -257,6 +254,14 @@ class Received:
 
     def close(self) -> None:
         """Close its file; unless it was linked nothing is left of it."""
+
+    def known(self) -> tuple[Header, tuple[str, str] | None] | None:
+        """Its header, and of an ordinary image identifier and name; once, and None where it has to be scanned.
+
+        Ordinary is an image that is the one its sender said, has a UID, all its uncompressed pixels and no file meta
+        information in the dataset, and plain values of the identifier, of Modality and of InstanceNumber. The name is
+        `Image_<modality>_<instance number>`.
+        """
 
     @property
     def errno(self) -> int | None:

@@ -303,10 +303,10 @@ def test_c11_pixels_that_are_too_short_are_c000_and_the_whole_image_is_taken_the
         wait_for_cases(node, State.DONE)
 
 
-def test_c11_a_large_image_that_is_too_short_is_c000_too() -> None:
+def test_c11_a_large_image_that_is_too_short_is_c000_too(tmp_path: Path) -> None:
     lines = struct.pack("<H", 2200)
     wide = {0x00280010: ("US", lines), 0x00280011: ("US", lines)}
-    with node_of() as node:
+    with node_of(root_data_directory=tmp_path) as node:
         assert answer(node, dataset({**wide, 0x7FE00010: ("OW", bytes(5 << 20))})) == 0xC000
         assert answer(node, dataset({**wide, 0x7FE00010: ("OW", bytes(10 << 20))})) == 0x0000
 

@@ -927,14 +927,14 @@ def test_a_result_that_cannot_be_read_now_is_kept(
         assert node._storage is not None
         broken = threading.Event()
         broken.set()
-        real = node._storage.result
+        real = node._storage.results.read
 
         def failing(*args: Any) -> Any:
             if broken.is_set() and len(store.received) == 2:
                 raise OSError(24, "Too many open files")
             return real(*args)
 
-        monkeypatch.setattr(node._storage, "result", failing)
+        monkeypatch.setattr(node._storage.results, "read", failing)
         send_and_check(node, make_series(4))
         wait_for_cases(node, State.FAILED)
         assert len(list((tmp_path / ".dicomnode" / "outbox").glob("*/*.dcm"))) == 4

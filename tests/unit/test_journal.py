@@ -23,9 +23,9 @@ from dicomnode.lib.dicom import JournalFile, Received, Receiver
 from dicomnode.storage import journal
 from dicomnode.storage import ledger as ledger_module
 from dicomnode.storage.commitments import Commitment
-from dicomnode.storage.instances import Staged
+from dicomnode.storage.instances import Instance, Staged
 from dicomnode.storage.ledger import State
-from dicomnode.storage.store import Durability, Instance, Storage
+from dicomnode.storage.store import Durability, Storage
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 LOGGER = logging.getLogger("dicomnode.test")
@@ -163,7 +163,7 @@ def test_a_case_that_is_over_does_not_come_back(is_forgotten: bool, tmp_path: Pa
         make_ready(storage, number)
         contents = storage.current("P")
         assert contents is not None and storage.seal(storage.ledger.case(number), contents)
-        assert storage.keep_results(storage.ledger.case(number), []) == 0
+        assert storage.results.keep(storage.ledger.case(number), []) == 0
         storage.finish(storage.ledger.case(number))
         assert storage.ledger.case(number).state is State.DONE
         if is_forgotten:
@@ -319,7 +319,7 @@ def test_no_record_leads_out_of_the_root(
             opened.write(b"evil")
             opened.flush()
             text = f'[1, "{folder}", [["ct", "1.2", "{file}", 4, ""]]]'
-            assert records.keep(text, opened.fileno(), 4, True, str(tmp_path), "linked")
+            assert records.keep(text, opened.fileno(), 4, True, str(tmp_path), "linked", False)
             records.settle()
         left = cut(tmp_path / "root", tmp_path / "left")
     known = set(tmp_path.iterdir())
@@ -410,7 +410,7 @@ def test_a_case_that_is_over_stays_so_where_the_ledger_is_lost_and_its_folder_ha
         make_ready(storage, number)
         contents = storage.current("P")
         assert contents is not None and storage.seal(storage.ledger.case(number), contents)
-        storage.keep_results(storage.ledger.case(number), [])
+        storage.results.keep(storage.ledger.case(number), [])
         storage.finish(storage.ledger.case(number))
         with monkeypatch.context() as large:
             large.setattr(journal, "MOST_BYTES", 0)
@@ -448,7 +448,7 @@ def test_an_image_that_was_refused_does_not_join_a_case_that_takes_no_more(tmp_p
             size = file.tell()
             text = f'[{number}, "P", [["ct", "{images[2].sop_instance_uid}", "x.dcm", {size}, ""]]]'
             records = storage._journal._records
-            assert records.keep(text, file.fileno(), size, True, str(tmp_path), "linked")
+            assert records.keep(text, file.fileno(), size, True, str(tmp_path), "linked", False)
             records.settle()
         left = cut(root, tmp_path / "left")
     with running(left) as storage:
@@ -635,14 +635,14 @@ def test_a_file_of_the_journal_takes_wrong_arguments_for_what_they_are(tmp_path:
             JournalFile(-1, b"x" * 16, 0, 4096, True)
         records = JournalFile(file.fileno(), b"x" * 16, 512, 4096, True)
         with pytest.raises(ValueError, match="open descriptor"):
-            records.keep("text", -1, 1, True, tmp_path, "name")
-        for with_image, told in ((True, "end of file"), (False, "0 of 10 bytes")):
-            with pytest.raises(OSError, match=told):
-                records.keep("text", file.fileno(), 10, with_image, tmp_path, "name")
+            records.keep("text", -1, 1, True, tmp_path, "name", False)
+        for with_image in (True, False):
+            with pytest.raises(OSError, match="0 of 10 bytes"):
+                records.keep("text", file.fileno(), 10, with_image, tmp_path, "name", False)
         with pytest.raises(FileNotFoundError):
-            records.keep("text", file.fileno(), 0, True, tmp_path / "missing", "name")
-        assert records.keep("text", file.fileno(), 0, True, tmp_path, "file") is False
-        assert records.keep("x" * 4096, file.fileno(), 0, True, tmp_path, "name") is None
+            records.keep("text", file.fileno(), 0, True, tmp_path / "missing", "name", False)
+        assert records.keep("text", file.fileno(), 0, True, tmp_path, "file", False) is False
+        assert records.keep("x" * 4096, file.fileno(), 0, True, tmp_path, "name", False) is None
         assert not records.append("x" * 4096)
         assert not records.has_failed and not (tmp_path / "name").exists()
         assert records.append("text")
@@ -657,9 +657,9 @@ def test_a_file_of_the_journal_takes_wrong_arguments_for_what_they_are(tmp_path:
 def requested(image: Instance) -> Instance:
     """An image with the request that may have brought it."""
     receiver = Receiver([(3, wire.EXPLICIT)], 1 << 20, 1 << 20, 1 << 20)
-    request = receiver.offer(wire.store(image.sop_instance_uid, b"".join(image.chunks)))
+    request = receiver.offer(wire.store(image.sop_instance_uid, bytes(image.chunks[1])))
     assert isinstance(request, Received)
-    return image._replace(request=request)
+    return image._replace(request=request, is_awaited=True)
 
 
 def status_of(image: Instance) -> int | None:
@@ -728,26 +728,27 @@ def test_a_journal_that_cannot_go_on_is_given_up_and_the_node_is_not(
             except OutOfResources:
                 refused.append(one)
                 assert status_of(one) is None
-        assert len(refused) == 1 and not storage._journal._is_open
-        assert not list(root.glob(f"P/ct/{refused[0].name}.dcm"))
+        # What of its own is lost, and nothing else.
+        assert len(refused) == (trouble == "unwritable") and not storage._journal._is_open
+        assert not any(list(root.glob(f"P/ct/{one.name}.dcm")) for one in refused)
         left = cut(root, tmp_path / "left", files=True)
     with running(left) as storage:
-        assert len(uids_of(storage, "P")) == 19 and digests_hold(storage)
+        assert len(uids_of(storage, "P")) == 20 - len(refused) and digests_hold(storage)
 
 
 @contextmanager
 def held_after_the_answer(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Semaphore]:
     """What comes after an answer waits until this ends; free for each that was answered."""
-    go_on, real = threading.Event(), journal.Journal._expect
+    go_on, real = threading.Event(), ledger_module.Ledger.expect
     answered = threading.Semaphore(0)
 
-    def late(self: journal.Journal, *given: Any) -> None:
+    def late(self: ledger_module.Ledger, *given: Any) -> None:
         answered.release()
         assert go_on.wait(60)
         real(self, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal.Journal, "_expect", late)
+        patch.setattr(ledger_module.Ledger, "expect", late)
         try:
             yield answered
         finally:
@@ -775,14 +776,17 @@ def test_what_is_answered_and_not_in_its_case_yet_holds_the_case(
             waiting = [
                 pool.submit(storage.add, "P", ["ct"], second),
                 pool.submit(storage.kept, "1.2", [second.sop_instance_uid]),
-                pool.submit(storage._journal._begin_other, storage._journal._records),  # type: ignore[union-attr]
             ]
+            # The other file is used at once, and this one is cleared when all of it is expected.
+            assert storage._journal is not None
+            storage._journal._begin_other(storage._journal._records)
+            cleaning = storage._journal._cleaning
             assert not wait([adding, other, *waiting], 0.2, FIRST_COMPLETED).done
-        assert [one.result(30) for one in waiting] == [
-            number,
-            {second.sop_instance_uid: CT},
-            None,
-        ]
+            assert cleaning is not None and cleaning.is_alive()
+            assert all(file.head is not None for file in storage._journal._files)
+        assert [one.result(30) for one in waiting] == [number, {second.sop_instance_uid: CT}]
+        cleaning.join(30)
+        assert storage._journal._files[1].head is None
         assert adding.result(30) == number and other.result(30)
         assert not storage.seal(case, before)
         after = storage.current("P")
@@ -806,11 +810,9 @@ def test_an_image_that_is_answered_is_in_its_case_whatever_fails_then(
             broken.setattr(storage.ledger, "write_expected", no_memory)
             assert storage.add("P", ["ct", "mr"], one) == 1
         with monkeypatch.context() as broken:
-            broken.setattr(journal.Journal, "_expect", no_memory)
+            broken.setattr(storage.ledger, "expect", no_memory)
             with pytest.raises(MemoryError):
                 storage.add("P", ["ct"], another)
-            assert storage._journal is not None
-            storage._journal._records.settle()
         assert status_of(one) == status_of(another) == 0
         contents = storage.current("P")
         assert contents is not None
@@ -818,6 +820,27 @@ def test_an_image_that_is_answered_is_in_its_case_whatever_fails_then(
         left = cut(tmp_path, tmp_path.with_name("left"))
     with running(left) as storage:
         assert len(uids_of(storage, "P")) == 3 and digests_hold(storage)
+
+
+@pytest.mark.parametrize("is_distrusted", [False, True])
+def test_a_record_that_failed_does_not_leave_its_image_in_the_case(
+    is_distrusted: bool, tmp_path: Path
+) -> None:
+    image = instances(1)[0]
+    with running(tmp_path / "root") as storage:
+        number = storage.add("P", ["ct"], image)
+        assert storage._journal is not None and storage._journal._records is not None
+        # As that of a large image, whose file has lost its name again.
+        text = f'[{number}, "P", [["ct", "1.2", "x.dcm", 100000, ""]]]'
+        assert storage._journal._records.append(text)
+        storage._journal._records.settle()
+        if is_distrusted:
+            storage._journal._give_up(OSError(5, "Input/output error"))
+        left = cut(tmp_path / "root", tmp_path / "left")
+    with running(left) as storage:
+        found = {row.uid: row.damaged for row in storage.ledger.instances(number)}
+        lost = {} if is_distrusted else {"1.2": True}
+        assert found == {image.sop_instance_uid: False, **lost}
 
 
 def test_what_is_kept_settles_before_its_file_is_let_go_also_after_a_failure(

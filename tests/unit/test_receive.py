@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tests.e2e import wire
 from tests.e2e.wire import pdu, value
 
 from dicomnode.errors import InvalidDicom
-from dicomnode.lib.dicom import Received, Receiver, digest, link, part10_prefix
+from dicomnode.lib.dicom import JournalFile, Received, Receiver, digest, link, part10_prefix
 
 DATA = bytes(k * 7 % 251 for k in range(5000))
 
@@ -179,7 +180,9 @@ def test_noise_is_an_error_or_waits_for_more(noise: bytes, chunks: list[int], at
 
 
 def in_files(folder: Path, memory: int = 100_000, size: int = 32, least_free: int = 0) -> Receiver:
-    return Receiver(BOTH[1:], 1 << 20, 1 << 24, memory, None, size, folder, least_free, "SENDER")
+    return Receiver(
+        BOTH[1:], 1 << 20, 1 << 24, memory, None, None, size, folder, least_free, "SENDER"
+    )
 
 
 def file_of(received: Received | bytes) -> bytes:
@@ -386,21 +389,122 @@ def test_a_socket_is_read_until_it_is_woken_or_closed() -> None:
     ours, theirs = socket.socketpair()
     wake = os.eventfd(0)
     with ours, theirs:
-        receiver = Receiver(BOTH, 1 << 20, 1 << 20, 1 << 20, ours.fileno())
-        assert receiver.receive(wake, 0.01) is None
+        receiver = Receiver(BOTH, 1 << 20, 1 << 20, 1 << 20, ours.fileno(), wake)
+        assert receiver.receive(0.01) is None
         os.eventfd_write(wake, 1)
-        assert receiver.receive(wake, 60.0) is None
+        assert receiver.receive(60.0) is None
         os.eventfd_read(wake)
         session = wire.store("1.2.3", DATA)
         theirs.sendall(session[:500])
-        assert receiver.receive(wake, 0.01) is None
+        assert receiver.receive(0.01) is None
         assert receiver.is_within and receiver.total == 500
         theirs.sendall(session[500:] + pdu(wire.RELEASE, bytes(4)))
-        one = receiver.receive(wake, 5.0)
+        one = receiver.receive(5.0)
         assert isinstance(one, Received) and bytes(memoryview(one)) == DATA
-        assert receiver.receive(wake, 5.0) == pdu(wire.RELEASE, bytes(4))
+        assert receiver.receive(5.0) == pdu(wire.RELEASE, bytes(4))
         theirs.close()
-        assert receiver.receive(wake, 5.0) == b""
+        assert receiver.receive(5.0) == b""
+    os.close(wake)
+
+
+def test_beside_others_the_next_message_is_read_before_the_interpreter_is_taken_back(
+    tmp_path: Path,
+) -> None:
+    def keep(one: Received, name: str) -> None:
+        assert one.file is not None
+        assert records.keep("text", *one.file, False, tmp_path, name, False, one, True)
+        records.settle()
+        one.close()
+
+    def read(receiver: Receiver) -> Received:
+        found = receiver.receive(5.0)
+        assert isinstance(found, Received)
+        return found
+
+    image, wake = wire.store("1.2.3", DATA), os.eventfd(0)
+    (ours, theirs), (mine, others) = socket.socketpair(), socket.socketpair()
+    with ours, theirs, mine, others, (tmp_path / "journal").open("w+b") as file:
+        records = JournalFile(file.fileno(), b"x" * 16, 0, 1 << 20, False)
+        one, other = [
+            Receiver(BOTH, 1 << 20, 1 << 20, 1 << 20, number, wake, folder=tmp_path)
+            for number in (ours.fileno(), mine.fileno())
+        ]
+        theirs.sendall(image)
+        first = read(one)
+        time.sleep(0.1)
+        theirs.sendall(image)
+        # Nobody else brings anything.
+        keep(first, "1")
+        assert one.total == len(image)
+        others.sendall(image)
+        beside = read(other)
+        second = read(one)
+        assert one.total == 2 * len(image) and beside.status is None
+        theirs.sendall(image + pdu(wire.RELEASE, bytes(4)))
+        keep(second, "2")
+        assert one.total == 3 * len(image) + 10 and one.is_arriving
+        third = read(one)
+        assert bytes(memoryview(third)) == DATA
+        keep(third, "3")
+        assert one.receive(5.0) == pdu(wire.RELEASE, bytes(4)) and not one.is_arriving
+        answers = first.response(0) + second.response(0) + third.response(0)
+        assert theirs.recv(1000) == answers
+        theirs.close()
+        assert one.receive(5.0) == b""
+        # What breaks the protocol is told when it is asked for.
+        others.sendall(bytes(6))
+        keep(beside, "4")
+        assert others.recv(1000) == beside.response(0)
+        with pytest.raises(InvalidDicom):
+            other.receive(5.0)
+    os.close(wake)
+
+
+def test_what_was_read_ahead_waits_for_the_rest_of_an_answer(tmp_path: Path) -> None:
+    image, wake = wire.store("1.2.3", DATA), os.eventfd(0)
+    (ours, theirs), (mine, others) = socket.socketpair(), socket.socketpair()
+    with ours, theirs, mine, others, (tmp_path / "journal").open("w+b") as file:
+        records = JournalFile(file.fileno(), b"x" * 16, 0, 1 << 20, False)
+        one, other = [
+            Receiver(BOTH, 1 << 20, 1 << 20, 1 << 20, number, wake, folder=tmp_path)
+            for number in (ours.fileno(), mine.fileno())
+        ]
+        theirs.sendall(image * 2 + pdu(wire.RELEASE, bytes(4)))
+        first = one.receive(5.0)
+        others.sendall(image)
+        beside = other.receive(5.0)
+        assert isinstance(first, Received) and isinstance(beside, Received)
+        # Read ahead before the answer, as it is while another record is written.
+        ours.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while ours.send(bytes(1 << 16)):
+                pass
+        assert first.file is not None
+        assert records.keep("text", *first.file, False, tmp_path, "1", False, None)
+        second = one.receive(5.0)
+        assert isinstance(second, Received)
+        for image_of, name in ((first, "2"), (second, "3")):
+            assert image_of.file is not None
+            others.sendall(image)
+            assert isinstance(other.receive(5.0), Received)
+            assert records.keep(
+                "text", *image_of.file, False, tmp_path, name, False, image_of, True
+            )
+            assert one.receive(5.0) is None
+        assert one.unsent() == first.response(0) + second.response(0)
+        one.answered()
+        assert one.receive(5.0) == pdu(wire.RELEASE, bytes(4))
+        assert not one.is_within and not one.is_arriving
+        # A release that is read ahead is not forgotten, also where nothing more comes.
+        theirs.recv(1 << 24, socket.MSG_WAITALL | socket.MSG_DONTWAIT)
+        theirs.sendall(image + pdu(wire.RELEASE, bytes(4)))
+        third = one.receive(5.0)
+        assert isinstance(third, Received) and third.file is not None
+        others.sendall(image)
+        assert isinstance(other.receive(5.0), Received)
+        assert records.keep("text", *third.file, False, tmp_path, "4", False, third, True)
+        assert one.is_within
+        assert one.receive(5.0) == pdu(wire.RELEASE, bytes(4)) and not one.is_within
     os.close(wake)
 
 
@@ -408,9 +512,9 @@ def test_what_a_socket_does_not_take_of_an_answer_is_left() -> None:
     ours, theirs = socket.socketpair()
     wake = os.eventfd(0)
     with ours, theirs:
-        receiver = Receiver(BOTH, 1 << 20, 1 << 20, 1 << 20, ours.fileno())
+        receiver = Receiver(BOTH, 1 << 20, 1 << 20, 1 << 20, ours.fileno(), wake)
         theirs.sendall(wire.store("1.2.3", DATA))
-        one = receiver.receive(wake, 5.0)
+        one = receiver.receive(5.0)
         assert isinstance(one, Received)
         ours.setblocking(False)
         with contextlib.suppress(BlockingIOError):
@@ -419,11 +523,11 @@ def test_what_a_socket_does_not_take_of_an_answer_is_left() -> None:
         one.answer(0)
         # Nothing is read before that is sent.
         theirs.sendall(pdu(wire.RELEASE, bytes(4)))
-        assert receiver.is_arriving and receiver.receive(wake, 5.0) is None and receiver.is_arriving
+        assert receiver.is_arriving and receiver.receive(5.0) is None and receiver.is_arriving
         assert receiver.unsent() == one.response(0) and receiver.unsent() == b""
         receiver.answered()
         assert not receiver.is_arriving
-        assert receiver.receive(wake, 5.0) == pdu(wire.RELEASE, bytes(4))
+        assert receiver.receive(5.0) == pdu(wire.RELEASE, bytes(4))
     unconnected = Receiver(BOTH, 1 << 20, 1 << 20, 1 << 20)
     two = unconnected.offer(wire.store("1.2.3", DATA))
     assert isinstance(two, Received)
@@ -446,21 +550,21 @@ def test_the_file_of_the_next_image_is_open_once_an_answer_is_sent(tmp_path: Pat
     wake = os.eventfd(0)
     with ours, theirs:
         receiver = Receiver(
-            BOTH, 1 << 20, 1 << 20, 1 << 20, ours.fileno(), folder=tmp_path, title="SENDER"
+            BOTH, 1 << 20, 1 << 20, 1 << 20, ours.fileno(), wake, folder=tmp_path, title="SENDER"
         )
-        assert receiver.receive(wake, 0.01) is None and not opened()
+        assert receiver.receive(0.01) is None and not opened()
         theirs.sendall(wire.store("1.2.3", DATA))
-        one = receiver.receive(wake, 5.0)
+        one = receiver.receive(5.0)
         assert isinstance(one, Received) and one.status is None
         one.close()
         for status in (0, 0xA700):
             one.answer(status)
             assert one.status == 0 and receiver.unsent() == b""
-            assert receiver.receive(wake, 0.01) is None
+            assert receiver.receive(0.01) is None
         assert theirs.recv(1000) == one.response(0)
         (spare,) = opened()
         theirs.sendall(wire.store("1.2.3", DATA) * 2)
-        images = [receiver.receive(wake, 5.0) for _ in range(2)]
+        images = [receiver.receive(5.0) for _ in range(2)]
         for number, one in enumerate(images):
             assert isinstance(one, Received) and one.file is not None
             assert (one.file[0] == spare) is (number == 0)
@@ -469,7 +573,7 @@ def test_the_file_of_the_next_image_is_open_once_an_answer_is_sent(tmp_path: Pat
             one.close()  # type: ignore[union-attr]
         assert not opened()
         images[1].answer(0)  # type: ignore[union-attr]
-        assert receiver.receive(wake, 0.01) is None and len(opened()) == 1
+        assert receiver.receive(0.01) is None and len(opened()) == 1
         receiver.close()
         assert not opened() and not list(tmp_path.iterdir())
     os.close(wake)

@@ -19,9 +19,9 @@ from dicomnode.storage.journal import Journal
 from dicomnode.storage.layout import digest_of
 from dicomnode.storage.ledger import InstanceRow, Ledger, ResultRow, State
 from dicomnode.storage.outbox import Answer
+from dicomnode.storage.results import DamagedResult
 from dicomnode.storage.shared import SharedInstances
 from dicomnode.storage.store import (
-    DamagedResult,
     DuplicateInstance,
     Durability,
     Instance,
@@ -136,14 +136,14 @@ def test_results_are_kept_in_order_and_none_is_kept_where_one_fails(storage: Sto
         raise RuntimeError("second")
 
     with pytest.raises(RuntimeError):
-        storage.keep_results(storage.ledger.case(number), failing())
-    assert storage.undelivered(number, "A") == []
+        storage.results.keep(storage.ledger.case(number), failing())
+    assert storage.results.undelivered(number, "A") == []
     results = [(f"1.{k}", "1", "1", b"x" * k) for k in (3, 1, 2)]
-    assert storage.keep_results(storage.ledger.case(number), iter(results)) == 3
-    assert [row.uid for row in storage.undelivered(number, "A")] == ["1.3", "1.1", "1.2"]
+    assert storage.results.keep(storage.ledger.case(number), iter(results)) == 3
+    assert [row.uid for row in storage.results.undelivered(number, "A")] == ["1.3", "1.1", "1.2"]
     storage.outbox.answer(number, "A", [Answer("1.1", 0, True)])
-    assert [row.uid for row in storage.undelivered(number, "A")] == ["1.3", "1.2"]
-    assert len(storage.undelivered(number, "B")) == 3
+    assert [row.uid for row in storage.results.undelivered(number, "A")] == ["1.3", "1.2"]
+    assert len(storage.results.undelivered(number, "B")) == 3
     storage.finish(storage.ledger.case(number))
     assert storage.ledger.case(number).state is State.DONE
     assert storage.ledger.instances(number) == []
@@ -181,7 +181,7 @@ def test_a_file_without_its_row_is_adopted(tmp_path: Path, monkeypatch: pytest.M
         storage.add("P", ["ct"], first)
         # The node ends between the file and its row.
         assert storage._journal is not None
-        monkeypatch.setattr(storage._journal, "keep", lambda *place: link(*place[5:]))
+        monkeypatch.setattr(storage._journal, "keep", lambda *place: link(*place[6:]))
         storage.add("P", ["ct"], second)
     with opened(tmp_path) as storage:
         contents = storage.current("P")
@@ -248,7 +248,7 @@ def test_files_of_a_case_that_was_done_are_deleted_at_the_next_start(tmp_path: P
         number = storage.add("P", ["ct"], instances(1)[0])
         make_ready(storage, number)
         claim(storage, number)
-        storage.keep_results(storage.ledger.case(number), [("1.1", "1", "1", b"result")])
+        storage.results.keep(storage.ledger.case(number), [("1.1", "1", "1", b"result")])
         storage.ledger.move(number, State.EXPORTING, State.DONE)
     assert list(tmp_path.glob("P/ct/*")) and list(tmp_path.glob(".dicomnode/outbox/*/*"))
     with opened(tmp_path):
@@ -518,20 +518,20 @@ def test_a_result_that_is_not_what_was_kept_is_not_given(tmp_path: Path) -> None
         number = storage.add("P", ["ct"], instances(1)[0])
         make_ready(storage, number)
         claim(storage, number)
-        storage.keep_results(
+        storage.results.keep(
             storage.ledger.case(number), [(f"1.{k}", "1", "1", b"result") for k in range(3)]
         )
-        rows = storage.undelivered(number, "A")
-        assert storage.result(number, rows[0]) == b"result"
+        rows = storage.results.undelivered(number, "A")
+        assert storage.results.read(number, rows[0]) == b"result"
         outbox = tmp_path / ".dicomnode" / "outbox" / str(number)
         (outbox / rows[1].file).write_bytes(b"resulT")
         (outbox / rows[2].file).unlink()
         for row in rows[1:]:
             with pytest.raises(DamagedResult, match=row.uid):
-                storage.result(number, row)
+                storage.results.read(number, row)
         storage.outbox.answer(number, "A", [Answer("1.0", 0, True)])
-        storage.drop_results(number, "damaged")
-        assert storage.undelivered(number, "A") == [] and not outbox.exists()
+        storage.results.drop(number, "damaged")
+        assert storage.results.undelivered(number, "A") == [] and not outbox.exists()
         assert storage.ledger.case(number).state is State.FAILED
         assert storage.ledger.retry(number) is State.READY
 
@@ -636,7 +636,7 @@ def test_what_is_sent_again_is_a_repeat_also_for_a_run_with_another_durability(
         make_ready(storage, number)
         assert claim(storage, number)
         if state is State.DONE:
-            storage.keep_results(storage.ledger.case(number), [])
+            storage.results.keep(storage.ledger.case(number), [])
             storage.finish(storage.ledger.case(number))
         else:
             storage.fail(number, "process() failed")
@@ -672,7 +672,7 @@ def test_a_sender_that_is_released_while_its_case_is_done_is_no_longer_awaited(
     number = storage.add("P", ["ct"], instances(1)[0])
     make_ready(storage, number)
     claim(storage, number)
-    storage.keep_results(storage.ledger.case(number), [])
+    storage.results.keep(storage.ledger.case(number), [])
     storage.is_open_for = is_open_for
     storage.finish(storage.ledger.case(number))
     released[0].join(20)
@@ -691,7 +691,7 @@ def test_results_are_known_as_ours_before_anybody_can_send_them_or_not_kept(
 
     monkeypatch.setattr(storage.outbox, "remember", fails)
     with pytest.raises(sqlite3.OperationalError):
-        storage.keep_results(
+        storage.results.keep(
             storage.ledger.case(number), [("1.2", "1.3", "1.2.840.10008.1.2.1", b"result")]
         )
     assert storage.ledger.case(number).state is State.PROCESSING
@@ -705,12 +705,12 @@ def test_results_are_known_as_ours_before_anybody_can_send_them_or_not_kept(
         export(case_id, rows)
 
     monkeypatch.setattr(storage.ledger, "export", exported)
-    storage.keep_results(
+    storage.results.keep(
         storage.ledger.case(number), [("1.2", "1.3", "1.2.840.10008.1.2.1", b"result")]
     )
     assert known == [True]
     (row,) = storage.ledger.results(number)
-    assert storage.result(number, row) == b"result"
+    assert storage.results.read(number, row) == b"result"
 
 
 def test_rows_that_are_expected_are_there_whatever_the_ledger_is_asked() -> None:

@@ -54,7 +54,7 @@ def test_a_case_with_results_or_without_images_cannot_be_forced() -> None:
         number = storage.add("P", ["ct"], instances(1)[0])
         make_ready(storage, number)
         claim(storage, number)
-        storage.keep_results(storage.ledger.case(number), iter([("1.1", "1", "1", b"x")]))
+        storage.results.keep(storage.ledger.case(number), iter([("1.1", "1", "1", b"x")]))
         storage.fail(number, "no endpoint")
         with pytest.raises(UnknownCase, match="retry it"):
             storage.waits.force(number)
@@ -85,7 +85,7 @@ def test_a_revision_has_all_images_and_takes_none_from_the_earlier_case(
         assert set(contents.sources["ct"]) == uids
         assert set(contents.sources["mr"]) == {first.sop_instance_uid}
         # The earlier case ends, and the revision still has everything.
-        storage.keep_results(storage.ledger.case(earlier), iter([]))
+        storage.results.keep(storage.ledger.case(earlier), iter([]))
         storage.finish(storage.ledger.case(earlier))
         if on_disk:
             for source in contents.sources["ct"].values():
@@ -122,7 +122,7 @@ def test_an_earlier_case_that_is_done_gives_nothing(tmp_path: Path) -> None:
         storage.add("P", ["ct"], late)
         contents = storage.current("P")
         assert contents is not None
-        storage.keep_results(storage.ledger.case(earlier), iter([]))
+        storage.results.keep(storage.ledger.case(earlier), iter([]))
         storage.finish(storage.ledger.case(earlier))
         assert storage.revise("P", contents, storage.ledger.case(earlier)) is None
         assert len(storage.waits.series(earlier)) == 1
@@ -260,7 +260,7 @@ def test_a_late_revision_takes_earlier_failed_cases_along_when_it_is_done() -> N
             claim(storage, numbers[-1])
             if one is not third:
                 storage.fail(numbers[-1], "a slice is missing")
-        storage.keep_results(storage.ledger.case(numbers[-1]), iter([]))
+        storage.results.keep(storage.ledger.case(numbers[-1]), iter([]))
         storage.finish(storage.ledger.case(numbers[-1]))
         assert [case.state for case in storage.ledger.cases()] == [State.DONE] * 3
         assert not any(storage.ledger.instances(number) for number in numbers)

@@ -45,9 +45,9 @@ from dicomnode.server.logs import Scope, about, hide_patient
 from dicomnode.server.meters import Meters
 from dicomnode.server.routing import Rule, route
 from dicomnode.server.transport import Keeping, NodeAssociation
-from dicomnode.storage.instances import Staged
+from dicomnode.storage.instances import Instance, Staged
 from dicomnode.storage.layout import digest_of, digest_of_file
-from dicomnode.storage.store import DuplicateInstance, Instance, Storage
+from dicomnode.storage.store import DuplicateInstance, Storage
 
 _VERIFICATION = "1.2.840.10008.1.1"
 _SUCCESS = 0x0000
@@ -247,6 +247,7 @@ class AssociationServer:
                     # What is kept in memory has to be there anyway.
                     reception.most_bytes if self._storage.root is None else _MOST_IN_MEMORY,
                     self._storage.digest_size,
+                    reception.identifier_tag,
                     self._storage.incoming,
                     self._storage.disk.floor,
                 ),
@@ -578,12 +579,14 @@ class AssociationServer:
         """Status, comment, and identifier and number of the case where the image was stored."""
         sop_class = received.sop_class_uid
         agreed_class, syntax = association.agreed[received.context_id]
-        if not is_uid(uid):
+        header, ordinary = received.known() or (None, None)
+        if ordinary is None and not is_uid(uid):
             return self._refuse(uid, _INVALID_INSTANCE, "SOPInstanceUID is no UID")
         if sop_class != agreed_class:
             return self._refuse(uid, _CLASS_NOT_SUPPORTED, "SOP class is not that of the context")
         reception, limits = self._reception, self._reception.limits
-        visit.size += received.size
+        size, is_large = received.size, received.is_large
+        visit.size += size
         if (
             visit.stored + visit.refused >= limits.instances
             or visit.size > limits.association_bytes
@@ -591,33 +594,33 @@ class AssociationServer:
             return self._refuse(uid, _OUT_OF_RESOURCES, "too many images in one association")
         file = received.file
         arrived = None if file is None else Staged(file[1], file[0])
-        if received.is_large and arrived is None:
-            self._storage.disk.check_room(received.size)
+        if is_large and arrived is None:
+            self._storage.disk.check_room(size)
             raise OutOfResources(
                 "cannot write: " + errno.errorcode.get(received.errno or 0, "no file for it")
             )
         # What is too large for memory is read from its file.
-        apart = arrived if received.is_large else None
-        head = received.head if apart is None else _head_of(apart, received.size)
-        if head.startswith(_GROUP_OF_META):
-            # Readers take that for more of the file meta information: in the file another transfer syntax would count
-            # than the one that it came in, also the deflated one, which is not taken.
-            return self._refuse(uid, _NOT_UNDERSTOOD, "dataset begins with file meta information")
-        try:
-            header = scan(received, syntax) if apart is None else scan(apart.path)
-            ordinary = header.ordinary(sop_class, uid, reception.identifier_tag)
-        except InvalidDicom as error:
-            self._logger.error("%s cannot be understood: %s", uid, error)
-            return self._refuse(uid, _NOT_UNDERSTOOD, "dataset cannot be understood")
+        apart = arrived if is_large else None
+        if header is None or ordinary is None:
+            head = received.head if apart is None else _head_of(apart, received.size)
+            if head.startswith(_GROUP_OF_META):
+                # Readers take that for more of the file meta information: in the file another transfer syntax would
+                # count than the one that it came in, also the deflated one, which is not taken.
+                return self._refuse(
+                    uid, _NOT_UNDERSTOOD, "dataset begins with file meta information"
+                )
+            try:
+                if header is None:
+                    header = scan(received, syntax) if apart is None else scan(apart.path)
+                said = [(header.text(0x00080018), uid), (header.text(0x00080016), sop_class)]
+            except InvalidDicom as error:
+                self._logger.error("%s cannot be understood: %s", uid, error)
+                return self._refuse(uid, _NOT_UNDERSTOOD, "dataset cannot be understood")
+            for (found, wanted), what in zip(said, ("SOPInstanceUID", "SOPClassUID"), strict=True):
+                if found != wanted:
+                    return self._refuse(uid, _DOES_NOT_MATCH, f"{what} differs from the request")
         hide_patient(partial(patient_words, header))
         identifier, name = ordinary or (None, "")
-        if identifier is None:
-            for tag, wanted, said in (
-                (0x00080018, uid, "SOPInstanceUID"),
-                (0x00080016, sop_class, "SOPClassUID"),
-            ):
-                if header.text(tag) != wanted:
-                    return self._refuse(uid, _DOES_NOT_MATCH, f"{said} differs from the request")
         accept = reception.accept
         if accept is not None:
             offered = LazyDataset(
@@ -641,8 +644,9 @@ class AssociationServer:
                 chunks,
                 partial(_digest_of, received, apart),
                 arrived,
+                received,
                 # The answer waits for an image that is decoded on arrival.
-                received if reception.decode is None else None,
+                reception.decode is None,
             ),
             identifier,
             visit,
@@ -681,7 +685,8 @@ class AssociationServer:
         if self._storage.outbox.maker(uid) is not None:
             # To process it would make another one of it, which may come back too, without end.
             return self._refuse(uid, _REFUSED, "this node made it, and does not process it")
-        if missing := header.missing_pixels():
+        # An ordinary one has all.
+        if identifier is None and (missing := header.missing_pixels()):
             # A part of it got lost, and its sender has to know: what is kept here would be in the way of the whole image.
             return self._refuse(uid, _NOT_UNDERSTOOD, f"PixelData lacks {missing} bytes")
         try:

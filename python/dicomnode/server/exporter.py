@@ -28,7 +28,8 @@ from dicomnode.server.loop import Failures, Loop
 from dicomnode.server.meters import Meters
 from dicomnode.storage.ledger import ResultRow
 from dicomnode.storage.outbox import Answer, Delivery, Export, Outage
-from dicomnode.storage.store import DamagedResult, Storage
+from dicomnode.storage.results import DamagedResult
+from dicomnode.storage.store import Storage
 
 # No wait is longer.
 _LONGEST_SECONDS = 15 * 60.0
@@ -173,7 +174,7 @@ class Exporter:
         except DamagedResult as error:
             reason = f"{error}; a retry makes all results again from the images, under new UIDs"
             self._logger.error("case %d FAILED and is kept: %s", export.case_id, reason)
-            self._storage.drop_results(export.case_id, reason)
+            self._storage.results.drop(export.case_id, reason)
         except (OutOfResources, sqlite3.Error) as error:
             # It was sent, and cannot be recorded: not again and again, as long as that lasts.
             self._unrecorded[endpoint] += 1
@@ -190,7 +191,7 @@ class Exporter:
         answers = outbox.answers(number, key)
         rows = [
             row
-            for row in self._storage.undelivered(number, key)
+            for row in self._storage.results.undelivered(number, key)
             if row.uid not in answers or not _is_exhausted(answers[row.uid])
         ]
         problem, is_permanent = "", False
@@ -206,7 +207,7 @@ class Exporter:
             outbox.mend(key)
             self._logger.info("%s takes associations again", key)
         answers = outbox.answers(number, key)
-        left = self._storage.undelivered(number, key)
+        left = self._storage.results.undelivered(number, key)
         if not left and self._retries.commit:
             self._ask(endpoint, export)
             return
@@ -396,7 +397,7 @@ class Exporter:
                         row.sop_class,
                         row.uid,
                         row.syntax,
-                        partial(self._storage.result, case_id, row),
+                        partial(self._storage.results.read, case_id, row),
                     )
                     for row in rows
                 ],

@@ -346,7 +346,7 @@ class Runner:
             try:
                 # What is not taken any more is not made.
                 with closing(results):
-                    count = self._storage.keep_results(case, checked(results, self._work.limits))
+                    count = self._storage.results.keep(case, checked(results, self._work.limits))
             except Stopped:
                 self._logger.warning("case %d is interrupted: the node closes", case.id)
                 return

@@ -85,6 +85,8 @@ class Keeping:
     memory_bytes: int
     #: Of what kind the digests are.
     digest_size: int
+    #: The attribute that tells who an image belongs to.
+    identifier_tag: int
     #: Where their files begin, and how many bytes have to be free there now; None to keep them in memory.
     folder: Path | None = None
     least_free: Callable[[], int] = lambda: 0
@@ -205,8 +207,7 @@ class _Provider(DULServiceProvider):
     @property
     def _has_other_work(self) -> bool:
         # Looked at after each image, and so without the queues' locks.
-        is_asked = self.to_provider_queue.queue or self.event_queue.queue
-        return bool(is_asked) or self._kill_thread
+        return bool(self.to_provider_queue or self.event_queue or self._kill_thread)
 
     def pause(self) -> None:
         """Wait a moment for what other threads ask."""
@@ -273,7 +274,7 @@ class _Provider(DULServiceProvider):
                 # Its memory is that of the next one.
                 found = None
                 self._whole = math.inf
-                if self._has_other_work:
+                if self.to_provider_queue or self.event_queue or self._kill_thread:
                     self._end_answer(receiver)
                     return
                 # The next image, without the way through pynetdicom's loop.
@@ -365,10 +366,12 @@ class _Provider(DULServiceProvider):
             limits.instance_bytes,
             keeping.memory_bytes,
             client.fileno() if is_plain else None,
+            self.wake.number,
             keeping.digest_size,
             keeping.folder,
             0 if keeping.folder is None else keeping.least_free(),
             str(association.requestor.ae_title or "").strip(),
+            keeping.identifier_tag,
         )
         self._last = (time.monotonic(), 0)
         return self.receiver
@@ -383,7 +386,7 @@ class _Provider(DULServiceProvider):
         """What comes next, after the answer to what came before."""
         client = None if self.socket is None else self.socket.socket
         if not isinstance(client, ssl.SSLSocket):
-            found = receiver.receive(self.wake.number, LOOK_SECONDS)
+            found = receiver.receive(LOOK_SECONDS)
             if found is None:
                 self.wake.clear()
                 self._end_answer(receiver)

@@ -9,14 +9,14 @@ import errno
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from dicomnode.errors import NoRoom, OutOfResources
-from dicomnode.lib.dicom import Source, link
+from dicomnode.lib.dicom import Received, Source, link
 
 Buffer = bytes | memoryview
 #: Gives an open file of so many bytes a name in a folder, flushed or not; False, and nothing is done, where it is taken.
@@ -43,6 +43,24 @@ class Staged:
     def path(self) -> str:
         """By what a file can be read, as long as it is open."""
         return f"/proc/self/fd/{self.descriptor}"
+
+
+class Instance(NamedTuple):
+    """An image that arrived: who it is, what its file is called, and its bytes as a Part 10 object.
+
+    `digest_of` gives the digest, of so many bytes, of the dataset without the file meta, so that a resend
+    in another association counts as the same; it is asked for as late as possible. Where it is in a file
+    already, that is `arrived`, which belongs to whoever wrote it, and there are no `chunks`. The `request` that
+    brought it has the digest as well; if it `is_awaited`, it is answered as soon as the image is kept.
+    """
+
+    sop_instance_uid: str
+    name: str
+    chunks: Sequence[Buffer]
+    digest_of: Callable[[int], bytes]
+    arrived: Staged | None = None
+    request: Received | None = None
+    is_awaited: bool = False
 
 
 class Instances(Protocol):

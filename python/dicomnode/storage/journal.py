@@ -17,7 +17,7 @@ import secrets
 import sqlite3
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as quoted
@@ -33,13 +33,13 @@ from dicomnode.errors import (
 )
 from dicomnode.lib.dicom import (
     JournalFile,
-    Received,
     digest,
     filesystem_type,
+    link,
     scan,
     sync_filesystem,
 )
-from dicomnode.storage.instances import Instances, Staged, out_of_resources
+from dicomnode.storage.instances import Instance, Instances, Staged, out_of_resources
 from dicomnode.storage.layout import BLAKE3, OURS, OWN, input_folder
 from dicomnode.storage.ledger import OVER, InstanceRow, Ledger
 from dicomnode.storage.recovery import OpenCase
@@ -205,19 +205,22 @@ class Journal:
         instances: Instances,
         logger: logging.Logger,
         is_flushed: bool,
+        digest_size: int,
     ) -> None:
         self._root = root
         self._ledger = ledger
         self._instances = instances
         self._logger = logger
         self._is_flushed = is_flushed
+        self._digest_size = digest_size
         self._paths = [root / OWN / f"journal-{number}" for number in (1, 2)]
         ((seed,),) = ledger.rows("SELECT seed FROM identity", ())
         self._seed = bytes(seed)  # type: ignore[call-overload]
         self._is_open = False
         # Records go to the first of them.
         self._files: list[_File] = []
-        self._records: JournalFile
+        # None where it takes none.
+        self._records: JournalFile | None = None
         self._turning = threading.Lock()
         self._giving_up = threading.Lock()
         self._has_failed = False
@@ -280,6 +283,9 @@ class Journal:
                     held = sealed[number]
                     # Of one that takes no more, others were refused.
                     images = [row for row in images if held is None or (row.input, row.uid) in held]
+                    if head.is_distrusted and not record.data:
+                        # The record may be one that failed: then its file lost its name, and the image was refused.
+                        images = [row for row in images if self._is_there(record.folder, row)]
                     mine = rows.setdefault(number, {})
                     mine.update({(row.input, row.uid): row for row in images})
                 if record.data:
@@ -332,6 +338,9 @@ class Journal:
             count += 1
         return count
 
+    def _is_there(self, folder: str, row: InstanceRow) -> bool:
+        return self._instances.size(input_folder(folder, row.input), row.file) is not None
+
     def _is_another(self, place: str, uid: str) -> bool:
         """Whether there is a whole image that is not this one."""
         try:
@@ -379,19 +388,17 @@ class Journal:
 
     # While images arrive
 
-    def prepare(self, staged: Staged) -> bool:
-        """Find out whether `keep` is to keep an image, since its file need not be flushed by itself, and how."""
-        if not self._is_open:
-            return False
-        staged.is_kept = self._is_flushed and staged.size <= MOST_BYTES
-        return staged.is_kept or not self._is_flushed
+    def prepare(self, staged: Staged) -> None:
+        """Find out whether `keep` keeps all bytes of an image, so that its file need not be flushed by itself."""
+        staged.is_kept = self._is_open and self._is_flushed and staged.size <= MOST_BYTES
 
     def keep(
         self,
         case: OpenCase,
-        rows: list[InstanceRow],
+        others: Sequence[tuple[str, str]],
+        input_name: str,
+        instance: Instance,
         staged: Staged,
-        request: Received | None,
         kept: Kept,
         descriptor: int,
         size: int,
@@ -399,80 +406,99 @@ class Journal:
         name: str,
         is_flushed: bool,
     ) -> bool:
-        """Give the file of an image its last name, keep a record as `add` does, and then answer the request.
+        """Give the file of an image its last name, keep a record of it, answer its request, and have the ledger expect its rows.
 
-        `kept` has the rows then. False, and nothing is done, where the name is taken. Raises OutOfResources, and OSError; then it has no name.
+        `others` are the inputs where it has a name, with that; `kept` has all rows then. False, and nothing is done, where
+        the name is taken. Raises OutOfResources, and OSError; then it has no name.
         """
-        del is_flushed
-        text, expected = _text(case, rows), [(case.id, *row) for row in rows]
-        while self._is_open:
-            records = self._records
+        files, request = [*others, (input_name, name)], instance.request
+        text = _text(case, files, instance, size, self._digest_size)
+        while (records := self._current()) is not None:
             try:
                 outcome = records.keep(
-                    text, descriptor, size, staged.is_kept, folder, name, request
+                    text,
+                    descriptor,
+                    size,
+                    staged.is_kept,
+                    folder,
+                    name,
+                    is_flushed,
+                    request,
+                    instance.is_awaited,
                 )
             except OSError as error:
                 if records.has_failed:
                     self._give_up(error)
                 raise
+            if outcome:
+                try:
+                    kept.rows = rows_of(files, instance, staged, self._digest_size)
+                    self._ledger.expect([(case.id, *row) for row in kept.rows])
+                finally:
+                    records.settle()
             if outcome is not None:
-                if outcome:
-                    kept.rows = rows
-                    self._expect(expected, records)
                 return outcome
             self._turn(records)
-        raise OutOfResources("the journal was given up")
+        if staged.is_kept and others:
+            # Their names count on the journal.
+            raise OutOfResources("the journal was given up")
+        return self._keep_without(case, files, instance, staged, kept, folder)
 
-    def add(self, case: OpenCase, rows: list[InstanceRow]) -> bool:
-        """Keep rows of an image, and have the ledger expect them. Its files have to be durable.
-
-        False, and nothing is done, where the journal takes no records. Raises OutOfResources.
-        """
-        expected = [(case.id, *row) for row in rows]
-        records = self._append(_text(case, rows))
-        if records is None:
+    def _keep_without(
+        self,
+        case: OpenCase,
+        files: Sequence[tuple[str, str]],
+        instance: Instance,
+        staged: Staged,
+        kept: Kept,
+        folder: str,
+    ) -> bool:
+        """The same where there is no journal, or none any more."""
+        _, name = files[-1]
+        if not link(staged.descriptor, staged.size, folder, name, self._is_flushed):
             return False
-        self._expect(expected, records)
-        return True
-
-    def _expect(self, expected: Sequence[tuple[object, ...]], records: JournalFile) -> None:
+        rows = rows_of(files, instance, staged, self._digest_size)
         try:
-            self._ledger.expect(expected)
-        finally:
-            records.settle()
-
-    def _append(self, text: str) -> JournalFile | None:
-        """Where a record was kept, which has to be settled; None where none is kept. Raises OutOfResources."""
-        while self._is_open:
-            records = self._records
-            try:
-                is_kept = records.append(text)
-            except OSError as error:
-                self._give_up(error)
-                raise out_of_resources(error) from error
-            if is_kept:
-                return records
-            self._turn(records)
-        return None
+            self._ledger.add_instances(case.id, rows)
+        except OutOfResources:
+            with suppress(OSError):
+                Path(folder, name).unlink()
+            raise
+        kept.rows = rows
+        return True
 
     def forget(self, case_id: int) -> None:
         """A case is over: before its files are deleted. Also without the ledger it does not come back then."""
+        text = json.dumps((case_id, "", ()))
         with suppress(OutOfResources):
-            records = self._append(json.dumps((case_id, "", ())))
-            if records is not None:
-                records.settle()
+            while (records := self._current()) is not None:
+                try:
+                    is_kept = records.append(text)
+                except OSError as error:
+                    self._give_up(error)
+                    return
+                if is_kept:
+                    records.settle()
+                    return
+                self._turn(records)
+
+    def _current(self) -> JournalFile | None:
+        """Where records go; None where none are kept."""
+        return self._records if self._is_open else None
 
     def _turn(self, records: JournalFile) -> None:
-        """Go on with the other file, and bring ledger and disk up to this one. Raises OutOfResources."""
+        """Go on with the other file, or without the journal, and bring ledger and disk up to this one.
+
+        Raises OutOfResources.
+        """
         try:
             self._begin_other(records)
         except OSError as error:
             self._give_up(error)
-            raise out_of_resources(error) from error
 
     def _begin_other(self, records: JournalFile) -> None:
         with self._turning:
-            if self._records is not records or not self._is_open:
+            if self._current() is not records:
                 # Another thread has.
                 return
             if self._cleaning is not None:
@@ -481,26 +507,26 @@ class Journal:
             if other.head is not None:
                 # There was no room then.
                 self._clean(other)
-            records.finish()
-            _check(records)
             assert full.head is not None
             generation = full.head.generation + 1
             head = full.head._replace(nonce=secrets.token_bytes(16), generation=generation)
             self._records = other.start(head)
             self._files = [other, full]
             cleaning = threading.Thread(
-                target=self._clean_later, args=(full,), name="journal", daemon=True
+                target=self._clean_later, args=(full, records), name="journal", daemon=True
             )
             try:
                 cleaning.start()
             except RuntimeError:
                 # There are too many.
-                self._clean_later(full)
+                self._clean_later(full, records)
             else:
                 self._cleaning = cleaning
 
-    def _clean_later(self, file: _File) -> None:
+    def _clean_later(self, file: _File, records: JournalFile) -> None:
         try:
+            records.finish()
+            _check(records)
             self._clean(file)
         except (OutOfResources, sqlite3.Error) as error:
             # It is tried again when the other one is full.
@@ -544,7 +570,7 @@ class Journal:
         try:
             if self._cleaning is not None:
                 self._cleaning.join()
-            if was_open and not self._has_failed:
+            if was_open and not self._has_failed and self._records is not None:
                 self._records.finish()
                 _check(self._records)
                 for file in self._files:
@@ -558,6 +584,8 @@ class Journal:
             for file in self._files:
                 file.close()
             self._files = []
+            # It has its file open, and may have a thread.
+            self._records = None
             if self._folder >= 0:
                 os.close(self._folder)
                 self._folder = -1
@@ -569,13 +597,28 @@ def _check(records: JournalFile) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-def _text(case: OpenCase, rows: list[InstanceRow]) -> str:
+def rows_of(
+    files: Iterable[tuple[str, str]], instance: Instance, staged: Staged, digest_size: int
+) -> list[InstanceRow]:
+    """What the ledger has of an instance, which has these files in these inputs."""
+    uid, request = instance.sop_instance_uid, instance.request
+    digest = instance.digest_of(digest_size) if request is None else request.digest
+    return [InstanceRow(name, uid, file, staged.size, digest) for name, file in files]
+
+
+def _text(
+    case: OpenCase,
+    files: Iterable[tuple[str, str]],
+    instance: Instance,
+    size: int,
+    digest_size: int,
+) -> str:
     """What `_record_at` reads as JSON; by hand, because it is done for each image before its answer."""
+    # The request puts it in where that is NUL.
+    known = "\0" if instance.request is not None else instance.digest_of(digest_size).hex()
+    uid = quoted(instance.sop_instance_uid)
     images = ", ".join(
-        [
-            f'[{quoted(name)}, {quoted(uid)}, {quoted(file)}, {size}, "{check.hex()}"]'
-            for name, uid, file, size, check, _ in rows
-        ]
+        [f'[{quoted(name)}, {uid}, {quoted(file)}, {size}, "{known}"]' for name, file in files]
     )
     return f"[{case.id}, {quoted(case.folder)}, [{images}]]"
 

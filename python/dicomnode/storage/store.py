@@ -25,43 +25,39 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 from dicomnode.errors import (
-    InvalidDataset,
     InvalidDicom,
     InvalidRootDataDirectory,
-    NoRoom,
     OutOfResources,
     UnknownCase,
 )
-from dicomnode.lib.dicom import LazyDataset, Received, Source, link, safe_name, scan
+from dicomnode.lib.dicom import LazyDataset, Source, link, safe_name, scan
 from dicomnode.lib.expected import series_of
 from dicomnode.storage.commitments import Commitments
 from dicomnode.storage.disk import Disk
 from dicomnode.storage.instances import (
-    Buffer,
     FileInstances,
+    Instance,
     Instances,
     MemoryInstances,
     Naming,
     Staged,
     flush_folder,
 )
-from dicomnode.storage.journal import JOURNAL_BYTES, Journal, Kept
+from dicomnode.storage.journal import JOURNAL_BYTES, Journal, Kept, rows_of
 from dicomnode.storage.layout import (
     BLAKE3,
     OWN,
-    OWNER,
     SHA256,
-    digest_of,
     digest_of_file,
     input_folder,
-    outbox_folder,
 )
-from dicomnode.storage.ledger import OVER, Case, InstanceRow, Ledger, ResultRow, State
+from dicomnode.storage.ledger import OVER, Case, InstanceRow, Ledger, State
 from dicomnode.storage.outbox import Outbox
 from dicomnode.storage.recovery import OpenCase, Recovery, delete_files, mark_damaged
+from dicomnode.storage.results import Results
 from dicomnode.storage.root import Root
 from dicomnode.storage.shared import SharedInstances
 from dicomnode.storage.turns import Turn, Turns
@@ -73,23 +69,6 @@ _MANY = 100
 
 #: What an answer 0x0000 promises: the image survives a power cut, or a killed process only.
 Durability: TypeAlias = Literal["power", "process"]
-
-
-class Instance(NamedTuple):
-    """An image that arrived: who it is, what its file is called, and its bytes as a Part 10 object.
-
-    `digest_of` gives the digest, of so many bytes, of the dataset without the file meta, so that a resend
-    in another association counts as the same; it is asked for as late as possible. Where it is in a file
-    already, that is `arrived`, which belongs to whoever wrote it, and there are no `chunks`. The `request` that
-    brought it may be answered as soon as it is kept.
-    """
-
-    sop_instance_uid: str
-    name: str
-    chunks: Sequence[Buffer]
-    digest_of: Callable[[int], bytes]
-    arrived: Staged | None = None
-    request: Received | None = None
 
 
 class DuplicateInstance(Exception):
@@ -107,10 +86,6 @@ class Contents:
     sources: dict[str, dict[str, Source]]
     obstacle: str
     generation: int
-
-
-class DamagedResult(InvalidDataset):
-    """A result in the outbox is missing or is not what was kept."""
 
 
 class Storage:
@@ -164,6 +139,7 @@ class Storage:
         self._journal: Journal | None = None
         self.ledger: Ledger
         self.outbox: Outbox
+        self.results: Results
         self.commitments: Commitments
         self.waits: Waits
 
@@ -178,6 +154,7 @@ class Storage:
         if self.root is None:
             self.ledger = Ledger(None)
             self.outbox = Outbox(self.ledger)
+            self.results = Results(self.ledger, self.outbox, self._instances, self.root is not None)
             self.commitments = Commitments(self.ledger)
             self.waits = Waits(self.ledger)
             return
@@ -204,10 +181,11 @@ class Storage:
         self.ledger = root.open_ledger()
         try:
             self.outbox = Outbox(self.ledger)
+            self.results = Results(self.ledger, self.outbox, self._instances, self.root is not None)
             self.commitments = Commitments(self.ledger)
             self.waits = Waits(self.ledger)
             self._journal = Journal(
-                path, self.ledger, self._instances, self._logger, self._is_flushed
+                path, self.ledger, self._instances, self._logger, self._is_flushed, self.digest_size
             )
             self._journal.restore()
             self._journal.on_failure = self._doubt
@@ -335,63 +313,30 @@ class Storage:
     ) -> None:
         """Make an instance durable in these inputs: its files, their folders, then the rows, which `kept` has in the end.
 
-        The journal stands for the rows, and in the case of a small one for the rest as well.
+        The journal stands for the rows, and for all of a small one.
         """
         if staged is None:
             with self._instances.staging(instance.chunks) as made:
                 self._put_instance(case, names, instance, made, kept)
             return
+        files: list[tuple[str, str]] = []
         journal = self._journal
-        if journal is not None and journal.prepare(staged):
-            self._put_at_once(journal, case, names, instance, staged, kept)
-            return
-        rows: list[InstanceRow] = []
+        if journal is not None:
+            journal.prepare(staged)
         try:
-            for name in names:
+            for name in names if journal is None else names[:-1]:
                 file = self._place(case, name, staged, instance.name)
-                rows.append(self._row(name, file, instance, staged))
+                files.append((name, file))
             if journal is None:
-                self.ledger.expect([(case.id, *row) for row in rows])
-            elif not journal.add(case, rows):
-                self.ledger.add_instances(case.id, rows)
+                kept.rows = rows_of(files, instance, staged, self.digest_size)
+                self.ledger.expect([(case.id, *row) for row in kept.rows])
+            else:
+                naming = partial(journal.keep, case, files, names[-1], instance, staged, kept)
+                self._place(case, names[-1], staged, instance.name, naming)
         except OutOfResources:
-            self._remove(case, rows)
+            for name, file in files:
+                self._instances.remove(input_folder(case.folder, name), [file])
             raise
-        kept.rows = rows
-
-    def _put_at_once(
-        self,
-        journal: Journal,
-        case: OpenCase,
-        names: Sequence[str],
-        instance: Instance,
-        staged: Staged,
-        kept: Kept,
-    ) -> None:
-        """The same where no file has to be flushed: the last name, the record and the answer are one call."""
-        *others, last = names
-        rows: list[InstanceRow] = []
-
-        def naming(file: str) -> Naming:
-            all_rows = [*rows, self._row(last, file, instance, staged)]
-            return partial(journal.keep, case, all_rows, staged, instance.request, kept)
-
-        try:
-            for name in others:
-                file = self._place(case, name, staged, instance.name)
-                rows.append(self._row(name, file, instance, staged))
-            self._place(case, last, staged, instance.name, naming)
-        except OutOfResources:
-            self._remove(case, rows)
-            raise
-
-    def _row(self, name: str, file: str, instance: Instance, staged: Staged) -> InstanceRow:
-        digest = instance.digest_of(self.digest_size)
-        return InstanceRow(name, instance.sop_instance_uid, file, staged.size, digest)
-
-    def _remove(self, case: OpenCase, rows: Iterable[InstanceRow]) -> None:
-        for row in rows:
-            self._instances.remove(input_folder(case.folder, row.input), [row.file])
 
     @property
     def incoming(self) -> Path | None:
@@ -423,7 +368,7 @@ class Storage:
         input_name: str,
         staged: Staged,
         stem: str,
-        naming: Callable[[str], Naming] = lambda _: link,
+        naming: Naming = link,
     ) -> str:
         """Put staged bytes into an input as `stem.dcm`, `stem~2.dcm`, ..., the first that is free; which it is."""
         key, folder = (input_name, stem), input_folder(case.folder, input_name)
@@ -431,7 +376,7 @@ class Storage:
             # It starts where the last instance of that name ended.
             number = case.suffixes[key] = case.suffixes.get(key, 0) + 1
             file = f"{stem}.dcm" if number == 1 else f"{stem}~{number}.dcm"
-            if self._instances.place(staged, folder, file, naming(file)):
+            if self._instances.place(staged, folder, file, naming):
                 return file
 
     def _open_case(self, identifier: str) -> OpenCase:
@@ -752,71 +697,7 @@ class Storage:
         """Any state -> FAILED with the reason; nothing is deleted."""
         self.ledger.fail(case_id, error)
 
-    # Results
-
-    def keep_results(self, case: Case, results: Iterable[tuple[str, str, str, Buffer]]) -> int:
-        """PROCESSING -> EXPORTING with all results durable; how many there are.
-
-        `results` are (SOPInstanceUID, SOPClassUID, transfer syntax UID, Part 10 bytes); they are
-        consumed one by one. Raises OutOfResources; then none is kept. NoRoom tells how much they need.
-        """
-        folder = outbox_folder(case.id)
-        rows: list[ResultRow] = []
-        size, trouble = 0, None
-        try:
-            if self.root is not None:
-                # Where the ledger is lost, this tells whose results these are.
-                self._put(folder, OWNER, case.folder.encode())
-            for number, (uid, sop_class, syntax, data) in enumerate(results, 1):
-                size += len(data)
-                if trouble is not None:
-                    continue
-                try:
-                    file = self._put(folder, f"{number:06}.dcm", data)
-                except NoRoom as error:
-                    # The others only tell how much room all need; it is not taken meanwhile.
-                    trouble = error
-                    self._instances.remove(folder, [row.file for row in rows])
-                    rows.clear()
-                    continue
-                rows.append(ResultRow(number, uid, sop_class, syntax, file, digest_of(data)))
-            if trouble is not None:
-                trouble.needed = size
-                raise trouble
-            # Before anybody can send them: one may come back at once.
-            self.outbox.remember(row.uid for row in rows)
-            self.ledger.export(case.id, rows)
-        except BaseException:
-            self._instances.remove(folder, [OWNER, *(row.file for row in rows)])
-            raise
-        return len(rows)
-
-    def _put(self, folder: str, name: str, data: Buffer) -> str:
-        with self._instances.staging([data]) as staged:
-            if not self._instances.place(staged, folder, name):
-                raise ValueError(f"{folder}/{name} is there already")
-        return name
-
-    def undelivered(self, case_id: int, endpoint: str) -> list[ResultRow]:
-        """The results that an endpoint has not acknowledged yet."""
-        answers = self.outbox.answers(case_id, endpoint)
-        stored = {answer.uid for answer in answers.values() if answer.stored}
-        return [row for row in self.ledger.results(case_id) if row.uid not in stored]
-
-    def result(self, case_id: int, row: ResultRow) -> bytes:
-        """A result as it was kept.
-
-        Raises DamagedResult for one that is gone or is not what it was, and OSError for one that
-        cannot be read now.
-        """
-        source = self._instances.source(outbox_folder(case_id), row.file)
-        try:
-            data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        except FileNotFoundError as error:
-            raise DamagedResult(f"result {row.uid} is gone") from error
-        if digest_of(data) != row.digest:
-            raise DamagedResult(f"result {row.uid} is not what was kept")
-        return data
+    # After that
 
     def kept(self, transaction_uid: str, uids: Iterable[str]) -> dict[str, str]:
         """Of the instances that a sender asked to keep, which are `uids`, those that are here and sound, with their class.
@@ -843,12 +724,6 @@ class Storage:
                 while coming := uids.intersection(self._arriving.get(identifier, {})):
                     self._arriving[identifier].update(dict.fromkeys(coming, True))
                     condition.wait()
-
-    def drop_results(self, case_id: int, error: str) -> None:
-        """Give up the results of a case, which is FAILED by that: a retry makes them anew."""
-        rows = self.ledger.results(case_id)
-        self.ledger.drop_results(case_id, error)
-        self._instances.remove(outbox_folder(case_id), [OWNER, *(row.file for row in rows)])
 
     def finish(self, case: Case) -> None:
         """EXPORTING -> DONE, and only then delete the files of the case."""

@@ -26,6 +26,15 @@ impl Kind {
         }
     }
 
+    /// How many bytes its digests have.
+    #[must_use]
+    pub fn size(self) -> usize {
+        match self {
+            Kind::Sha256 => 32,
+            Kind::Blake3 => 16,
+        }
+    }
+
     /// The digest of all these bytes.
     #[must_use]
     pub fn of(self, bytes: &[u8]) -> Vec<u8> {

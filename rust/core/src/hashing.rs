@@ -179,6 +179,12 @@ impl Coming {
         }
     }
 
+    /// How many bytes it has.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.kind.size()
+    }
+
     /// The digest, if it is there.
     #[must_use]
     pub fn now(&self) -> Option<Vec<u8>> {

@@ -9,7 +9,8 @@ use std::io;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::Builder;
 
 use rustix::fs::{fdatasync, unlink};
 use rustix::io::{Errno, pread, pwrite};
@@ -24,8 +25,14 @@ pub const NONCE: usize = 16;
 /// Bytes of a digest.
 const CHECK: usize = 16;
 
+/// Tells whoever waits for it that a record is kept.
+pub type Answer = Box<dyn FnOnce() + Send>;
+
 /// An open file, from one place on.
-pub struct JournalFile {
+pub struct JournalFile(Arc<Shared>);
+
+/// What those who bring records have together with the thread that writes for them.
+struct Shared {
     file: OwnedFd,
     nonce: [u8; NONCE],
     size: u64,
@@ -35,6 +42,27 @@ pub struct JournalFile {
     written: [Condvar; 2],
     /// For who waits in `finish`.
     idle: Condvar,
+    /// For the thread that goes on with what waits.
+    more: Condvar,
+}
+
+/// The name that an open file of `size` bytes is to have in a folder; see [`link`].
+pub struct Naming<'a> {
+    pub opened: BorrowedFd<'a>,
+    pub size: u64,
+    pub folder: &'a Path,
+    pub name: &'a str,
+    pub flush: bool,
+}
+
+impl Naming<'_> {
+    fn give(&self) -> io::Result<bool> {
+        link(self.opened, self.size, self.folder, self.name, self.flush)
+    }
+
+    fn take_back(&self) {
+        let _ = unlink(self.folder.join(self.name));
+    }
 }
 
 /// What became of an image; see [`JournalFile::keep`].
@@ -51,8 +79,9 @@ pub enum Kept {
 struct State {
     /// Where the next record goes that nobody writes yet.
     end: u64,
-    /// Records that nobody writes yet.
+    /// Records that nobody writes yet, and those who are to be told of them.
     waiting: Vec<u8>,
+    answers: Vec<Answer>,
     /// Bytes of records that will come.
     promised: u64,
     /// How many there were in all, how many of these are kept, and how many settled.
@@ -64,6 +93,9 @@ struct State {
     writes: usize,
     is_finished: bool,
     failed: Option<Errno>,
+    has_thread: bool,
+    /// Whether that has to end.
+    is_over: bool,
 }
 
 impl JournalFile {
@@ -71,7 +103,7 @@ impl JournalFile {
     /// process, not a power cut.
     #[must_use]
     pub fn new(file: OwnedFd, nonce: [u8; NONCE], start: u64, size: u64, is_flushed: bool) -> Self {
-        JournalFile {
+        JournalFile(Arc::new(Shared {
             file,
             nonce,
             size,
@@ -79,6 +111,7 @@ impl JournalFile {
             state: Mutex::new(State {
                 end: start,
                 waiting: Vec::new(),
+                answers: Vec::new(),
                 promised: 0,
                 count: 0,
                 kept: 0,
@@ -87,10 +120,13 @@ impl JournalFile {
                 writes: 0,
                 is_finished: false,
                 failed: None,
+                has_thread: false,
+                is_over: false,
             }),
             written: [Condvar::new(), Condvar::new()],
             idle: Condvar::new(),
-        }
+            more: Condvar::new(),
+        }))
     }
 
     /// Keep a record; false, and nothing is done, where it does not fit. Whoever does has to call `settle` in the end.
@@ -98,158 +134,92 @@ impl JournalFile {
     /// # Errors
     /// Where that fails, and from then on.
     pub fn append(&self, record: &[u8]) -> io::Result<bool> {
-        let state = self.lock();
-        if !self.has_room(&state, record.len() as u64)? {
+        let state = self.0.lock();
+        if !self.0.has_room(&state, record.len() as u64)? {
             return Ok(false);
         }
-        self.add(state, record).map(|()| true)
+        self.0.add(state, record, None, || ()).map(|()| true)
     }
 
-    /// Keep a record that fits.
-    fn add<'a>(&'a self, mut state: MutexGuard<'a, State>, record: &[u8]) -> io::Result<()> {
-        if let Some(error) = state.failed {
-            self.tell(&state);
-            return Err(error.into());
-        }
-        state.waiting.extend_from_slice(record);
-        state.count += 1;
-        let (mine, write) = (state.count, state.writes + 1);
-        loop {
-            if state.kept >= mine {
-                return Ok(());
-            }
-            if let Some(error) = state.failed {
-                return Err(error.into());
-            }
-            state = if state.is_writing {
-                self.written[write % 2]
-                    .wait(state)
-                    .unwrap_or_else(PoisonError::into_inner)
-            } else {
-                self.write(state)
-            };
-        }
-    }
-
-    /// Give an open file of `size` bytes a name, which is not flushed, and keep its record. Where it was kept, `settle` has to
-    /// be called in the end.
+    /// Give a file its name, keep the record of `length` bytes that is made after it, and then `answer`. This goes on with
+    /// `meanwhile` as soon as there is nothing for it to do; where that has ended, it is kept or has failed. Where it was kept,
+    /// `settle` has to be called in the end.
     ///
     /// # Errors
-    /// Where that fails; it has no name then.
+    /// Where that fails; it has no name then, and there is no answer.
     pub fn keep(
         &self,
-        record: &[u8],
-        opened: BorrowedFd<'_>,
-        size: u64,
-        folder: &Path,
-        name: &str,
+        length: usize,
+        naming: &Naming<'_>,
+        make: impl FnOnce() -> io::Result<Vec<u8>>,
+        answer: Option<Answer>,
+        meanwhile: impl FnOnce(),
     ) -> io::Result<Kept> {
-        let length = record.len() as u64;
-        let mut state = self.lock();
-        if !self.has_room(&state, length)? {
+        let (shared, length) = (&self.0, length as u64);
+        let mut state = shared.lock();
+        if !shared.has_room(&state, length)? {
             return Ok(Kept::Full);
         }
         // A file that has lost its name cannot get another one: its record has to have room before that.
         state.promised += length;
         drop(state);
-        let named = link(opened, size, folder, name, false);
-        let mut state = self.lock();
+        let made = match naming.give() {
+            Ok(true) => make().map(Some).inspect_err(|_| naming.take_back()),
+            Ok(false) => Ok(None),
+            Err(error) => Err(error),
+        };
+        let mut state = shared.lock();
         state.promised -= length;
-        let kept = match named {
-            Ok(true) => self.add(state, record).map(|()| Kept::Whole),
-            Ok(false) => {
-                self.tell(&state);
-                return Ok(Kept::NameTaken);
+        match made {
+            Ok(Some(record)) => shared
+                .add(state, &record, answer, meanwhile)
+                .map(|()| Kept::Whole)
+                .inspect_err(|_| naming.take_back()),
+            Ok(None) => {
+                shared.tell(&state);
+                Ok(Kept::NameTaken)
             }
             Err(error) => {
-                self.tell(&state);
-                return Err(error);
+                shared.tell(&state);
+                Err(error)
             }
-        };
-        if kept.is_err() {
-            let _ = unlink(folder.join(name));
         }
-        kept
     }
 
     /// Whether a write or a flush has failed, so that no record is kept any more.
     #[must_use]
     pub fn has_failed(&self) -> bool {
-        self.lock().failed.is_some()
-    }
-
-    fn has_room(&self, state: &State, length: u64) -> io::Result<bool> {
-        if let Some(error) = state.failed {
-            return Err(error.into());
-        }
-        let end = state.end + state.waiting.len() as u64 + state.promised + length;
-        Ok(!state.is_finished && end <= self.size)
-    }
-
-    /// Let who waits in `finish` look again.
-    fn tell(&self, state: &State) {
-        if state.is_finished {
-            self.idle.notify_all();
-        }
+        self.0.lock().failed.is_some()
     }
 
     /// What has to happen after a record was kept, and before its file is let go, has happened.
     pub fn settle(&self) {
-        let mut state = self.lock();
+        let mut state = self.0.lock();
         state.settled += 1;
-        self.tell(&state);
+        self.0.tell(&state);
     }
 
     /// Let nothing more fit, and wait until all that did has settled or has failed.
     pub fn finish(&self) {
-        let mut state = self.lock();
+        let mut state = self.0.lock();
         state.is_finished = true;
         // After a failure no other than those that were kept settle.
         let all = |state: &State| state.failed.map_or(state.count, |_| state.kept);
         while state.is_writing || state.promised > 0 || state.settled < all(&state) {
-            let turned = self.idle.wait(state);
+            let turned = self.0.idle.wait(state);
             state = turned.unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    /// Write and flush what waits by now.
-    fn write<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        let bytes = mem::take(&mut state.waiting);
-        let (place, last) = (state.end, state.count);
-        state.end += bytes.len() as u64;
-        state.is_writing = true;
-        state.writes += 1;
-        let write = state.writes;
-        drop(state);
-        let outcome = write_all(self.file.as_fd(), &bytes, place).and_then(|()| {
-            // An error of what is flushed here shows nowhere else.
-            if self.is_flushed {
-                fdatasync(&self.file)
-            } else {
-                Ok(())
-            }
-        });
-        let mut state = self.lock();
-        state.is_writing = false;
-        match outcome {
-            Ok(()) => state.kept = last,
-            Err(error) => state.failed = Some(error),
-        }
-        if state.waiting.is_empty() {
-            let mut bytes = bytes;
-            bytes.clear();
-            state.waiting = bytes;
-        }
-        self.written[write % 2].notify_all();
-        let next = &self.written[(write + 1) % 2];
-        if state.failed.is_some() {
-            next.notify_all();
-        } else {
-            // Of those who came meanwhile one writes for all.
-            next.notify_one();
-        }
-        self.tell(&state);
-        state
+    /// How long a record of so many bytes of text and of the image is.
+    ///
+    /// # Errors
+    /// Where they are too many.
+    pub fn length(text: usize, image: usize) -> io::Result<usize> {
+        (NONCE + CHECK + 8 + text)
+            .checked_add(image)
+            .and_then(|sum| sum.checked_next_multiple_of(BLOCK))
+            .ok_or_else(|| io::ErrorKind::OutOfMemory.into())
     }
 
     /// A record, whole blocks: the number of the file, a digest of all that follows, how many bytes the text and the image
@@ -267,14 +237,11 @@ impl JournalFile {
         let sizes = [text.len(), size].map(|one| u32::try_from(one).map_err(too_long));
         let [texts, images] = sizes;
         let start = NONCE + CHECK + 8 + text.len();
-        let length = start
-            .checked_add(size)
-            .and_then(|sum| sum.checked_next_multiple_of(BLOCK))
-            .ok_or(io::ErrorKind::OutOfMemory)?;
+        let length = Self::length(text.len(), size)?;
         let mut record = Vec::new();
         let no_memory = |_: TryReserveError| io::Error::from(io::ErrorKind::OutOfMemory);
         record.try_reserve_exact(length).map_err(no_memory)?;
-        record.extend_from_slice(&self.nonce);
+        record.extend_from_slice(&self.0.nonce);
         record.extend_from_slice(&[0; CHECK]);
         record.extend_from_slice(&texts?.to_le_bytes());
         record.extend_from_slice(&images?.to_le_bytes());
@@ -287,9 +254,154 @@ impl JournalFile {
         record[NONCE..NONCE + CHECK].copy_from_slice(&check);
         Ok(record)
     }
+}
 
+impl Drop for JournalFile {
+    fn drop(&mut self) {
+        self.0.lock().is_over = true;
+        self.0.more.notify_all();
+    }
+}
+
+impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has_room(&self, state: &State, length: u64) -> io::Result<bool> {
+        if let Some(error) = state.failed {
+            return Err(error.into());
+        }
+        let end = state.end + state.waiting.len() as u64 + state.promised + length;
+        Ok(!state.is_finished && end <= self.size)
+    }
+
+    /// Let who waits in `finish` look again.
+    fn tell(&self, state: &State) {
+        if state.is_finished {
+            self.idle.notify_all();
+        }
+    }
+
+    /// Keep a record that fits.
+    fn add<'a>(
+        self: &'a Arc<Self>,
+        mut state: MutexGuard<'a, State>,
+        record: &[u8],
+        answer: Option<Answer>,
+        meanwhile: impl FnOnce(),
+    ) -> io::Result<()> {
+        if let Some(error) = state.failed {
+            self.tell(&state);
+            return Err(error.into());
+        }
+        state.waiting.extend_from_slice(record);
+        state.answers.extend(answer);
+        state.count += 1;
+        let (mine, write) = (state.count, state.writes + 1);
+        let mut meanwhile = Some(meanwhile);
+        if state.is_writing {
+            drop(state);
+            if let Some(work) = meanwhile.take() {
+                work();
+            }
+            state = self.lock();
+        }
+        while state.kept < mine {
+            if let Some(error) = state.failed {
+                return Err(error.into());
+            }
+            state = if state.is_writing {
+                self.written[write % 2]
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner)
+            } else {
+                self.write(state)
+            };
+        }
+        drop(state);
+        if let Some(work) = meanwhile {
+            work();
+        }
+        Ok(())
+    }
+
+    /// Write and flush what waits by now, and tell of it.
+    fn write<'a>(self: &'a Arc<Self>, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        let bytes = mem::take(&mut state.waiting);
+        let answers = mem::take(&mut state.answers);
+        let (place, last) = (state.end, state.count);
+        state.end += bytes.len() as u64;
+        state.is_writing = true;
+        state.writes += 1;
+        let write = state.writes;
+        drop(state);
+        let outcome = write_all(self.file.as_fd(), &bytes, place).and_then(|()| {
+            // An error of what is flushed here shows nowhere else.
+            if self.is_flushed {
+                fdatasync(&self.file)
+            } else {
+                Ok(())
+            }
+        });
+        let mut state = self.lock();
+        state.is_writing = false;
+        let is_kept = outcome.is_ok();
+        match outcome {
+            Ok(()) => state.kept = last,
+            Err(error) => state.failed = Some(error),
+        }
+        if state.waiting.is_empty() {
+            let mut bytes = bytes;
+            bytes.clear();
+            state.waiting = bytes;
+        }
+        self.written[write % 2].notify_all();
+        let next = &self.written[(write + 1) % 2];
+        let mut untold = Vec::new();
+        if state.failed.is_some() {
+            next.notify_all();
+            state.waiting = Vec::new();
+            untold = mem::take(&mut state.answers);
+        } else if !state.waiting.is_empty() && !self.go_on(&mut state) {
+            // Of those who came meanwhile one writes for all.
+            next.notify_one();
+        }
+        self.tell(&state);
+        if !(answers.is_empty() && untold.is_empty()) {
+            drop(state);
+            // What they hold may take its time to go.
+            drop(untold);
+            if is_kept {
+                answers.into_iter().for_each(|answer| answer());
+            }
+            state = self.lock();
+        }
+        state
+    }
+
+    /// Let a thread go on with what waits; false where there is none.
+    fn go_on(self: &Arc<Self>, state: &mut State) -> bool {
+        if !state.has_thread {
+            let shared = Arc::clone(self);
+            let thread = Builder::new().name("journal".into());
+            state.has_thread = thread.spawn(move || shared.run()).is_ok();
+        }
+        self.more.notify_one();
+        state.has_thread
+    }
+
+    /// Write what waits and nobody writes, until nothing can come any more.
+    fn run(self: &Arc<Self>) {
+        let mut state = self.lock();
+        while !state.is_over {
+            state = if state.waiting.is_empty() || state.is_writing || state.failed.is_some() {
+                let turned = self.more.wait(state);
+                turned.unwrap_or_else(PoisonError::into_inner)
+            } else {
+                self.write(state)
+            };
+        }
     }
 }
 
@@ -326,6 +438,7 @@ mod tests {
     use super::*;
     use std::fs::{self, File};
     use std::os::fd::AsFd;
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use std::thread;
 
     use crate::testing::TemporaryFile;
@@ -373,6 +486,62 @@ mod tests {
     }
 
     #[test]
+    fn who_brings_a_record_while_another_is_written_goes_on_and_is_told() {
+        let file = TemporaryFile::new(b"");
+        let folder = file.path().with_extension("folder");
+        fs::create_dir(&folder).unwrap();
+        let journal = journal(file.path(), 1 << 20);
+        let (told, early) = (Arc::new(AtomicUsize::new(0)), AtomicUsize::new(0));
+        thread::scope(|scope| {
+            for thread in 0..8 {
+                let (journal, folder, told, early) = (&journal, &folder, &told, &early);
+                scope.spawn(move || {
+                    for number in 0..50 {
+                        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::TMPFILE;
+                        let mode = rustix::fs::Mode::RWXU;
+                        let opened = rustix::fs::open(folder, flags, mode).unwrap();
+                        let name = format!("{thread}-{number}");
+                        let naming = Naming {
+                            opened: opened.as_fd(),
+                            size: 0,
+                            folder,
+                            name: &name,
+                            flush: false,
+                        };
+                        let mine = Arc::new(AtomicUsize::new(0));
+                        let (all, one) = (Arc::clone(told), Arc::clone(&mine));
+                        let answer: Answer = Box::new(move || {
+                            one.fetch_add(1, Ordering::Relaxed);
+                            all.fetch_add(1, Ordering::Relaxed);
+                        });
+                        let meanwhile = || {
+                            let is_early = mine.load(Ordering::Relaxed) == 0;
+                            early.fetch_add(usize::from(is_early), Ordering::Relaxed);
+                        };
+                        let make = || Ok(vec![1; BLOCK]);
+                        let kept = journal.keep(BLOCK, &naming, make, Some(answer), meanwhile);
+                        assert_eq!(kept.unwrap(), Kept::Whole);
+                        journal.settle();
+                    }
+                });
+            }
+        });
+        journal.finish();
+        // Whoever writes tells of what it wrote when that is kept.
+        while told.load(Ordering::Relaxed) < 400 {
+            thread::yield_now();
+        }
+        assert!(early.load(Ordering::Relaxed) > 0);
+        assert_eq!(fs::read(file.path()).unwrap()[BLOCK..], [1; 400 * BLOCK]);
+        fs::remove_dir_all(&folder).unwrap();
+        let shared = Arc::downgrade(&journal.0);
+        drop(journal);
+        while shared.upgrade().is_some() {
+            thread::yield_now();
+        }
+    }
+
+    #[test]
     fn a_record_has_room_before_its_image_has_a_name() {
         let file = TemporaryFile::new(b"");
         let folder = file.path().with_extension("folder");
@@ -381,10 +550,19 @@ mod tests {
             let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::TMPFILE;
             rustix::fs::open(&folder, flags, rustix::fs::Mode::RWXU).unwrap()
         };
+        let keep = |journal: &JournalFile, record: &[u8], opened: OwnedFd, size, name: &str| {
+            let naming = Naming {
+                opened: opened.as_fd(),
+                size,
+                folder: &folder,
+                name,
+                flush: false,
+            };
+            journal.keep(record.len(), &naming, || Ok(record.to_vec()), None, || ())
+        };
         let journal = journal(file.path(), 9 * BLOCK as u64);
         let record = [1; BLOCK];
-        let taken = unnamed();
-        let kept = journal.keep(&record, taken.as_fd(), 0, &folder, "0");
+        let kept = keep(&journal, &record, unnamed(), 0, "0");
         assert_eq!(kept.unwrap(), Kept::Whole);
         journal.settle();
         let unfitting = [1; 8 * BLOCK];
@@ -393,17 +571,17 @@ mod tests {
             (&unfitting[..], "9", 0, Ok(Kept::Full)),
             (&record[..], "9", 7, Err(())),
         ] {
-            let opened = unnamed();
-            let kept = journal.keep(record, opened.as_fd(), size, &folder, name);
+            let kept = keep(&journal, record, unnamed(), size, name);
             assert_eq!(kept.map_err(|_| ()), wanted);
         }
         let count = thread::scope(|scope| {
             let threads: Vec<_> = (1..=8)
                 .map(|number| {
                     let (journal, folder, opened) = (&journal, &folder, unnamed());
+                    let keep = &keep;
                     scope.spawn(move || {
                         let name = number.to_string();
-                        let kept = journal.keep(&[2; BLOCK], opened.as_fd(), 0, folder, &name);
+                        let kept = keep(journal, &[2; BLOCK], opened, 0, &name);
                         let is_kept = kept.unwrap() == Kept::Whole;
                         assert_eq!(folder.join(name).exists(), is_kept);
                         if is_kept {
@@ -419,20 +597,35 @@ mod tests {
         assert_eq!(count, 7);
         journal.finish();
         let promising = self::journal(file.path(), 3 * BLOCK as u64);
-        promising.lock().promised = BLOCK as u64;
+        promising.0.lock().promised = BLOCK as u64;
         assert!(!promising.append(&[1; 2 * BLOCK]).unwrap());
         assert!(promising.append(&[1; BLOCK]).unwrap());
-        let late = unnamed();
-        let kept = journal.keep(&record, late.as_fd(), 0, &folder, "9");
+        let kept = keep(&journal, &record, unnamed(), 0, "9");
         assert_eq!(kept.unwrap(), Kept::Full);
         let unwritable = File::open(file.path()).unwrap();
         let broken = JournalFile::new(unwritable.into(), [7; NONCE], 0, 1 << 20, true);
         for _ in 0..2 {
-            let opened = unnamed();
-            let kept = broken.keep(&record, opened.as_fd(), 0, &folder, "9");
+            let kept = keep(&broken, &record, unnamed(), 0, "9");
             assert!(kept.is_err() && broken.has_failed() && !folder.join("9").exists());
         }
         broken.finish();
+        let (unmade, opened) = (self::journal(file.path(), 1 << 20), unnamed());
+        let naming = Naming {
+            opened: opened.as_fd(),
+            size: 0,
+            folder: &folder,
+            name: "9",
+            flush: true,
+        };
+        let kept = unmade.keep(
+            BLOCK,
+            &naming,
+            || Err(io::ErrorKind::Other.into()),
+            None,
+            || (),
+        );
+        assert!(kept.is_err() && !unmade.has_failed() && !folder.join("9").exists());
+        unmade.finish();
         fs::remove_dir_all(&folder).unwrap();
     }
 

@@ -74,23 +74,6 @@ impl Header {
         Ok(PyString::new(py, text.trim_matches([' ', '\0'])))
     }
 
-    /// Identifier and name of an ordinary image, which is the one that its sender said; None for any other.
-    ///
-    /// Ordinary are plain values of `tag`, which is that of the identifier, of Modality and of InstanceNumber. The
-    /// name is `Image_<modality>_<instance number>`.
-    fn ordinary(
-        &self,
-        py: Python<'_>,
-        sop_class_uid: &str,
-        sop_instance_uid: &str,
-        tag: u32,
-    ) -> PyResult<Option<(String, String)>> {
-        let whole = self.owner.bytes(py);
-        let find = || names::ordinary(&self.header, whole, sop_class_uid, sop_instance_uid, tag);
-        let found = self.look(py, find)?;
-        Ok(found.map(|names| (names.identifier, names.stem)))
-    }
-
     /// How many bytes of uncompressed pixel data are missing by Rows, Columns, BitsAllocated, SamplesPerPixel and NumberOfFrames;
     /// 0 where none are, or where the header does not tell.
     fn missing_pixels(&self, py: Python<'_>) -> PyResult<u64> {
@@ -105,6 +88,11 @@ impl Header {
 }
 
 impl Header {
+    /// What was scanned of an object that its owner holds.
+    pub fn new(header: core::Header, owner: Owner) -> Self {
+        Header { header, owner }
+    }
+
     /// An element of the top level with its raw value, as `get` gives it.
     fn value<'a>(&'a self, py: Python<'a>, tag: u32) -> PyResult<Option<core::Found<'a>>> {
         let whole = self.owner.bytes(py);

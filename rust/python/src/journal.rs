@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
 use dicomnode_core::Error;
-use dicomnode_core::journal::{self as core, Kept, NONCE};
+use dicomnode_core::journal::{self as core, Answer, Kept, NONCE, Naming};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use rustix::fs::{fstatfs, syncfs};
@@ -48,13 +48,14 @@ impl JournalFile {
         })
     }
 
-    /// Give an open file of `size` bytes a name in a folder, not flushed, keep a text and with `with_image` the file, and then
-    /// answer the request with 0x0000: all without the interpreter.
+    /// Give an open file of `size` bytes a name in a folder as `link` does, keep a text and with `with_image` the file, and then,
+    /// if it `is_awaited`, answer the request with 0x0000: all without the interpreter. Each NUL of the text becomes
+    /// the digest of the request, which need not be there before the name is.
     ///
     /// False, and nothing is done, where the name is taken, and None where the record does not fit. Otherwise `settle` has
     /// to be called in the end. Raises OSError, where nothing is left of it.
     #[expect(clippy::too_many_arguments, reason = "they have names in Python")]
-    #[pyo3(signature = (text, descriptor, size, with_image, folder, name, request = None))]
+    #[pyo3(signature = (text, descriptor, size, with_image, folder, name, flush, request = None, is_awaited = false))]
     fn keep(
         &self,
         py: Python<'_>,
@@ -64,25 +65,47 @@ impl JournalFile {
         with_image: bool,
         folder: PathBuf,
         name: &str,
+        flush: bool,
         request: Option<Bound<'_, Received>>,
+        is_awaited: bool,
     ) -> PyResult<Option<bool>> {
         let opened = borrowed(descriptor)?;
         let request = request.as_ref().map(Bound::get);
         detached(py, || {
             let image = with_image.then_some((opened, size));
-            let kept = self
-                .0
-                .record(text.as_bytes(), image)
-                .and_then(|record| self.0.keep(&record, opened, size as u64, &folder, name));
+            let naming = Naming {
+                opened,
+                size: size as u64,
+                folder: &folder,
+                name,
+                flush,
+            };
+            let digests = text.bytes().filter(|byte| *byte == 0).count();
+            let longer = digests * request.map_or(0, |one| 2 * one.digest_size() - 1);
+            let reply = request.filter(|_| is_awaited).map(Received::reply);
+            let answer = reply
+                .clone()
+                .map(|reply| -> Answer { Box::new(move || reply.give(0, "", 0)) });
+            let kept = core::JournalFile::length(text.len() + longer, image.map_or(0, |_| size))
+                .and_then(|length| {
+                    let make = || match request {
+                        Some(request) if digests > 0 => {
+                            let text = text.replace('\0', &request.digest_text());
+                            self.0.record(text.as_bytes(), image)
+                        }
+                        _ => self.0.record(text.as_bytes(), image),
+                    };
+                    let meanwhile = || {
+                        if let Some(reply) = &reply {
+                            reply.read_ahead();
+                        }
+                    };
+                    self.0.keep(length, &naming, make, answer, meanwhile)
+                });
             match kept.map_err(|error| Error::io(Path::new(name), error))? {
                 Kept::Full => Ok(None),
                 Kept::NameTaken => Ok(Some(false)),
-                Kept::Whole => {
-                    if let Some(request) = request {
-                        request.give(0, "", 0);
-                    }
-                    Ok(Some(true))
-                }
+                Kept::Whole => Ok(Some(true)),
             }
         })
     }

@@ -2,7 +2,9 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use dicomnode_core::bytes::Bytes;
 use dicomnode_core::source::Source;
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::{PyTypeError, PyValueError};
@@ -15,6 +17,7 @@ use crate::receive::Received;
 pub enum Owner {
     Path(PathBuf),
     Bytes(Py<PyBytes>),
+    Dataset(Arc<Bytes>),
     Buffer(PyUntypedBuffer),
 }
 
@@ -51,6 +54,7 @@ impl Owner {
         match self {
             Owner::Path(path) => Source::File(path),
             Owner::Bytes(bytes) => Source::Bytes(bytes.as_bytes(py)),
+            Owner::Dataset(dataset) => Source::Bytes(dataset),
             Owner::Buffer(buffer) => Source::Bytes(buffer_bytes(buffer)),
         }
     }
