@@ -12,9 +12,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 from hypothesis import given, settings
@@ -407,6 +408,24 @@ def test_a_socket_is_read_until_it_is_woken_or_closed() -> None:
     os.close(wake)
 
 
+_Connection: TypeAlias = tuple[socket.socket, socket.socket, Receiver]
+
+
+@contextmanager
+def two_connections(folder: Path) -> Iterator[tuple[JournalFile, _Connection, _Connection]]:
+    """A journal, and of each connection both ends and who reads it."""
+    wake = os.eventfd(0)
+    (ours, theirs), (mine, others) = socket.socketpair(), socket.socketpair()
+    with ours, theirs, mine, others, (folder / "journal").open("w+b") as file:
+        one, other = [
+            Receiver(BOTH, 1 << 20, 1 << 20, 1 << 20, number, wake, folder=folder)
+            for number in (ours.fileno(), mine.fileno())
+        ]
+        records = JournalFile(file.fileno(), b"x" * 16, 0, 1 << 20, False)
+        yield records, (ours, theirs, one), (mine, others, other)
+    os.close(wake)
+
+
 def test_beside_others_the_next_message_is_read_before_the_interpreter_is_taken_back(
     tmp_path: Path,
 ) -> None:
@@ -421,14 +440,8 @@ def test_beside_others_the_next_message_is_read_before_the_interpreter_is_taken_
         assert isinstance(found, Received)
         return found
 
-    image, wake = wire.store("1.2.3", DATA), os.eventfd(0)
-    (ours, theirs), (mine, others) = socket.socketpair(), socket.socketpair()
-    with ours, theirs, mine, others, (tmp_path / "journal").open("w+b") as file:
-        records = JournalFile(file.fileno(), b"x" * 16, 0, 1 << 20, False)
-        one, other = [
-            Receiver(BOTH, 1 << 20, 1 << 20, 1 << 20, number, wake, folder=tmp_path)
-            for number in (ours.fileno(), mine.fileno())
-        ]
+    image = wire.store("1.2.3", DATA)
+    with two_connections(tmp_path) as (records, (_, theirs, one), (_, others, other)):
         theirs.sendall(image)
         first = read(one)
         time.sleep(0.1)
@@ -457,18 +470,11 @@ def test_beside_others_the_next_message_is_read_before_the_interpreter_is_taken_
         assert others.recv(1000) == beside.response(0)
         with pytest.raises(InvalidDicom):
             other.receive(5.0)
-    os.close(wake)
 
 
 def test_what_was_read_ahead_waits_for_the_rest_of_an_answer(tmp_path: Path) -> None:
-    image, wake = wire.store("1.2.3", DATA), os.eventfd(0)
-    (ours, theirs), (mine, others) = socket.socketpair(), socket.socketpair()
-    with ours, theirs, mine, others, (tmp_path / "journal").open("w+b") as file:
-        records = JournalFile(file.fileno(), b"x" * 16, 0, 1 << 20, False)
-        one, other = [
-            Receiver(BOTH, 1 << 20, 1 << 20, 1 << 20, number, wake, folder=tmp_path)
-            for number in (ours.fileno(), mine.fileno())
-        ]
+    image = wire.store("1.2.3", DATA)
+    with two_connections(tmp_path) as (records, (ours, theirs, one), (_, others, other)):
         theirs.sendall(image * 2 + pdu(wire.RELEASE, bytes(4)))
         first = one.receive(5.0)
         others.sendall(image)
@@ -505,7 +511,6 @@ def test_what_was_read_ahead_waits_for_the_rest_of_an_answer(tmp_path: Path) -> 
         assert records.keep("text", *third.file, False, tmp_path, "4", False, third, True)
         assert one.is_within
         assert one.receive(5.0) == pdu(wire.RELEASE, bytes(4)) and not one.is_within
-    os.close(wake)
 
 
 def test_what_a_socket_does_not_take_of_an_answer_is_left() -> None:
@@ -528,6 +533,8 @@ def test_what_a_socket_does_not_take_of_an_answer_is_left() -> None:
         receiver.answered()
         assert not receiver.is_arriving
         assert receiver.receive(5.0) == pdu(wire.RELEASE, bytes(4))
+    with pytest.raises(ValueError, match="wakes"):
+        Receiver(BOTH, 1 << 20, 1 << 20, 1 << 20, 0)
     unconnected = Receiver(BOTH, 1 << 20, 1 << 20, 1 << 20)
     two = unconnected.offer(wire.store("1.2.3", DATA))
     assert isinstance(two, Received)

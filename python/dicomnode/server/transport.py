@@ -274,7 +274,7 @@ class _Provider(DULServiceProvider):
                 # Its memory is that of the next one.
                 found = None
                 self._whole = math.inf
-                if self.to_provider_queue or self.event_queue or self._kill_thread:
+                if self._has_other_work:
                     self._end_answer(receiver)
                     return
                 # The next image, without the way through pynetdicom's loop.

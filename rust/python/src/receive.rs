@@ -228,6 +228,13 @@ impl Receiver {
         identifier_tag: u32,
     ) -> PyResult<Self> {
         let kind = kind_of(digest_size)?;
+        if socket.is_some() && wake.is_none() {
+            return Err(PyValueError::new_err(
+                "expected a descriptor that wakes, since there is a socket",
+            ));
+        }
+        // Without a socket nobody waits here.
+        let wake = wake.filter(|_| socket.is_some());
         let (socket, wake) = (duplicated(socket)?, duplicated(wake)?);
         let limits = core::Limits {
             pdu,
