@@ -45,7 +45,8 @@ class Sizes:
         self.small_images = 100 if quick else 1000
         self.sent = 8 if quick else 140
         self.repeats = 2 if quick else 9
-        self.receive_repeats = 1 if quick else 5
+        self.receive_repeats = 1 if quick else 7
+        self.target_repeats = 1 if quick else 15
         self.few_images = 20 if quick else 200
         self.associations = (1, 2) if quick else (1, 4, 16)
         self.memory = not quick
@@ -74,6 +75,7 @@ class Bench:
             "cine": self._cine,
             "receive": self._receive,
             "receive_small": self._receive_small,
+            "receive_targets": self._receive_targets,
             "associations": self._associations,
             "eager": self._eager,
             "send": self._sending,
@@ -129,11 +131,31 @@ class Bench:
             tables.append(answer_question(question, folder, sizes.repeats, None))
         return tables
 
+    def _sent(self) -> tuple[Path, str]:
+        """CT slices to be sent, and what they are."""
+        sizes = self._sizes
+        folder = None if sizes.quick else self._real_folder()
+        if folder is not None:
+            return folder, "real CT slices"
+        return self._series("CT", sizes.sent, sizes.matrix, sizes.matrix), "CT slices"
+
+    def _receive_targets(self) -> list[Table]:
+        """Only those that are to be as fast as storescp, with so many runs that a median stands still."""
+        sizes = self._sizes
+        small = self._series("CT", sizes.small_images, 64, 64), "images of 64 x 64"
+        tables = []
+        for folder, kind in (self._sent(), small):
+            for sender in ("dcmsend", "storescu"):
+                for count in sizes.associations:
+                    images = len(series.paths_of(folder))
+                    title = f"Receiving {images} {kind} over {count} from {sender}"
+                    everyone, repeats = receive.targets(), sizes.target_repeats
+                    tables.append(receive.answer(title, folder, repeats, everyone, count, sender))
+        return [table for table in tables if table is not None]
+
     def _receive(self) -> list[Table]:
         sizes = self._sizes
-        folder, kind = (None if sizes.quick else self._real_folder()), "real CT slices"
-        if folder is None:
-            folder, kind = self._series("CT", sizes.sent, sizes.matrix, sizes.matrix), "CT slices"
+        folder, kind = self._sent()
         tables: list[Table | None] = [*self._send(folder, kind)]
         # Of few images the start of sixteen senders is a large part.
         longer = eager.lengthen(folder, self._folder / "longer", 4 * sizes.sent)
@@ -158,9 +180,7 @@ class Bench:
 
     def _sending(self) -> list[Table]:
         sizes = self._sizes
-        folder, kind = (None if sizes.quick else self._real_folder()), "real CT slices"
-        if folder is None:
-            folder, kind = self._series("CT", sizes.sent, sizes.matrix, sizes.matrix), "CT slices"
+        folder, kind = self._sent()
         small = self._series("CT", sizes.small_images, 64, 64)
         tables = []
         for images, name in ((folder, kind), (small, "images of 64 x 64")):

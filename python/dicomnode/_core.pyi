@@ -112,13 +112,16 @@ class JournalFile:
         with_image: bool,
         folder: str | Path,
         name: str,
-        flush: bool,
         request: Received | None = None,
         is_awaited: bool = False,
+        name_ahead: str | None = None,
     ) -> bool | None:
         """Give an open file of `size` bytes a name in a folder as `link` does, keep a text and with `with_image` the file, and
         then, if it `is_awaited`, answer the request with 0x0000: all without the interpreter. Each NUL of the text becomes
         the digest of the request, which need not be there before the name is.
+
+        Where records survive a power cut and this one has not the file, file and name are flushed; the name is not where
+        the request has the `name_ahead` that is given, which then stays.
 
         False, and nothing is done, where the name is taken, and None where the record does not fit. Otherwise `settle` has
         to be called in the end. Raises OSError, where nothing is left of it.
@@ -156,7 +159,8 @@ class Receiver:
     can be read; both are duplicated, so that the caller may close them at any time. Of a dataset at most `memory` bytes are
     held. `digest_size` tells the kind of the digests, as in `digest`. With `folder` each image is written to a Part 10
     file there while it arrives, unless less than `least_free` bytes are free; `title` is the AE title of its sender.
-    `identifier_tag` is the attribute that tells who an image belongs to.
+    `identifier_tag` is the attribute that tells who an image belongs to. After two files of more
+    bytes than `named_above` the next one has a `name_ahead`.
 
     Raises OSError where they cannot be duplicated.
     """
@@ -174,6 +178,7 @@ class Receiver:
         least_free: int = 0,
         title: str = "",
         identifier_tag: int = 0x00100020,
+        named_above: int | None = None,
     ) -> Self: ...
     @property
     def arriving(self) -> int:
@@ -251,6 +256,12 @@ class Received:
     @property
     def file(self) -> tuple[int, int] | None:
         """The descriptor of its file, until `close`, and how many bytes it has to have. None without a file."""
+
+    @property
+    def name_ahead(self) -> str | None:
+        """The name in the folder of the `Receiver` that its file has, if that is on the disk; it is deleted by `close`, unless
+        `JournalFile.keep` has said that it stays.
+        """
 
     def close(self) -> None:
         """Close its file; unless it was linked nothing is left of it."""

@@ -120,10 +120,10 @@ def source_of(result: Dataset) -> str:
 
 @contextmanager
 def traced(
-    folder: Path, strace: str, durability: str, port: int, more: str = ""
+    folder: Path, strace: str, durability: str, port: int, more: str = "", images: int = IMAGES
 ) -> Iterator[Command]:
     """A node whose system calls are written to `trace`, stopped in the end."""
-    settings = {"images": IMAGES, "durability": durability, "port": port, "more": more}
+    settings = {"images": images, "durability": durability, "port": port, "more": more}
     file = pipeline_file(folder, NODE.format(**settings))
     trace = str(folder / f"trace-{durability}")
     with Command("run", file, prefix=[strace, *power.OPTIONS, "-o", trace]) as node:
@@ -136,18 +136,19 @@ def run_traced(
     folder: Path,
     strace: str,
     durability: str = "power",
-    per_patient: int = IMAGES,
+    per_patient: int | None = None,
     more: str = "",
+    images: int = IMAGES,
 ) -> Run:
     """Two patients at once; where they are complete, to the end."""
-    series = [make_series(IMAGES, 16, 16, patient_id=f"P{k}", seed=k) for k in range(PATIENTS)]
+    series = [make_series(images, 16, 16, patient_id=f"P{k}", seed=k) for k in range(PATIENTS)]
     with running_node(StoringNode, log_level="ERROR") as store:
-        with traced(folder, strace, durability, store.port, more) as node:
+        with traced(folder, strace, durability, store.port, more, images) as node:
             address = node.address("NODE")
             with ThreadPoolExecutor(PATIENTS) as pool:
                 for answers in pool.map(lambda one: send(address, one[:per_patient]), series):
                     assert {one.status for one in answers} == {0x0000}
-            if per_patient == IMAGES:
+            if per_patient is None:
                 for k in range(PATIENTS):
                     node.until(f"case {k + 1} is done")
         results = {str(one.SOPInstanceUID): one for one in store.received}
@@ -228,9 +229,17 @@ def run(
     peer: Callable[[str], str],
     request: pytest.FixtureRequest,
 ) -> Run:
-    """Small images are flushed with the journal, large ones by themselves."""
-    more = "journal.MOST_BYTES = 0" if request.param == "large" else ""
-    return run_traced(tmp_path_factory.mktemp("run"), peer("strace"), more=more)
+    """Small images are flushed with the journal, large ones by themselves, and after two of them not their names."""
+    folder, strace = tmp_path_factory.mktemp("run"), peer("strace")
+    if request.param == "small":
+        return run_traced(folder, strace)
+    # Each has a record of one block.
+    more = "journal.MOST_BYTES, journal._FILE_BYTES = 0, 3 << 10"
+    run = run_traced(folder, strace, more=more, images=2 * IMAGES)
+    linked = [one for one in run.calls if one.name == "linkat" and "Image_CT_" in one.text]
+    named = [one for one in linked if ".ahead" in one.text]
+    assert len(named) >= PATIENTS * (2 * IMAGES - 2) and len(named) < len(linked), linked
+    return run
 
 
 def test_s2_the_model_of_the_disk_is_right(run: Run, tmp_path: Path) -> None:
@@ -240,7 +249,7 @@ def test_s2_the_model_of_the_disk_is_right(run: Run, tmp_path: Path) -> None:
     for name in power.NOT_KEPT:
         (run.root / ".dicomnode" / name).unlink(missing_ok=True)
     assert content(tmp_path / "all") == content(run.root)
-    assert len(run.answered) == len(run.delivered) == PATIENTS * IMAGES
+    assert len(run.answered) == len(run.delivered) == len(run.images)
     assert all(begin < end < sys.maxsize for begin, end in run.delivered.values())
 
 

@@ -1,16 +1,18 @@
 """The journal: what was answered for is there after a crash, and what is over stays over."""
 
+import errno
 import logging
 import resource
 import secrets
 import shutil
 import signal
+import socket
 import sqlite3
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -319,7 +321,7 @@ def test_no_record_leads_out_of_the_root(
             opened.write(b"evil")
             opened.flush()
             text = f'[1, "{folder}", [["ct", "1.2", "{file}", 4, ""]]]'
-            assert records.keep(text, opened.fileno(), 4, True, str(tmp_path), "linked", False)
+            assert records.keep(text, opened.fileno(), 4, True, str(tmp_path), "linked")
             records.settle()
         left = cut(tmp_path / "root", tmp_path / "left")
     known = set(tmp_path.iterdir())
@@ -448,7 +450,7 @@ def test_an_image_that_was_refused_does_not_join_a_case_that_takes_no_more(tmp_p
             size = file.tell()
             text = f'[{number}, "P", [["ct", "{images[2].sop_instance_uid}", "x.dcm", {size}, ""]]]'
             records = storage._journal._records
-            assert records.keep(text, file.fileno(), size, True, str(tmp_path), "linked", False)
+            assert records.keep(text, file.fileno(), size, True, str(tmp_path), "linked")
             records.settle()
         left = cut(root, tmp_path / "left")
     with running(left) as storage:
@@ -605,7 +607,10 @@ def test_without_a_journal_images_are_flushed_one_by_one(
 
         monkeypatch.setattr(journal._File, "widen", failing)
     with running(tmp_path / "root") as storage:
-        assert storage._journal is not None and not storage._journal.prepare(Staged(1))
+        staged = Staged(1)
+        assert storage._journal is not None
+        storage._journal.prepare(staged, None)
+        assert not staged.is_kept and storage.named_above is None
         for one in instances(3):
             storage.add("P", ["ct"], one)
         left = cut(tmp_path / "root", tmp_path / "left", files=True)
@@ -635,14 +640,14 @@ def test_a_file_of_the_journal_takes_wrong_arguments_for_what_they_are(tmp_path:
             JournalFile(-1, b"x" * 16, 0, 4096, True)
         records = JournalFile(file.fileno(), b"x" * 16, 512, 4096, True)
         with pytest.raises(ValueError, match="open descriptor"):
-            records.keep("text", -1, 1, True, tmp_path, "name", False)
+            records.keep("text", -1, 1, True, tmp_path, "name")
         for with_image in (True, False):
             with pytest.raises(OSError, match="0 of 10 bytes"):
-                records.keep("text", file.fileno(), 10, with_image, tmp_path, "name", False)
+                records.keep("text", file.fileno(), 10, with_image, tmp_path, "name")
         with pytest.raises(FileNotFoundError):
-            records.keep("text", file.fileno(), 0, True, tmp_path / "missing", "name", False)
-        assert records.keep("text", file.fileno(), 0, True, tmp_path, "file", False) is False
-        assert records.keep("x" * 4096, file.fileno(), 0, True, tmp_path, "name", False) is None
+            records.keep("text", file.fileno(), 0, True, tmp_path / "missing", "name")
+        assert records.keep("text", file.fileno(), 0, True, tmp_path, "file") is False
+        assert records.keep("x" * 4096, file.fileno(), 0, True, tmp_path, "name") is None
         assert not records.append("x" * 4096)
         assert not records.has_failed and not (tmp_path / "name").exists()
         assert records.append("text")
@@ -734,6 +739,32 @@ def test_a_journal_that_cannot_go_on_is_given_up_and_the_node_is_not(
         left = cut(root, tmp_path / "left", files=True)
     with running(left) as storage:
         assert len(uids_of(storage, "P")) == 20 - len(refused) and digests_hold(storage)
+
+
+def test_a_journal_that_finds_no_descriptor_goes_on_when_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "_FILE_BYTES", 8 << 10)
+    images, kept = instances(12), []
+    with running(tmp_path / "root") as storage:
+        assert storage._journal is not None
+        with monkeypatch.context() as scarce:
+            scarce.setattr(journal._File, "start", lambda *_: _no_descriptor())
+            for one in images[:6]:
+                with suppress(OutOfResources):
+                    storage.add("P", ["ct"], one)
+                    kept.append(one.sop_instance_uid)
+        assert 0 < len(kept) < 6 and uids_of(storage, "P") == set(kept)
+        for one in images:
+            storage.add("P", ["ct"], one)
+        assert storage._journal._is_open and len(uids_of(storage, "P")) == 12
+        left = cut(tmp_path / "root", tmp_path / "left", files=True)
+    with running(left) as storage:
+        assert len(uids_of(storage, "P")) == 12 and digests_hold(storage)
+
+
+def _no_descriptor() -> JournalFile:
+    raise OSError(errno.EMFILE, "Too many open files")
 
 
 @contextmanager
@@ -888,3 +919,255 @@ def test_a_record_that_fails_while_the_journal_is_closed_has_images_written_anew
     assert [one.is_distrusted for one in heads if one is not None] == [True]
     with running(tmp_path) as storage:
         assert len(uids_of(storage, "P")) == 1 and digests_hold(storage)
+
+
+#: After so many large images of an association files have names ahead.
+UNNAMED = 2
+
+
+@contextmanager
+def brought(root: Path, images: Sequence[Instance]) -> Iterator[list[Instance]]:
+    """Images as an association brings them, large ones, one after the other into files."""
+    incoming, brought = root / ".dicomnode" / "incoming", []
+    ours, theirs = socket.socketpair()
+    with ours, theirs, ExitStack() as requests:
+        receiver = Receiver(
+            [(3, wire.EXPLICIT)], 1 << 20, 1 << 20, 1 << 20, ours.fileno(), ours.fileno(),
+            folder=incoming, named_above=0,
+        )  # fmt: skip
+        requests.callback(receiver.close)
+        for image in images:
+            theirs.sendall(wire.store(image.sop_instance_uid, bytes(image.chunks[1])))
+            request = receiver.receive(10)
+            assert isinstance(request, Received) and request.file is not None
+            requests.callback(request.close)
+            descriptor, size = request.file
+            staged = Staged(size, descriptor)
+            brought.append(image._replace(chunks=(), arrived=staged, request=request))
+        yield brought
+
+
+def names_in(root: Path) -> list[str]:
+    """The names of files that are in the folder of incoming ones."""
+    return sorted(one.name for one in (root / ".dicomnode" / "incoming").iterdir())
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "MOST_BYTES", 0)
+
+
+def without_names_ahead(root: Path, copy: Path, *, ledger: bool) -> Path:
+    """What a power cut leaves of images of which the names had not to be flushed."""
+    shutil.copytree(root, copy)
+    for path in copy.glob("[!.]*/*/*"):
+        if int(path.stem.rsplit("_", 1)[1]) > UNNAMED:
+            path.unlink()
+    if not ledger:
+        for one in copy.glob(".dicomnode/ledger.sqlite*"):
+            one.unlink()
+    return copy
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("has_ledger", [False, True])
+@pytest.mark.parametrize("is_distrusted", [False, True])
+def test_large_images_have_the_names_again_that_were_not_flushed(
+    has_ledger: bool, is_distrusted: bool, tmp_path: Path
+) -> None:
+    root, images = tmp_path / "root", instances(7)
+    with running(root) as storage, brought(root, images) as arrived:
+        for number, one in enumerate(arrived):
+            assert one.request is not None
+            assert (one.request.name_ahead is not None) == (number >= UNNAMED)
+            storage.add("P", ["ct", "mr"] if number % 2 else ["ct"], one)
+        if is_distrusted:
+            assert storage._journal is not None
+            storage._journal._give_up(OSError(5, "Input/output error"))
+        left = without_names_ahead(root, tmp_path / "left", ledger=has_ledger)
+    for _ in range(2):
+        with running(left) as storage:
+            assert uids_of(storage, "P") == {one.sop_instance_uid for one in images}
+            assert uids_of(storage, "P", "mr") == {one.sop_instance_uid for one in images[1::2]}
+            assert digests_hold(storage) and len(list(left.glob("P/*/*"))) == 10
+        assert not names_in(left)
+    # Where nothing fails nothing is left either.
+    assert bool(names_in(root)) == is_distrusted
+
+
+@pytest.mark.usefixtures("large")
+def test_names_ahead_go_when_the_disk_has_others_or_their_case_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    with running(root) as storage, brought(root, instances(6)) as first:
+        assert storage._journal is not None
+        with brought(root, instances(6, "Q", 1)) as second:
+            for one in first:
+                number = storage.add("P", ["ct"], one)
+            for one in second:
+                storage.add("Q", ["ct"], one)
+            # One is that of a file that is here already.
+            storage.add("P", ["ct"], first[-1])
+        held = set(storage._journal._names_ahead)
+        assert len(held) == 8 and held <= set(names_in(root))
+        make_ready(storage, number)
+        contents = storage.current("P")
+        assert contents is not None and storage.seal(storage.ledger.case(number), contents)
+        storage.results.keep(storage.ledger.case(number), [])
+        storage.finish(storage.ledger.case(number))
+        assert len(held & set(names_in(root))) == len(storage._journal._names_ahead) == 4
+        flushed: list[int] = []
+
+        def flush(descriptor: int) -> None:
+            # They are there until it has ended.
+            flushed.append(len(held & set(names_in(root))))
+
+        monkeypatch.setattr(journal, "sync_filesystem", flush)
+        storage._journal._begin_other(storage._journal._records)
+        assert storage._journal._cleaning is not None
+        storage._journal._cleaning.join(30)
+        assert flushed == [4] and not held & set(names_in(root))
+        assert not storage._journal._names_ahead
+        left = cut(root, tmp_path / "left", files=True)
+    with running(left) as storage:
+        assert len(uids_of(storage, "Q")) == 6 and digests_hold(storage)
+    assert not names_in(root) and not names_in(left)
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("is_answered", [True, False])
+def test_a_name_ahead_that_nobody_needs_is_deleted(is_answered: bool, tmp_path: Path) -> None:
+    root, images = tmp_path / "root", instances(4)
+    with running(root) as storage:
+        with brought(root, images) as arrived:
+            assert len(names_in(root)) == 4
+            if is_answered:
+                with running(tmp_path / "other", "process") as process:
+                    for one in arrived:
+                        process.add("P", ["ct"], one)
+        assert not names_in(root)
+        assert storage.named_above == 0
+        with running(tmp_path / "another", "process") as process:
+            assert process.named_above is None
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("found", [b"", b"part", "other"])
+def test_what_a_disk_has_instead_of_a_large_image_is_looked_at(
+    found: bytes | str, tmp_path: Path
+) -> None:
+    root, images = tmp_path / "root", instances(4)
+    with running(root) as storage, brought(root, images) as arrived:
+        for one in arrived:
+            storage.add("P", ["ct"], one)
+        left = shutil.copytree(root, tmp_path / "left")
+    path = sorted(left.glob("P/ct/*"))[-1]
+    image = path.read_bytes()
+    path.unlink()
+    another = b"".join(instances(1, "Q", 9)[0].chunks)
+    path.write_bytes(another if isinstance(found, str) else found)
+    with running(left) as storage:
+        if found == "other":
+            # That is whole, and somebody's; and what was answered is there, too.
+            aside = (left / ".dicomnode" / "damaged").rglob("*.*")
+            assert {image, another} <= {one.read_bytes() for one in aside if one.is_file()}
+            return
+        assert len(uids_of(storage, "P")) == 4 and digests_hold(storage)
+
+
+@pytest.mark.usefixtures("large")
+def test_large_images_that_have_their_names_stay_as_they_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, images = tmp_path / "root", instances(4)
+    with running(root) as storage, brought(root, images) as arrived:
+        for one in arrived:
+            storage.add("P", ["ct"], one)
+        # Without hard links, and with names of which the disk has a part.
+        left = shutil.copytree(root, tmp_path / "left")
+    for name in (left / ".dicomnode" / "incoming").iterdir():
+        name.write_bytes(name.read_bytes()[:300])
+    known = {path: path.stat().st_ino for path in left.glob("P/ct/*")}
+    with running(left) as storage:
+        assert len(uids_of(storage, "P")) == 4 and digests_hold(storage)
+    assert "0 images and 4 rows are from the journal" in caplog.text
+    assert known == {path: path.stat().st_ino for path in left.glob("P/ct/*")}
+    # Where such a place is gone, what is left is no image.
+    again = without_names_ahead(left, tmp_path / "again", ledger=True)
+    with running(again) as storage:
+        assert storage.current("P").obstacle  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize(
+    "name",
+    [
+        '"../../secret"', '".."', '"a/b"', "5", "null", '["x"]', '"x.ahead", "y.ahead"', "{folder}",
+        "{link}", "{missing}",
+    ],
+)  # fmt: skip
+def test_no_name_ahead_leads_out_of_its_folder(name: str, tmp_path: Path) -> None:
+    image = instances(1)[0]
+    with running(tmp_path / "root") as storage:
+        number = storage.add("P", ["ct"], image)
+        assert storage._journal is not None and storage._journal._records is not None
+        kinds = {"folder": "a", "link": "b", "missing": "c"}
+        names = {kind: f'"{digit * 32}.ahead"' for kind, digit in kinds.items()}
+        text = f'[{number}, "P", [["ct", "1.2", "x.dcm", 6, ""]], {name.format(**names)}]'
+        assert storage._journal._records.append(text)
+        storage._journal._records.settle()
+        left = cut(tmp_path / "root", tmp_path / "left", files=True)
+    for path in (left / "secret", left.parent / "secret"):
+        path.write_bytes(b"secret")
+    incoming = left / ".dicomnode" / "incoming"
+    (incoming / f"{'a' * 32}.ahead").mkdir()
+    (incoming / f"{'b' * 32}.ahead").symlink_to(left / "secret")
+    with running(left) as storage:
+        rows = {row.uid: row.damaged for row in storage.ledger.instances(number)}
+        lost = {"1.2": True} if name.startswith(("{", "null")) else {}
+        assert rows == {image.sop_instance_uid: False, **lost}
+    assert not list(left.glob("P/ct/x.dcm")) and (left / "secret").read_bytes() == b"secret"
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize(
+    "trouble", ["head", "other head", "record", "moved away", "both moved away"]
+)
+def test_files_that_only_a_damaged_journal_knew_are_set_aside(
+    trouble: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, images = tmp_path / "root", instances(4)
+    with running(root) as storage, brought(root, images) as arrived:
+        for one in arrived:
+            storage.add("P", ["ct"], one)
+        (root / ".dicomnode" / "incoming" / "folder").mkdir()
+        left = without_names_ahead(root, tmp_path / "left", ledger=True)
+    journals = [left / ".dicomnode" / f"journal-{number}" for number in (1, 2)]
+    data = bytearray(journals[0].read_bytes())
+    match trouble:
+        case "head":
+            data[30] ^= 1
+            data[256 + 30] ^= 1
+            journals[0].write_bytes(data)
+        case "other head":
+            journals[1].write_bytes(b"dicomnode jrnl 1" + bytes(4000))
+        case "record":
+            data[data.index(images[-1].sop_instance_uid.encode())] ^= 1
+            journals[0].write_bytes(data)
+        case "moved away":
+            journals[0].unlink()
+        case _:
+            journals[0].unlink()
+            journals[1].unlink()
+    lost = {"other head": 0, "record": 1}.get(trouble, 2)
+    for _ in range(2):
+        with running(left) as storage:
+            known = [row.uid for row in storage.ledger.instances(1) if not row.damaged]
+            assert len(known) == 4 - lost and digests_hold(storage)
+    aside = left / ".dicomnode" / "damaged" / ".dicomnode" / "incoming"
+    assert len(list(aside.glob("*"))) == lost and names_in(left) == ["folder"]
+    assert caplog.text.count("files may be images that were answered") == bool(lost)
+    # Nothing of it stays for the next start.
+    heads = [journal._head_of(path.read_bytes()) for path in journals]
+    assert heads == [None, None] and b"jrnl" not in journals[1].read_bytes()

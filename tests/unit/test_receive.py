@@ -431,7 +431,7 @@ def test_beside_others_the_next_message_is_read_before_the_interpreter_is_taken_
 ) -> None:
     def keep(one: Received, name: str) -> None:
         assert one.file is not None
-        assert records.keep("text", *one.file, False, tmp_path, name, False, one, True)
+        assert records.keep("text", *one.file, False, tmp_path, name, one, True)
         records.settle()
         one.close()
 
@@ -486,16 +486,14 @@ def test_what_was_read_ahead_waits_for_the_rest_of_an_answer(tmp_path: Path) -> 
             while ours.send(bytes(1 << 16)):
                 pass
         assert first.file is not None
-        assert records.keep("text", *first.file, False, tmp_path, "1", False, None)
+        assert records.keep("text", *first.file, False, tmp_path, "1", None)
         second = one.receive(5.0)
         assert isinstance(second, Received)
         for image_of, name in ((first, "2"), (second, "3")):
             assert image_of.file is not None
             others.sendall(image)
             assert isinstance(other.receive(5.0), Received)
-            assert records.keep(
-                "text", *image_of.file, False, tmp_path, name, False, image_of, True
-            )
+            assert records.keep("text", *image_of.file, False, tmp_path, name, image_of, True)
             assert one.receive(5.0) is None
         assert one.unsent() == first.response(0) + second.response(0)
         one.answered()
@@ -508,7 +506,7 @@ def test_what_was_read_ahead_waits_for_the_rest_of_an_answer(tmp_path: Path) -> 
         assert isinstance(third, Received) and third.file is not None
         others.sendall(image)
         assert isinstance(other.receive(5.0), Received)
-        assert records.keep("text", *third.file, False, tmp_path, "4", False, third, True)
+        assert records.keep("text", *third.file, False, tmp_path, "4", third, True)
         assert one.is_within
         assert one.receive(5.0) == pdu(wire.RELEASE, bytes(4)) and not one.is_within
 

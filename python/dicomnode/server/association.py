@@ -250,6 +250,7 @@ class AssociationServer:
                     reception.identifier_tag,
                     self._storage.incoming,
                     self._storage.disk.floor,
+                    self._storage.named_above,
                 ),
                 reception.networks,
                 reception.tls,

@@ -90,6 +90,8 @@ class Keeping:
     #: Where their files begin, and how many bytes have to be free there now; None to keep them in memory.
     folder: Path | None = None
     least_free: Callable[[], int] = lambda: 0
+    #: The files of larger ones may have names ahead; None where none has.
+    named_above: int | None = None
 
 
 def _no_request(head: bytes) -> str:
@@ -372,6 +374,7 @@ class _Provider(DULServiceProvider):
             0 if keeping.folder is None else keeping.least_free(),
             str(association.requestor.ae_title or "").strip(),
             keeping.identifier_tag,
+            keeping.named_above,
         )
         self._last = (time.monotonic(), 0)
         return self.receiver

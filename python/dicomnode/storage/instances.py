@@ -36,8 +36,10 @@ class Staged:
     size: int
     descriptor: int = -1
     data: bytes = b""
-    #: Whether it survives a power cut by other means than its file.
+    #: Whether the journal stands for it: for all of it, or, where it has a name ahead, for its other names.
     is_kept: bool = False
+    #: The name in the folder of incoming files that it has on the disk already.
+    name_ahead: str | None = None
 
     @property
     def path(self) -> str:

@@ -3,9 +3,10 @@
 Solves that an image waits for its row in the ledger, and a small one, where it has to survive a power cut, for three
 flushes of the disk: of its file, of its name and of its row. Instead a record goes to the end of a file that is there already,
 with the row and, of a small image, all bytes; it is flushed once for all that arrive at the same time. The rows are
-written to the ledger later, many at once, and the small files have their names but nobody waits until the disk has them. A
-start after a crash makes up for what is missing. There are two such files: while records go to one, ledger and disk are
-brought up to the other.
+written to the ledger later, many at once, and the small files have their names but nobody waits until the disk has them.
+Nor for the name of a large image, whose file may have had one in the folder of incoming files before it was written: the record
+tells that, and it is deleted when the disk has the other one. A start after a crash makes up for what is missing. There are two
+such files: while records go to one, ledger and disk are brought up to the other.
 """
 
 import errno
@@ -15,10 +16,11 @@ import os
 import re
 import secrets
 import sqlite3
+import stat
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as quoted
 from pathlib import Path
@@ -33,6 +35,7 @@ from dicomnode.errors import (
 )
 from dicomnode.lib.dicom import (
     JournalFile,
+    Received,
     digest,
     filesystem_type,
     link,
@@ -40,11 +43,11 @@ from dicomnode.lib.dicom import (
     sync_filesystem,
 )
 from dicomnode.storage.instances import Instance, Instances, Staged, out_of_resources
-from dicomnode.storage.layout import BLAKE3, OURS, OWN, input_folder
+from dicomnode.storage.layout import BLAKE3, INCOMING, OURS, OWN, input_folder, set_aside
 from dicomnode.storage.ledger import OVER, InstanceRow, Ledger
 from dicomnode.storage.recovery import OpenCase
 
-#: An image of more bytes is flushed by itself: to write it twice would take longer.
+#: The file of a larger image is flushed: to write it twice would take longer.
 MOST_BYTES = 64 << 10
 _FILE_BYTES = 4 << 20
 #: What the journal takes of the disk.
@@ -55,6 +58,10 @@ _BLOCK = 512
 # is newer, and whether the disk has failed to keep what it tells of; then a digest.
 _HEAD = struct.Struct("<16s16s16sQ?")
 _MAGIC = b"dicomnode jrnl 1"
+# Descriptors and memory, which come back.
+_SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+# What the core gives files ahead.
+_NAME_AHEAD = re.compile(r"[0-9a-f]{32}\.ahead")
 # File systems that are flushed by syncfs(): ext2 to ext4, XFS, Btrfs, F2FS, tmpfs.
 _SOUND = {0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x01021994}
 # How a record begins, see `record` in the core: that number, a digest of all that follows, bytes of the text and of the image.
@@ -80,11 +87,12 @@ class _Head(NamedTuple):
 
 
 class _Record(NamedTuple):
-    """What is kept of an image: case, folder, rows, and its bytes, or none."""
+    """What is kept of an image: case, folder, rows, the name that its file had ahead, and its bytes, or none of these."""
 
     case_id: int
     folder: str
     rows: list[InstanceRow]
+    name_ahead: str
     data: bytes
 
 
@@ -97,6 +105,8 @@ class _File:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         #: None where it tells of nothing.
         self.head: _Head | None = None
+        #: Whether a record was found that is damaged, or never was whole.
+        self.is_damaged = False
 
     def widen(self) -> None:
         """Give it its size: to flush what makes a file longer takes twice the time."""
@@ -144,6 +154,7 @@ class _File:
         while (at := data.find(self.head.nonce, at)) >= 0:
             record, size = _record_at(data, at)
             if record is None or at % _BLOCK:
+                self.is_damaged |= not at % _BLOCK
                 at += 1
             else:
                 yield record
@@ -164,15 +175,18 @@ def _record_at(data: bytes, at: int) -> tuple[_Record | None, int]:
     end = start + texts + images
     if end > len(data) or digest(data[at + _CHECKED : end], BLAKE3) != check:
         return None, 0
-    case_id, folder, rows = json.loads(data[start : start + texts])
+    case_id, folder, rows, *ahead = json.loads(data[start : start + texts])
     # Nothing that leads out of the root, whoever wrote it.
+    name_ahead = ahead[0] if ahead else ""
+    if name_ahead and not (isinstance(name_ahead, str) and _NAME_AHEAD.fullmatch(name_ahead)):
+        return None, 0
     if not all(OURS.fullmatch(part) for row in rows for part in (folder, row[2])):
         return None, 0
     found = [
         InstanceRow(name, uid, file, size, bytes.fromhex(known))
         for name, uid, file, size, known in rows
     ]
-    return _Record(case_id, folder, found, data[start + texts : end]), end - at
+    return _Record(case_id, folder, found, name_ahead, data[start + texts : end]), end - at
 
 
 def _sealed(head: _Head) -> bytes:
@@ -229,6 +243,10 @@ class Journal:
         self._cleaning: threading.Thread | None = None
         # Open as long as the journal is, so that an error of the disk is told here.
         self._folder = -1
+        # The names that files had ahead and still have, each with its case. Each use of it is one that no other thread divides.
+        self._names_ahead: dict[str, int] = {}
+        # Whether an image that was answered may be among the files of which nothing tells.
+        self._is_in_doubt = False
 
     # At a start
 
@@ -240,7 +258,9 @@ class Journal:
         try:
             self._folder = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             found: list[tuple[_Head, list[_Record]]] = []
-            for path in self._paths if any(path.exists() for path in self._paths) else ():
+            are_there = [path.exists() for path in self._paths]
+            self._is_in_doubt = not all(are_there)
+            for path in self._paths if any(are_there) else ():
                 try:
                     file = _File(path, self._is_flushed)
                     self._files.append(file)
@@ -248,16 +268,23 @@ class Journal:
                 except InvalidDataset as error:
                     # As if it had been lost: what is in the files and the ledger is there.
                     self._logger.error("%s: what it alone tells of is lost", error)
+                    self._is_in_doubt = True
                 except OSError as error:
                     raise InvalidRootDataDirectory(
                         f"{path} cannot be read: {error.strerror}; it may have images that were answered. Move it away "
-                        "to start without them"
+                        f"to start without them; files that it alone knew of are set aside in {OWN}/damaged then"
                     ) from error
                 else:
+                    self._is_in_doubt |= file.is_damaged
                     if file.head is not None:
                         found.append((file.head, records))
             if found:
                 self._restore(sorted(found, key=lambda one: one[0].generation))
+            if self._is_in_doubt:
+                self._set_aside()
+            if found or self._is_in_doubt:
+                for file in self._files:
+                    file.clear()
         except OSError as error:
             raise out_of_resources(error) from error
 
@@ -283,13 +310,13 @@ class Journal:
                     held = sealed[number]
                     # Of one that takes no more, others were refused.
                     images = [row for row in images if held is None or (row.input, row.uid) in held]
+                written += self._write(record, images, head.is_distrusted)
+                if head.seed == self._seed:
                     if head.is_distrusted and not record.data:
                         # The record may be one that failed: then its file lost its name, and the image was refused.
                         images = [row for row in images if self._is_there(record.folder, row)]
-                    mine = rows.setdefault(number, {})
+                    mine = rows.setdefault(record.case_id, {})
                     mine.update({(row.input, row.uid): row for row in images})
-                if record.data:
-                    written += self._write(record, images, head.is_distrusted)
         for case_id, mine in rows.items():
             added += self._add_missing(case_id, mine)
         try:
@@ -297,8 +324,6 @@ class Journal:
         except OSError:
             self._distrust()
             raise
-        for file in self._files:
-            file.clear()
         if written or added:
             self._logger.warning(
                 "the node had ended before all was in its place: %d images and %d rows are from the journal",
@@ -323,20 +348,36 @@ class Journal:
         return {(row.input, row.uid) for row in self._ledger.instances(case_id)}
 
     def _write(self, record: _Record, images: list[InstanceRow], anew: bool) -> int:
-        """Write the files of an image that are not there, or all of them `anew`; how many."""
+        """Make the files of an image that are not there, or all of them `anew`, of what is left of it; how many."""
         count = 0
-        for row in images:
+        for row in images if record.data or record.name_ahead else ():
             folder = input_folder(record.folder, row.input)
-            if self._is_another(f"{folder}/{row.file}", row.uid):
+            place = f"{folder}/{row.file}"
+            if record.data and not anew and self._has(place, record.data):
+                continue
+            if self._is_another(place, row.uid):
                 # It has that name since a case that is over had it.
+                self._is_in_doubt = True
                 continue
-            if not anew and self._has(f"{folder}/{row.file}", record.data):
+            if not record.data and not anew and self._instances.size(folder, row.file) == row.size:
                 continue
-            self._instances.remove(folder, [row.file])
-            with self._instances.staging([record.data]) as staged:
-                self._instances.place(staged, folder, row.file)
-            count += 1
+            with suppress(FileNotFoundError), self._left_of(record) as staged:
+                if staged.size == row.size:
+                    self._instances.remove(folder, [row.file])
+                    self._instances.place(staged, folder, row.file)
+                    count += 1
         return count
+
+    def _left_of(self, record: _Record) -> AbstractContextManager[Staged]:
+        """An image, out of its record or by the name that it had ahead.
+
+        Raises FileNotFoundError where that was not needed any more, or the image was refused.
+        """
+        if record.data:
+            return self._instances.staging([record.data])
+        if not stat.S_ISREG((self._root / INCOMING / record.name_ahead).lstat().st_mode):
+            raise FileNotFoundError(record.name_ahead)
+        return self._instances.placed(INCOMING, record.name_ahead)
 
     def _is_there(self, folder: str, row: InstanceRow) -> bool:
         return self._instances.size(input_folder(folder, row.input), row.file) is not None
@@ -353,6 +394,22 @@ class Journal:
             return (self._root / place).read_bytes() == data
         except OSError:
             return False
+
+    def _set_aside(self) -> None:
+        """Keep the files that have no name but the one ahead."""
+        count = 0
+        for path in (self._root / INCOMING).iterdir():
+            found = path.lstat()
+            is_file = stat.S_ISREG(found.st_mode) and _NAME_AHEAD.fullmatch(path.name)
+            if is_file and found.st_size and found.st_nlink == 1:
+                set_aside(self._root, path.relative_to(self._root))
+                count += 1
+        if count:
+            self._logger.error(
+                "%d files may be images that were answered, and nothing tells where they belong: they are in %s, send them again",
+                count,
+                Path(OWN, "damaged", INCOMING),
+            )
 
     def _add_missing(self, case_id: int, rows: dict[tuple[str, str], InstanceRow]) -> int:
         """Add the rows that a case has not, or has of a damaged image; how many."""
@@ -388,9 +445,17 @@ class Journal:
 
     # While images arrive
 
-    def prepare(self, staged: Staged) -> None:
-        """Find out whether `keep` keeps all bytes of an image, so that its file need not be flushed by itself."""
-        staged.is_kept = self._is_open and self._is_flushed and staged.size <= MOST_BYTES
+    @property
+    def named_above(self) -> int | None:
+        """Files of more bytes may have names ahead; None where none may."""
+        return MOST_BYTES if self._is_open and self._is_flushed else None
+
+    def prepare(self, staged: Staged, request: Received | None) -> None:
+        """Find out whether `keep` keeps an image, so that its file, or only its names, need not be flushed."""
+        is_small, is_here = staged.size <= MOST_BYTES, self._is_open and self._is_flushed
+        if is_here and not is_small and request is not None:
+            staged.name_ahead = request.name_ahead
+        staged.is_kept = is_here and (is_small or staged.name_ahead is not None)
 
     def keep(
         self,
@@ -404,7 +469,7 @@ class Journal:
         size: int,
         folder: str,
         name: str,
-        is_flushed: bool,
+        _: bool,
     ) -> bool:
         """Give the file of an image its last name, keep a record of it, answer its request, and have the ledger expect its rows.
 
@@ -412,19 +477,20 @@ class Journal:
         the name is taken. Raises OutOfResources, and OSError; then it has no name.
         """
         files, request = [*others, (input_name, name)], instance.request
-        text = _text(case, files, instance, size, self._digest_size)
+        text = _text(case, files, instance, staged, self._digest_size)
+        with_image = staged.is_kept and staged.name_ahead is None
         while (records := self._current()) is not None:
             try:
                 outcome = records.keep(
                     text,
                     descriptor,
                     size,
-                    staged.is_kept,
+                    with_image,
                     folder,
                     name,
-                    is_flushed,
                     request,
                     instance.is_awaited,
+                    staged.name_ahead,
                 )
             except OSError as error:
                 if records.has_failed:
@@ -432,6 +498,8 @@ class Journal:
                 raise
             if outcome:
                 try:
+                    if staged.name_ahead is not None:
+                        self._names_ahead[staged.name_ahead] = case.id
                     kept.rows = rows_of(files, instance, staged, self._digest_size)
                     self._ledger.expect([(case.id, *row) for row in kept.rows])
                 finally:
@@ -469,6 +537,11 @@ class Journal:
 
     def forget(self, case_id: int) -> None:
         """A case is over: before its files are deleted. Also without the ledger it does not come back then."""
+        self._forget(case_id)
+        names = self._names_ahead.copy()
+        self._delete_names([name for name, number in names.items() if number == case_id])
+
+    def _forget(self, case_id: int) -> None:
         text = json.dumps((case_id, "", ()))
         with suppress(OutOfResources):
             while (records := self._current()) is not None:
@@ -494,6 +567,9 @@ class Journal:
         try:
             self._begin_other(records)
         except OSError as error:
+            if error.errno in _SCARCE:
+                # Nothing was written, and the next image may find what this one lacked.
+                raise out_of_resources(error) from error
             self._give_up(error)
 
     def _begin_other(self, records: JournalFile) -> None:
@@ -540,9 +616,19 @@ class Journal:
         Raises OSError, OutOfResources, and what SQLite raises of a ledger that is damaged.
         """
         self._ledger.write_expected()
+        # Who has one of them has its other name, which is flushed here.
+        names = list(self._names_ahead)
         if self._is_flushed:
             sync_filesystem(self._folder)
         file.clear()
+        self._delete_names(names)
+
+    def _delete_names(self, names: Iterable[str]) -> None:
+        """Delete names that files had ahead."""
+        for name in names:
+            with suppress(OSError):
+                (self._root / INCOMING / name).unlink()
+            self._names_ahead.pop(name, None)
 
     def _give_up(self, error: OSError) -> None:
         """Take no more; what is here waits for the next start."""
@@ -610,17 +696,18 @@ def _text(
     case: OpenCase,
     files: Iterable[tuple[str, str]],
     instance: Instance,
-    size: int,
+    staged: Staged,
     digest_size: int,
 ) -> str:
     """What `_record_at` reads as JSON; by hand, because it is done for each image before its answer."""
     # The request puts it in where that is NUL.
     known = "\0" if instance.request is not None else instance.digest_of(digest_size).hex()
-    uid = quoted(instance.sop_instance_uid)
+    uid, size = quoted(instance.sop_instance_uid), staged.size
     images = ", ".join(
         [f'[{quoted(name)}, {uid}, {quoted(file)}, {size}, "{known}"]' for name, file in files]
     )
-    return f"[{case.id}, {quoted(case.folder)}, [{images}]]"
+    ahead = "" if staged.name_ahead is None else f", {quoted(staged.name_ahead)}"
+    return f"[{case.id}, {quoted(case.folder)}, [{images}]{ahead}]"
 
 
 def _linux_version() -> tuple[int, int]:

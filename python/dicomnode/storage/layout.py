@@ -11,6 +11,8 @@ from dicomnode.storage.instances import Buffer, flush_folder, make_folder
 
 #: The node's own folder: ledger, outbox, incoming and damaged files. No identifier has this name.
 OWN = ".dicomnode"
+#: Where files of images begin: those without names, and those with names ahead.
+INCOMING = f"{OWN}/incoming"
 
 #: What `safe_name` makes, and a number where that is taken.
 OURS = re.compile(r"[A-Za-z0-9_%-][A-Za-z0-9._%~-]*")

@@ -16,6 +16,7 @@ from dicomnode.errors import InvalidDicom, OutOfResources
 from dicomnode.lib.dicom import identifier_of, safe_name, scan
 from dicomnode.storage.instances import Instances, flush_file, flush_folder
 from dicomnode.storage.layout import (
+    INCOMING,
     OURS,
     OWN,
     OWNER,
@@ -89,7 +90,8 @@ class Recovery:
 
     def run(self) -> None:
         """Bring ledger and files to agree."""
-        for leftover in (self._root / OWN / "incoming").iterdir():
+        # The journal has made up for what it needed of these.
+        for leftover in (self._root / INCOMING).iterdir():
             if leftover.is_file():
                 leftover.unlink()
         for case in self._ledger.over_with_files():

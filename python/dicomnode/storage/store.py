@@ -10,7 +10,7 @@ On disk, below the root:
     .dicomnode/ledger.sqlite                                       cases and states
     .dicomnode/outbox/<case>/                                      results on their way
     .dicomnode/journal-1, -2                                       what is not in the ledger yet, or not flushed
-    .dicomnode/incoming/                                           not yet complete files
+    .dicomnode/incoming/                                           not yet complete files, and names not yet flushed
     .dicomnode/work/                                               working directories of cases
     .dicomnode/reserve                                             room for a start on a full disk
     .dicomnode/damaged/                                            set aside at a start
@@ -49,6 +49,7 @@ from dicomnode.storage.instances import (
 from dicomnode.storage.journal import JOURNAL_BYTES, Journal, Kept, rows_of
 from dicomnode.storage.layout import (
     BLAKE3,
+    INCOMING,
     OWN,
     SHA256,
     digest_of_file,
@@ -135,7 +136,7 @@ class Storage:
         elif root is None:
             self._instances = MemoryInstances(memory_limit)
         else:
-            self._instances = FileInstances(root, root / OWN / "incoming", self._is_flushed)
+            self._instances = FileInstances(root, root / INCOMING, self._is_flushed)
         self._journal: Journal | None = None
         self.ledger: Ledger
         self.outbox: Outbox
@@ -313,7 +314,7 @@ class Storage:
     ) -> None:
         """Make an instance durable in these inputs: its files, their folders, then the rows, which `kept` has in the end.
 
-        The journal stands for the rows, and for all of a small one.
+        The journal stands for the rows, and for all of a small one or the names of a large one.
         """
         if staged is None:
             with self._instances.staging(instance.chunks) as made:
@@ -322,7 +323,7 @@ class Storage:
         files: list[tuple[str, str]] = []
         journal = self._journal
         if journal is not None:
-            journal.prepare(staged)
+            journal.prepare(staged, instance.request)
         try:
             for name in names if journal is None else names[:-1]:
                 file = self._place(case, name, staged, instance.name)
@@ -341,7 +342,12 @@ class Storage:
     @property
     def incoming(self) -> Path | None:
         """Where files of images begin; None where they are kept in memory."""
-        return None if self.root is None else self.root / OWN / "incoming"
+        return None if self.root is None else self.root / INCOMING
+
+    @property
+    def named_above(self) -> int | None:
+        """Files of more bytes may have names ahead; None where none may."""
+        return None if self._journal is None else self._journal.named_above
 
     def _lacking(self, case: OpenCase, names: tuple[str, ...], instance: Instance) -> list[str]:
         """The inputs that do not hold this instance yet, or hold it damaged.

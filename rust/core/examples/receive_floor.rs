@@ -18,7 +18,7 @@ use std::thread;
 
 use dicomnode_core::digest::Kind;
 use dicomnode_core::hashing::{self, Coming};
-use dicomnode_core::incoming::{Incoming, link};
+use dicomnode_core::incoming::{Flush, Incoming, link};
 use dicomnode_core::journal::{JournalFile, NONCE};
 use dicomnode_core::receive::{Limits, Receiver, Step};
 
@@ -127,13 +127,9 @@ fn serve(mut peer: TcpStream, root: &Path, number: usize, flush: bool, log: &Log
     };
     let numbers = contexts.iter().map(|one| one.0).collect();
     let mut receiver = Receiver::new(numbers, limits, kind);
-    let mut incoming = Incoming {
-        folder: root.join("incoming"),
-        least_free: 0,
-        title: "FLOOR".to_owned(),
-        syntaxes: contexts,
-        spare: None,
-    };
+    let named_above = flush.then_some(SMALL);
+    let folder = root.join("incoming");
+    let mut incoming = Incoming::new(folder, 0, "FLOOR".to_owned(), contexts, named_above);
     let (mut growing, mut written, mut count) = (None, 0, 0_u32);
     loop {
         match receiver.step()? {
@@ -175,11 +171,20 @@ fn serve(mut peer: TcpStream, root: &Path, number: usize, flush: bool, log: &Log
                 let size = file.start() + store.size;
                 let is_small = flush && size <= SMALL;
                 let folder = root.join("patient/images");
-                link(file.as_fd(), size, &folder, &name, flush && !is_small)?;
+                let flushed = match file.durable_name() {
+                    _ if is_small || !flush => Flush::Nothing,
+                    Some(_) => Flush::File,
+                    None => Flush::All,
+                };
+                link(file.as_fd(), size, &folder, &name, flushed)?;
                 black_box(coming.wait(&dataset));
                 let image = Some((file.as_fd(), usize::try_from(size)?));
                 log.append(image.filter(|_| is_small))?;
+                if flushed == Flush::File {
+                    file.stay();
+                }
                 peer.write_all(&store.response(0, "", 0))?;
+                incoming.prepare();
             }
             // A request for a release.
             Step::Pass(pdu) if pdu[0] == 5 => {

@@ -3,6 +3,10 @@
 //! The problem: what arrives is to be on the disk as soon as its last byte is here, and nothing is to be left of
 //! what never becomes whole. [`Incoming`] opens a file without a name and writes what comes before the dataset; who
 //! has the [`Growing`] file writes the rest, and either links it to its place or drops it.
+//!
+//! To flush a name takes its time, and several names in one folder take as long as one. So files of large images can have names
+//! ahead: many are made and flushed at once, and each is deleted when its image is dropped, or when whoever has taken it over
+//! does not need it any more.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, IoSlice};
@@ -20,27 +24,65 @@ use crate::receive::Store;
 /// So much of a file is written at once while the rest is on its way.
 const PART: u64 = 128 << 10;
 
+/// How names ahead end.
+const AHEAD: &str = "ahead";
+/// After so many images more are likely.
+const MANY: u8 = 2;
+/// So many names are made ahead at a time at least and at most; between, as many as were made so far.
+const NAMES: (usize, usize) = (4, 16);
+
 /// Where the files of an association begin, and with what.
 pub struct Incoming {
-    /// On the file system where they are to stay.
-    pub folder: PathBuf,
-    /// Bytes that have to be free on it.
-    pub least_free: u64,
-    /// The AE title of the sender.
-    pub title: String,
-    /// The transfer syntax of each presentation context.
-    pub syntaxes: Vec<(u8, String)>,
-    /// A file for the next image; see [`Incoming::prepare`].
-    pub spare: Option<OwnedFd>,
+    folder: PathBuf,
+    least_free: u64,
+    title: String,
+    syntaxes: Vec<(u8, String)>,
+    named_above: Option<u64>,
+    /// How many of the last images in a row were large.
+    large: u8,
+    /// Names of empty files, flushed.
+    ahead: Vec<Name>,
+    /// How many were made.
+    made: usize,
+    spare: Option<(OwnedFd, Option<Name>)>,
 }
 
 impl Incoming {
+    /// Files begin in `folder`, which is on the file system where they are to stay, as long as `least_free` bytes are free on
+    /// it; `title` is the AE title of the sender, and `syntaxes` are the transfer syntaxes of the presentation contexts. After two files
+    /// of more bytes than `named_above`, the next one has a name ahead.
+    #[must_use]
+    pub fn new(
+        folder: PathBuf,
+        least_free: u64,
+        title: String,
+        syntaxes: Vec<(u8, String)>,
+        named_above: Option<u64>,
+    ) -> Self {
+        Incoming {
+            folder,
+            least_free,
+            title,
+            syntaxes,
+            named_above,
+            large: 0,
+            ahead: Vec::new(),
+            made: 0,
+            spare: None,
+        }
+    }
+
     /// Open a file for the next image while nothing else is to be done: without a name, so that nothing is left of it
-    /// whatever comes. Where that fails, [`Incoming::begin`] tells.
+    /// whatever comes, or with one ahead. Where that fails, [`Incoming::begin`] tells.
     pub fn prepare(&mut self) {
         if self.spare.is_none() {
-            self.spare = self.open_unnamed().ok();
+            self.spare = self.open_next().ok();
         }
+    }
+
+    /// What was ready for the next image, which may take its time to go.
+    pub fn rest(&mut self) -> impl Send + use<> {
+        (self.spare.take(), std::mem::take(&mut self.ahead))
     }
 
     /// A file that holds what comes before the dataset; None for an image without a UID, which nobody
@@ -67,6 +109,7 @@ impl Incoming {
             start: head.len() as u64,
             size: head.len() as u64,
             head,
+            is_counted: false,
         }))
     }
 
@@ -75,7 +118,7 @@ impl Incoming {
     /// # Errors
     /// Where that fails, and some of it may be written; `NOSPC` where too little would be free after it.
     pub fn write(
-        &self,
+        &mut self,
         growing: &mut Growing,
         bytes: &[u8],
         is_last: bool,
@@ -97,19 +140,61 @@ impl Incoming {
             return Err(Errno::NOSPC);
         }
         growing.write(&bytes[..count])?;
+        if is_last {
+            let is_large = self.named_above.is_some_and(|most| growing.size > most);
+            // One that is larger than the memory for it has several last bytes.
+            let more = u8::from(!growing.is_counted);
+            self.large = if is_large {
+                self.large.saturating_add(more)
+            } else {
+                0
+            };
+            growing.is_counted = true;
+        }
         Ok(count)
     }
 
     fn open(&mut self) -> Result<(OwnedFd, Option<Name>), Errno> {
-        if let Some(file) = self.spare.take() {
-            return Ok((file, None));
+        if let Some(spare) = self.spare.take() {
+            return Ok(spare);
         }
-        match self.open_unnamed() {
-            Ok(file) => Ok((file, None)),
+        match self.open_next() {
+            Ok(next) => Ok(next),
             // A file system that has no such files.
-            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT | Errno::INVAL) => self.open_named(),
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT | Errno::INVAL) => self
+                .open_named("part")
+                .map(|(file, name)| (file, Some(name))),
             Err(error) => Err(error),
         }
+    }
+
+    fn open_next(&mut self) -> Result<(OwnedFd, Option<Name>), Errno> {
+        if self.large >= MANY
+            && let Ok(named) = self.open_ahead()
+        {
+            return Ok(named);
+        }
+        self.open_unnamed().map(|file| (file, None))
+    }
+
+    /// A file that has a name ahead.
+    fn open_ahead(&mut self) -> Result<(OwnedFd, Option<Name>), Errno> {
+        if self.ahead.is_empty() {
+            let count = self.made.clamp(NAMES.0, NAMES.1);
+            let opened = (0..count).map(|_| Ok(self.open_named(AHEAD)?.1));
+            let mut names = opened.collect::<Result<Vec<_>, Errno>>()?;
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            fsync(openat(CWD, &self.folder, flags, Mode::empty())?)?;
+            for name in &mut names {
+                name.is_durable = true;
+            }
+            self.ahead = names;
+            self.made += count;
+        }
+        let name = self.ahead.pop().ok_or(Errno::NOENT)?;
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let file = openat(CWD, &name.path, flags, Mode::empty())?;
+        Ok((file, Some(name)))
     }
 
     fn open_unnamed(&self) -> Result<OwnedFd, Errno> {
@@ -117,13 +202,21 @@ impl Incoming {
         openat(CWD, &self.folder, flags, Mode::RUSR | Mode::WUSR)
     }
 
-    fn open_named(&self) -> Result<(OwnedFd, Option<Name>), Errno> {
+    fn open_named(&self, kind: &str) -> Result<(OwnedFd, Name), Errno> {
         let random = |_| RandomState::new().build_hasher().finish();
         let [first, second] = [0, 1].map(random);
-        let name = self.folder.join(format!("{first:016x}{second:016x}.part"));
+        let path = self
+            .folder
+            .join(format!("{first:016x}{second:016x}.{kind}"));
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::CREATE | OFlags::EXCL;
-        let file = openat(CWD, &name, flags, Mode::RUSR | Mode::WUSR)?;
-        Ok((file, Some(Name(name))))
+        let file = openat(CWD, &path, flags, Mode::RUSR | Mode::WUSR)?;
+        let name = Name {
+            path,
+            is_durable: false,
+            stays: false,
+            owner: std::process::id(),
+        };
+        Ok((file, name))
     }
 }
 
@@ -143,6 +236,7 @@ pub struct Growing {
     start: u64,
     /// Bytes that are written, and those of the head.
     size: u64,
+    is_counted: bool,
 }
 
 impl Growing {
@@ -173,6 +267,20 @@ impl Growing {
         self.name.is_some()
     }
 
+    /// The name in the folder where it began, if that is on the disk: once the file is flushed, nothing loses it.
+    #[must_use]
+    pub fn durable_name(&self) -> Option<&str> {
+        let name = self.name.as_ref().filter(|one| one.is_durable)?;
+        name.path.file_name()?.to_str()
+    }
+
+    /// Let it keep that name: who calls this deletes it some time.
+    pub fn stay(&mut self) {
+        if let Some(mut name) = self.name.take() {
+            name.stays = true;
+        }
+    }
+
     /// How many bytes come before the dataset.
     #[must_use]
     pub fn start(&self) -> u64 {
@@ -186,16 +294,34 @@ impl AsFd for Growing {
     }
 }
 
-struct Name(PathBuf);
+struct Name {
+    path: PathBuf,
+    is_durable: bool,
+    stays: bool,
+    owner: u32,
+}
 
 impl Drop for Name {
     fn drop(&mut self) {
-        let _ = unlink(&self.0);
+        // A process that was forked has a copy.
+        if !self.stays && self.owner == std::process::id() {
+            let _ = unlink(&self.path);
+        }
     }
 }
 
-/// Give an open file of `size` bytes a name in a folder, also one without any; false where the name is taken. With
-/// `flush` the file is durable before it has the name, and the name then, or it is not there.
+/// What is flushed when a file gets a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flush {
+    Nothing,
+    /// The file, which has another name that is on the disk.
+    File,
+    /// The file before it has the name, and then the name.
+    All,
+}
+
+/// Give an open file of `size` bytes a name in a folder, also one without any; false where the name is taken. Where
+/// that cannot be flushed, it is not there.
 ///
 /// # Errors
 /// Where that fails, or it has another size.
@@ -204,10 +330,18 @@ pub fn link(
     size: u64,
     folder: &Path,
     name: &str,
-    flush: bool,
+    flush: Flush,
 ) -> io::Result<bool> {
-    if !flush {
-        return give_name(opened, size, CWD, &folder.join(name));
+    if flush != Flush::All {
+        let path = folder.join(name);
+        if flush == Flush::File {
+            // As below.
+            if statat(CWD, &path, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
+                return Ok(false);
+            }
+            fsync(opened)?;
+        }
+        return give_name(opened, size, CWD, &path);
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let place = openat(CWD, folder, flags, Mode::empty())?;
@@ -281,13 +415,14 @@ mod tests {
     }
 
     fn incoming(folder: &Folder) -> Incoming {
-        Incoming {
-            folder: folder.path().to_owned(),
-            least_free: 0,
-            title: "SENDER".to_owned(),
-            syntaxes: vec![(3, "1.2.840.10008.1.2.1".to_owned())],
-            spare: None,
-        }
+        let syntaxes = vec![(3, "1.2.840.10008.1.2.1".to_owned())];
+        Incoming::new(
+            folder.path().to_owned(),
+            0,
+            "SENDER".to_owned(),
+            syntaxes,
+            Some(1000),
+        )
     }
 
     fn store() -> Store {
@@ -304,7 +439,7 @@ mod tests {
         let folder = Folder::new();
         let mut wanted = incoming(&folder);
         wanted.prepare();
-        let prepared = wanted.spare.as_ref().unwrap().as_raw_fd();
+        let prepared = wanted.spare.as_ref().unwrap().0.as_raw_fd();
         wanted.prepare();
         let first = wanted.begin(&store()).unwrap().unwrap();
         assert_eq!(first.as_fd().as_raw_fd(), prepared);
@@ -314,7 +449,7 @@ mod tests {
         wanted.prepare();
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
         drop((wanted, second));
-        assert!(link(first.as_fd(), 0, folder.path(), "first", true).unwrap());
+        assert!(link(first.as_fd(), 0, folder.path(), "first", Flush::All).unwrap());
         fs::remove_dir_all(folder.path()).unwrap();
         let mut wanted = incoming(&folder);
         wanted.prepare();
@@ -324,30 +459,91 @@ mod tests {
     #[test]
     fn a_name_goes_with_its_file_and_what_is_linked_stays() {
         let folder = Folder::new();
-        let (file, name) = incoming(&folder).open_named().unwrap();
+        let (file, name) = incoming(&folder).open_named("part").unwrap();
         let mut growing = Growing {
             file,
-            name,
+            name: Some(name),
             head: b"he".to_vec(),
             start: 2,
             size: 2,
+            is_counted: false,
         };
         growing.write(b"whole").unwrap();
         let names = || fs::read_dir(folder.path()).unwrap().count();
         assert_eq!(names(), 1);
-        for flush in [false, true] {
-            let place = format!("placed-{flush}");
+        for flush in [Flush::Nothing, Flush::File, Flush::All] {
+            let place = format!("placed-{flush:?}");
             let link = |size| link(growing.as_fd(), size, folder.path(), &place, flush);
             let trouble = link(6).unwrap_err().to_string();
             assert_eq!(trouble, "7 of 6 bytes are in the file");
             assert_eq!((link(7).unwrap(), link(7).unwrap()), (true, false));
         }
         drop(growing);
-        assert_eq!(names(), 2);
+        assert_eq!(names(), 3);
         assert_eq!(
-            fs::read(folder.path().join("placed-true")).unwrap(),
+            fs::read(folder.path().join("placed-All")).unwrap(),
             b"hewhole"
         );
+    }
+
+    #[test]
+    fn after_a_large_image_files_have_names_ahead_and_only_those_that_are_to_stay_do() {
+        let folder = Folder::new();
+        let names = || fs::read_dir(folder.path()).unwrap().count();
+        let mut wanted = incoming(&folder);
+        let receive = |wanted: &mut Incoming, size: usize| {
+            wanted.prepare();
+            let mut file = wanted.begin(&store()).unwrap().unwrap();
+            wanted.write(&mut file, &vec![7; size], true).unwrap();
+            file
+        };
+        for size in [3000, 10, 3000, 3000] {
+            assert!(!receive(&mut wanted, size).has_name());
+            assert_eq!(names(), 0);
+        }
+        let mut file = receive(&mut wanted, 2000);
+        assert_eq!(names(), 4);
+        let name = file.durable_name().unwrap().to_owned();
+        file.stay();
+        assert!(file.durable_name().is_none() && !file.has_name());
+        drop(file);
+        assert!(
+            fs::read(folder.path().join(&name))
+                .unwrap()
+                .ends_with(&[7; 2000])
+        );
+        for left in [3, 2, 1] {
+            assert_eq!(names(), 1 + left);
+            drop(receive(&mut wanted, 2000));
+        }
+        assert_eq!(names(), 1);
+        // The next one is small, and has a name all the same; the one after it has none.
+        assert!(receive(&mut wanted, 10).durable_name().is_some());
+        assert_eq!(names(), 1 + 3);
+        for _ in 0..2 {
+            assert!(!receive(&mut wanted, 2000).has_name());
+        }
+        assert!(receive(&mut wanted, 2000).durable_name().is_some());
+        // A name that somebody has deleted is none, and the next one is.
+        fs::remove_file(&wanted.ahead.last().unwrap().path).unwrap();
+        assert!(!receive(&mut wanted, 2000).has_name());
+        assert!(receive(&mut wanted, 2000).durable_name().is_some());
+        drop(wanted.rest());
+        assert_eq!(names(), 1);
+        // One that comes in several parts is one.
+        let mut parts = incoming(&folder);
+        let mut file = parts.begin(&store()).unwrap().unwrap();
+        for _ in 0..3 {
+            parts.write(&mut file, &[7; 2000], true).unwrap();
+        }
+        assert_eq!(parts.large, 1);
+        drop(file);
+        drop(wanted);
+        let mut never = incoming(&folder);
+        never.named_above = None;
+        for _ in 0..3 {
+            assert!(!receive(&mut never, 3000).has_name());
+        }
     }
 
     #[test]

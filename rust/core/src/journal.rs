@@ -16,7 +16,7 @@ use rustix::fs::{fdatasync, unlink};
 use rustix::io::{Errno, pread, pwrite};
 
 use crate::digest::Kind;
-use crate::incoming::link;
+use crate::incoming::{Flush, link};
 
 /// Each record begins at a multiple of it, so that one behind a damaged one is found.
 pub const BLOCK: usize = 512;
@@ -52,7 +52,7 @@ pub struct Naming<'a> {
     pub size: u64,
     pub folder: &'a Path,
     pub name: &'a str,
-    pub flush: bool,
+    pub flush: Flush,
 }
 
 impl Naming<'_> {
@@ -184,6 +184,12 @@ impl JournalFile {
                 Err(error)
             }
         }
+    }
+
+    /// Whether records survive a power cut.
+    #[must_use]
+    pub fn is_flushed(&self) -> bool {
+        self.0.is_flushed
     }
 
     /// Whether a write or a flush has failed, so that no record is kept any more.
@@ -506,7 +512,7 @@ mod tests {
                             size: 0,
                             folder,
                             name: &name,
-                            flush: false,
+                            flush: Flush::Nothing,
                         };
                         let mine = Arc::new(AtomicUsize::new(0));
                         let (all, one) = (Arc::clone(told), Arc::clone(&mine));
@@ -556,7 +562,7 @@ mod tests {
                 size,
                 folder: &folder,
                 name,
-                flush: false,
+                flush: Flush::Nothing,
             };
             journal.keep(record.len(), &naming, || Ok(record.to_vec()), None, || ())
         };
@@ -615,7 +621,7 @@ mod tests {
             size: 0,
             folder: &folder,
             name: "9",
-            flush: true,
+            flush: Flush::All,
         };
         let kept = unmade.keep(
             BLOCK,

@@ -5,6 +5,7 @@ use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
 use dicomnode_core::Error;
+use dicomnode_core::incoming::Flush;
 use dicomnode_core::journal::{self as core, Answer, Kept, NONCE, Naming};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -52,10 +53,13 @@ impl JournalFile {
     /// if it `is_awaited`, answer the request with 0x0000: all without the interpreter. Each NUL of the text becomes
     /// the digest of the request, which need not be there before the name is.
     ///
+    /// Where records survive a power cut and this one has not the file, file and name are flushed; the name is not where
+    /// the request has the `name_ahead` that is given, which then stays.
+    ///
     /// False, and nothing is done, where the name is taken, and None where the record does not fit. Otherwise `settle` has
     /// to be called in the end. Raises OSError, where nothing is left of it.
     #[expect(clippy::too_many_arguments, reason = "they have names in Python")]
-    #[pyo3(signature = (text, descriptor, size, with_image, folder, name, flush, request = None, is_awaited = false))]
+    #[pyo3(signature = (text, descriptor, size, with_image, folder, name, request = None, is_awaited = false, name_ahead = None))]
     fn keep(
         &self,
         py: Python<'_>,
@@ -65,14 +69,22 @@ impl JournalFile {
         with_image: bool,
         folder: PathBuf,
         name: &str,
-        flush: bool,
         request: Option<Bound<'_, Received>>,
         is_awaited: bool,
+        name_ahead: Option<&str>,
     ) -> PyResult<Option<bool>> {
         let opened = borrowed(descriptor)?;
         let request = request.as_ref().map(Bound::get);
         detached(py, || {
             let image = with_image.then_some((opened, size));
+            let ahead = name_ahead.zip(request);
+            let flush = if with_image || !self.0.is_flushed() {
+                Flush::Nothing
+            } else if ahead.is_some_and(|(name, request)| request.is_named(name)) {
+                Flush::File
+            } else {
+                Flush::All
+            };
             let naming = Naming {
                 opened,
                 size: size as u64,
@@ -105,7 +117,12 @@ impl JournalFile {
             match kept.map_err(|error| Error::io(Path::new(name), error))? {
                 Kept::Full => Ok(None),
                 Kept::NameTaken => Ok(Some(false)),
-                Kept::Whole => Ok(Some(true)),
+                Kept::Whole => {
+                    if let Some(request) = request.filter(|_| flush == Flush::File) {
+                        request.keep_name_ahead();
+                    }
+                    Ok(Some(true))
+                }
             }
         })
     }

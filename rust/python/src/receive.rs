@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use dicomnode_core::bytes::Bytes;
 use dicomnode_core::digest::Kind;
 use dicomnode_core::hashing::{self, Coming};
-use dicomnode_core::incoming::{self, Growing, Incoming};
+use dicomnode_core::incoming::{self, Flush, Growing, Incoming};
 use dicomnode_core::meta::prefix;
 use dicomnode_core::names::{self, Ordinary, is_uid};
 use dicomnode_core::receive as core;
@@ -211,7 +211,7 @@ impl Receiver {
     #[new]
     #[pyo3(signature = (
         contexts, pdu, dataset, memory, socket = None, wake = None, digest_size = 32, folder = None,
-        least_free = 0, title = "", identifier_tag = 0x0010_0020,
+        least_free = 0, title = "", identifier_tag = 0x0010_0020, named_above = None,
     ))]
     #[expect(clippy::too_many_arguments, reason = "they have names in Python")]
     fn new(
@@ -226,6 +226,7 @@ impl Receiver {
         least_free: u64,
         title: &str,
         identifier_tag: u32,
+        named_above: Option<u64>,
     ) -> PyResult<Self> {
         let kind = kind_of(digest_size)?;
         if socket.is_some() && wake.is_none() {
@@ -242,12 +243,9 @@ impl Receiver {
             memory,
         };
         let numbers = contexts.iter().map(|(number, _)| *number).collect();
-        let incoming = folder.map(|folder| Incoming {
-            folder,
-            least_free,
-            title: title.to_owned(),
-            syntaxes: contexts.clone(),
-            spare: None,
+        let incoming = folder.map(|folder| {
+            let syntaxes = contexts.clone();
+            Incoming::new(folder, least_free, title.to_owned(), syntaxes, named_above)
         });
         Ok(Receiver(Arc::new(Connection {
             state: Mutex::new(State {
@@ -330,10 +328,10 @@ impl Receiver {
         drop(answers);
         let ahead = state.ahead.take();
         let kept = std::mem::take(&mut state.kept);
-        let spare = state.incoming.as_mut().and_then(|one| one.spare.take());
+        let rest = state.incoming.as_mut().map(Incoming::rest);
         drop(state);
         // The system takes its time to free them.
-        py.detach(|| drop((ahead, kept, spare)));
+        py.detach(|| drop((ahead, kept, rest)));
         self.0.is_arriving.store(false, Ordering::Relaxed);
         self.0.is_large.store(false, Ordering::Relaxed);
     }
@@ -704,6 +702,19 @@ impl Received {
         Arc::clone(&self.reply)
     }
 
+    /// Whether its file has that name, and it is on the disk.
+    pub fn is_named(&self, name: &str) -> bool {
+        let file = locked(&self.file);
+        file.as_ref().and_then(Growing::durable_name) == Some(name)
+    }
+
+    /// Let its file keep that name.
+    pub fn keep_name_ahead(&self) {
+        if let Some(file) = locked(&self.file).as_mut() {
+            file.stay();
+        }
+    }
+
     /// How many bytes its digest has.
     pub fn digest_size(&self) -> usize {
         self.digest.size()
@@ -769,6 +780,14 @@ impl Received {
             file.as_fd().as_raw_fd(),
             file.start() + self.reply.store.size,
         ))
+    }
+
+    /// The name in the folder of the `Receiver` that its file has, if that is on the disk; it is deleted by `close`, unless
+    /// `JournalFile.keep` has said that it stays.
+    #[getter]
+    fn name_ahead(&self) -> Option<String> {
+        let file = locked(&self.file);
+        file.as_ref()?.durable_name().map(str::to_owned)
     }
 
     /// Close its file; unless it was linked nothing is left of it.
@@ -884,6 +903,7 @@ pub fn link(
     detached(py, || {
         // SAFETY: the caller keeps it open meanwhile.
         let opened = unsafe { BorrowedFd::borrow_raw(descriptor) };
+        let flush = if flush { Flush::All } else { Flush::Nothing };
         incoming::link(opened, size, &folder, name, flush)
             .map_err(|error| Error::io(Path::new(name), error))
     })
