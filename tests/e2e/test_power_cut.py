@@ -27,17 +27,17 @@ from tests.faults.endpoint import digest_of_values, values_of
 from dicomnode.lib.dicom import encode
 from dicomnode.lib.dimse import send
 from dicomnode.server.node import AbstractPipeline
-from dicomnode.storage import journal
+from dicomnode.storage import journal, journal_file
 from dicomnode.storage.ledger import OVER, State
 from dicomnode.testing import StoringNode, address_of, make_series, running_node
 
 PATIENTS, IMAGES = 2, 2
 FINISHED = (*OVER, State.FAILED)
 NODE = """
-from dicomnode.storage import journal
+from dicomnode.storage import journal, journal_file
 
 # Two or three images: one file follows the other.
-journal._FILE_BYTES = 6 << 10
+journal_file.FILE_BYTES = 6 << 10
 {more}
 class Three(Two):
     image_grinder = many_meta_grinder(list_grinder, numpy_grinder)
@@ -154,7 +154,7 @@ def run_traced(
         results = {str(one.SOPInstanceUID): one for one in store.received}
         with pytest.MonkeyPatch.context() as own:
             # What it changes is for the node under strace.
-            own.setattr(journal, "_FILE_BYTES", journal._FILE_BYTES)
+            own.setattr(journal_file, "FILE_BYTES", journal_file.FILE_BYTES)
             own.setattr(journal, "MOST_BYTES", journal.MOST_BYTES)
             kind = runpy.run_path(str(folder / "pipeline.py"))["Node"]
         calls = power.calls_of(folder / f"trace-{durability}")
@@ -234,7 +234,7 @@ def run(
     if request.param == "small":
         return run_traced(folder, strace)
     # Each has a record of one block.
-    more = "journal.MOST_BYTES, journal._FILE_BYTES = 0, 3 << 10"
+    more = "journal.MOST_BYTES, journal_file.FILE_BYTES = 0, 3 << 10"
     run = run_traced(folder, strace, more=more, images=2 * IMAGES)
     linked = [one for one in run.calls if one.name == "linkat" and "Image_CT_" in one.text]
     named = [one for one in linked if ".ahead" in one.text]

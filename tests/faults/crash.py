@@ -32,7 +32,7 @@ from tests.faults import endpoint
 
 from dicomnode.errors import CouldNotCompleteDIMSEMessage
 from dicomnode.lib.dimse import Address, Response, send
-from dicomnode.storage.journal import _File as File
+from dicomnode.storage.journal_file import File
 from dicomnode.storage.layout import digest_of_file, input_folder, outbox_folder
 from dicomnode.storage.ledger import Case, InstanceRow, Ledger, State
 from dicomnode.testing import make_series, write_series
@@ -40,10 +40,10 @@ from dicomnode.testing import make_series, write_series
 IMAGES = 6
 NODE = """
 import random
-from dicomnode.storage import journal
+from dicomnode.storage import journal, journal_file
 
 # So that one file follows the other, and as if images were large.
-journal._FILE_BYTES = int(os.environ["JOURNAL"])
+journal_file.FILE_BYTES = int(os.environ["JOURNAL"])
 journal.MOST_BYTES = int(os.environ["SMALL"])
 print("PID", os.getpid(), flush=True)
 

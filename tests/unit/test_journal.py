@@ -22,7 +22,7 @@ from tests.unit.test_storage import instances, make_ready
 
 from dicomnode.errors import InvalidRootDataDirectory, OutOfResources
 from dicomnode.lib.dicom import JournalFile, Received, Receiver
-from dicomnode.storage import journal
+from dicomnode.storage import journal, journal_file, replay
 from dicomnode.storage import ledger as ledger_module
 from dicomnode.storage.commitments import Commitment
 from dicomnode.storage.instances import Instance, Staged
@@ -196,16 +196,16 @@ def test_images_are_restored_where_the_ledger_was_lost_as_well(tmp_path: Path) -
 def test_one_file_follows_the_other_and_all_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "_FILE_BYTES", 8 << 10)
+    monkeypatch.setattr(journal_file, "FILE_BYTES", 8 << 10)
     root, images = tmp_path / "root", instances(40)
     starts: list[int] = []
-    real = journal._File.start
+    real = journal_file.File.start
 
     def start(self: Any, head: Any) -> JournalFile:
         starts.append(head.generation)
         return real(self, head)
 
-    monkeypatch.setattr(journal._File, "start", start)
+    monkeypatch.setattr(journal_file.File, "start", start)
     with running(root) as storage:
         for count, one in enumerate(images, 1):
             storage.add("P", ["ct"], one)
@@ -335,7 +335,7 @@ def test_no_record_leads_out_of_the_root(
 def test_a_disk_that_fails_to_keep_files_has_them_written_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(journal, "_FILE_BYTES", 8 << 10)
+    monkeypatch.setattr(journal_file, "FILE_BYTES", 8 << 10)
 
     root, images = tmp_path / "root", instances(30)
     stored: list[Instance] = []
@@ -354,13 +354,13 @@ def test_a_disk_that_fails_to_keep_files_has_them_written_anew(
     assert "the journal cannot be used any more" in caplog.text
     # The page cache has what the disk has not: nothing tells by looks.
     written: list[str] = []
-    real = journal.Journal._write
+    real = replay.Replay._write
 
     def write(self: Any, record: Any, images: Any, anew: bool) -> int:
         written.extend(row.file for row in images if anew)
         return real(self, record, images, anew)
 
-    monkeypatch.setattr(journal.Journal, "_write", write)
+    monkeypatch.setattr(replay.Replay, "_write", write)
     with running(root) as storage:
         assert len(uids_of(storage, "P")) == len(stored) and digests_hold(storage)
     assert len(written) >= 2
@@ -493,7 +493,7 @@ def test_a_journal_that_cannot_be_read_is_told_as_that(tmp_path: Path) -> None:
 def test_without_a_thread_more_it_is_cleaned_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "_FILE_BYTES", 8 << 10)
+    monkeypatch.setattr(journal_file, "FILE_BYTES", 8 << 10)
 
     class Thread(threading.Thread):
         def start(self) -> None:
@@ -545,7 +545,7 @@ def test_what_tells_of_no_image_is_told_while_the_ledger_cannot_be_written(
 def test_a_ledger_without_room_holds_the_journal_up_and_nothing_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "_FILE_BYTES", 8 << 10)
+    monkeypatch.setattr(journal_file, "FILE_BYTES", 8 << 10)
     root, images = tmp_path / "root", instances(60)
     stored: list[Instance] = []
     with running(root) as storage:
@@ -605,7 +605,7 @@ def test_without_a_journal_images_are_flushed_one_by_one(
         def failing(self: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(journal._File, "widen", failing)
+        monkeypatch.setattr(journal_file.File, "widen", failing)
     with running(tmp_path / "root") as storage:
         staged = Staged(1)
         assert storage._journal is not None
@@ -712,7 +712,7 @@ class _FullRecords:
 def test_a_journal_that_cannot_go_on_is_given_up_and_the_node_is_not(
     trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "_FILE_BYTES", 8 << 10)
+    monkeypatch.setattr(journal_file, "FILE_BYTES", 8 << 10)
     root, images = tmp_path / "root", [requested(one) for one in instances(20)]
     refused: list[Instance] = []
     with running(root) as storage:
@@ -744,12 +744,12 @@ def test_a_journal_that_cannot_go_on_is_given_up_and_the_node_is_not(
 def test_a_journal_that_finds_no_descriptor_goes_on_when_there_is_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "_FILE_BYTES", 8 << 10)
+    monkeypatch.setattr(journal_file, "FILE_BYTES", 8 << 10)
     images, kept = instances(12), []
     with running(tmp_path / "root") as storage:
         assert storage._journal is not None
         with monkeypatch.context() as scarce:
-            scarce.setattr(journal._File, "start", lambda *_: _no_descriptor())
+            scarce.setattr(journal_file.File, "start", lambda *_: _no_descriptor())
             for one in images[:6]:
                 with suppress(OutOfResources):
                     storage.add("P", ["ct"], one)
@@ -914,7 +914,8 @@ def test_a_record_that_fails_while_the_journal_is_closed_has_images_written_anew
     real.finish()
     storage.close()
     heads = [
-        journal._head_of((tmp_path / ".dicomnode" / f"journal-{k}").read_bytes()) for k in (1, 2)
+        journal_file.head_of((tmp_path / ".dicomnode" / f"journal-{k}").read_bytes())
+        for k in (1, 2)
     ]
     assert [one.is_distrusted for one in heads if one is not None] == [True]
     with running(tmp_path) as storage:
@@ -1169,5 +1170,5 @@ def test_files_that_only_a_damaged_journal_knew_are_set_aside(
     assert len(list(aside.glob("*"))) == lost and names_in(left) == ["folder"]
     assert caplog.text.count("files may be images that were answered") == bool(lost)
     # Nothing of it stays for the next start.
-    heads = [journal._head_of(path.read_bytes()) for path in journals]
+    heads = [journal_file.head_of(path.read_bytes()) for path in journals]
     assert heads == [None, None] and b"jrnl" not in journals[1].read_bytes()

@@ -297,6 +297,7 @@ def test_a_disk_that_gets_full_is_told(tmp_path: Path) -> None:
             assert isinstance(other, Received) and other.errno is None
             assert file_of(other).endswith(DATA)
             del other
+            receiver.close()
     finally:
         subprocess.run(["umount", tmp_path], check=True)
 
@@ -315,6 +316,7 @@ def test_what_has_to_stay_free_does_while_images_arrive(tmp_path: Path) -> None:
             assert isinstance(found, Received) and found.errno == errno.ENOSPC
             assert found.file is None
             assert bytes(memoryview(found)) == (b"" if found.is_large else DATA * 700)
+            receiver.close()
     finally:
         subprocess.run(["umount", tmp_path], check=True)
 

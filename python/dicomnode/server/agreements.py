@@ -15,6 +15,7 @@ from typing import Any
 from pynetdicom import evt
 from pynetdicom.acse import ACSE
 from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ
+from pynetdicom.pdu_items import PresentationContextItemRQ
 from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.presentation import PresentationContext
 
@@ -44,19 +45,28 @@ class Request:
         """Raises InvalidDicom, and whatever else comes of the bytes."""
         self.guard = threading.Lock()
         self.agreement: _Agreement | None = None
-        self._primitive: A_ASSOCIATE | None = None
-        # pynetdicom looks up what to do by the class, so that it has to be this one.
+        plain, contexts = plain_request(pdu)
+        #: Without contexts. pynetdicom looks up what to do by the class, so that it has to be this one.
         self.pdu = A_ASSOCIATE_RQ()
-        self.pdu.decode(plain_request(pdu))
-        self._to_primitive = self.pdu.to_primitive
+        self.pdu.decode(plain)
+        self._primitive = self.pdu.to_primitive()
+        self._primitive.presentation_context_definition_list = contexts
         self.pdu.to_primitive = self._as_primitive  # type: ignore[method-assign]
 
     def _as_primitive(self) -> A_ASSOCIATE:
-        with self.guard:
-            if self._primitive is None:
-                self._primitive = self._to_primitive()
         # An answer may be put down in it.
         return copy(self._primitive)
+
+    @property
+    def whole(self) -> A_ASSOCIATE_RQ:
+        """All that is negotiated of it, for whoever reads pynetdicom's own log."""
+        items: list[Any] = []
+        for context in self._primitive.presentation_context_definition_list:
+            items.append(PresentationContextItemRQ())
+            items[-1].from_primitive(context)
+        found = copy(self.pdu)
+        found.variable_items = [*self.pdu.variable_items[:1], *items, *self.pdu.variable_items[1:]]
+        return found
 
 
 class Requests:

@@ -336,7 +336,8 @@ class _Provider(DULServiceProvider):
             self._trouble = str(error)
             raise
         self.request = request
-        evt.trigger(self.assoc, evt.EVT_PDU_RECV, {"pdu": request.pdu})
+        if evt.EVT_PDU_RECV in self._association._handlers:
+            evt.trigger(self.assoc, evt.EVT_PDU_RECV, {"pdu": request.whole})
         return request.pdu, "Evt6"
 
     def accept(self, pdu: A_ASSOCIATE_AC, encoded: bytes) -> None:

@@ -16,57 +16,38 @@ import os
 import re
 import secrets
 import sqlite3
-import stat
-import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from json.encoder import encode_basestring_ascii as quoted
 from pathlib import Path
-from typing import NamedTuple
 
 from dicomnode.errors import (
-    InvalidDataset,
-    InvalidDicom,
     InvalidRootDataDirectory,
     OutOfResources,
-    UnknownCase,
 )
 from dicomnode.lib.dicom import (
     JournalFile,
     Received,
-    digest,
     filesystem_type,
     link,
-    scan,
     sync_filesystem,
 )
 from dicomnode.storage.instances import Instance, Instances, Staged, out_of_resources
-from dicomnode.storage.layout import BLAKE3, INCOMING, OURS, OWN, input_folder, set_aside
-from dicomnode.storage.ledger import OVER, InstanceRow, Ledger
+from dicomnode.storage.journal_file import FILE_BYTES, MAGIC, File, Head, text_of
+from dicomnode.storage.layout import INCOMING, OWN
+from dicomnode.storage.ledger import InstanceRow, Ledger
 from dicomnode.storage.recovery import OpenCase
+from dicomnode.storage.replay import Replay
 
 #: The file of a larger image is flushed: to write it twice would take longer.
 MOST_BYTES = 64 << 10
-_FILE_BYTES = 4 << 20
 #: What the journal takes of the disk.
-JOURNAL_BYTES = 2 * _FILE_BYTES
-# Each record begins at a multiple of it, so that one behind a damaged one is found.
-_BLOCK = 512
-# How a file begins, twice: what it is, a number that nobody can guess, the ledger that it belongs to, which of the files
-# is newer, and whether the disk has failed to keep what it tells of; then a digest.
-_HEAD = struct.Struct("<16s16s16sQ?")
-_MAGIC = b"dicomnode jrnl 1"
+JOURNAL_BYTES = 2 * FILE_BYTES
 # Descriptors and memory, which come back.
 _SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-# What the core gives files ahead.
-_NAME_AHEAD = re.compile(r"[0-9a-f]{32}\.ahead")
 # File systems that are flushed by syncfs(): ext2 to ext4, XFS, Btrfs, F2FS, tmpfs.
 _SOUND = {0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x01021994}
-# How a record begins, see `record` in the core: that number, a digest of all that follows, bytes of the text and of the image.
-_RECORD = struct.Struct("<16s16sII")
-_CHECKED = 32
 
 
 @dataclass
@@ -74,136 +55,6 @@ class Kept:
     """What was kept of an image."""
 
     rows: Sequence[InstanceRow] = ()
-
-
-class _Head(NamedTuple):
-    """How a file of the journal begins."""
-
-    magic: bytes
-    nonce: bytes
-    seed: bytes
-    generation: int
-    is_distrusted: bool
-
-
-class _Record(NamedTuple):
-    """What is kept of an image: case, folder, rows, the name that its file had ahead, and its bytes, or none of these."""
-
-    case_id: int
-    folder: str
-    rows: list[InstanceRow]
-    name_ahead: str
-    data: bytes
-
-
-class _File:
-    """One file of the journal. All of it raises OSError."""
-
-    def __init__(self, path: Path, is_flushed: bool) -> None:
-        self._path = path
-        self._is_flushed = is_flushed
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        #: None where it tells of nothing.
-        self.head: _Head | None = None
-        #: Whether a record was found that is damaged, or never was whole.
-        self.is_damaged = False
-
-    def widen(self) -> None:
-        """Give it its size: to flush what makes a file longer takes twice the time."""
-        if os.fstat(self._descriptor).st_size < _FILE_BYTES:
-            self._write(bytes(_FILE_BYTES))
-
-    def start(self, head: _Head) -> JournalFile:
-        """Where records go to from now on."""
-        # Opened anew: an error of the disk that is told to whoever writes a head is told to whoever appends as well.
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            records = JournalFile(descriptor, head.nonce, _BLOCK, _FILE_BYTES, self._is_flushed)
-        finally:
-            os.close(descriptor)
-        self._write(_sealed(head))
-        self.head = head
-        return records
-
-    def clear(self) -> None:
-        """It tells of nothing that the ledger and the disk have not."""
-        self._write(bytes(_BLOCK))
-        self.head = None
-
-    def distrust(self) -> None:
-        """Have the next start write all images anew that this has."""
-        if self.head is not None:
-            self._write(_sealed(self.head._replace(is_distrusted=True)))
-
-    def _write(self, data: bytes) -> None:
-        left = memoryview(data)
-        while left:
-            left = left[os.pwrite(self._descriptor, left, len(data) - len(left)) :]
-        if self._is_flushed:
-            os.fsync(self._descriptor)
-
-    def read(self) -> Iterator[_Record]:
-        """What it tells of, oldest first. Raises InvalidDataset where it began as a journal, and is damaged there."""
-        data = self._path.read_bytes()
-        self.head = _head_of(data)
-        if self.head is None:
-            if _MAGIC in data[:_BLOCK]:
-                raise InvalidDataset(f"{self._path.name} is damaged where it begins")
-            return
-        at = _BLOCK
-        while (at := data.find(self.head.nonce, at)) >= 0:
-            record, size = _record_at(data, at)
-            if record is None or at % _BLOCK:
-                self.is_damaged |= not at % _BLOCK
-                at += 1
-            else:
-                yield record
-                at += size
-
-    def close(self) -> None:
-        """It is not used any more."""
-        with suppress(OSError):
-            os.close(self._descriptor)
-
-
-def _record_at(data: bytes, at: int) -> tuple[_Record | None, int]:
-    """The record that begins there, and its bytes; None where it is damaged or was never whole."""
-    if at + _RECORD.size > len(data):
-        return None, 0
-    _, check, texts, images = _RECORD.unpack_from(data, at)
-    start = at + _RECORD.size
-    end = start + texts + images
-    if end > len(data) or digest(data[at + _CHECKED : end], BLAKE3) != check:
-        return None, 0
-    case_id, folder, rows, *ahead = json.loads(data[start : start + texts])
-    # Nothing that leads out of the root, whoever wrote it.
-    name_ahead = ahead[0] if ahead else ""
-    if name_ahead and not (isinstance(name_ahead, str) and _NAME_AHEAD.fullmatch(name_ahead)):
-        return None, 0
-    if not all(OURS.fullmatch(part) for row in rows for part in (folder, row[2])):
-        return None, 0
-    found = [
-        InstanceRow(name, uid, file, size, bytes.fromhex(known))
-        for name, uid, file, size, known in rows
-    ]
-    return _Record(case_id, folder, found, name_ahead, data[start + texts : end]), end - at
-
-
-def _sealed(head: _Head) -> bytes:
-    """A first block."""
-    packed = _HEAD.pack(*head)
-    return (packed + digest(packed, BLAKE3)).ljust(_BLOCK // 2, b"\0") * 2
-
-
-def _head_of(data: bytes) -> _Head | None:
-    """How a file begins; None where it does not."""
-    for start in (0, _BLOCK // 2):
-        head = data[start : start + _HEAD.size]
-        check = data[start + _HEAD.size : start + _HEAD.size + BLAKE3]
-        if len(head) == _HEAD.size and digest(head, BLAKE3) == check:
-            found = _Head(*_HEAD.unpack(head))
-            return found if found.magic == _MAGIC else None
-    return None
 
 
 class Journal:
@@ -232,7 +83,7 @@ class Journal:
         self._seed = bytes(seed)  # type: ignore[call-overload]
         self._is_open = False
         # Records go to the first of them.
-        self._files: list[_File] = []
+        self._files: list[File] = []
         # None where it takes none.
         self._records: JournalFile | None = None
         self._turning = threading.Lock()
@@ -245,8 +96,6 @@ class Journal:
         self._folder = -1
         # The names that files had ahead and still have, each with its case. Each use of it is one that no other thread divides.
         self._names_ahead: dict[str, int] = {}
-        # Whether an image that was answered may be among the files of which nothing tells.
-        self._is_in_doubt = False
 
     # At a start
 
@@ -257,173 +106,41 @@ class Journal:
         """
         try:
             self._folder = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            found: list[tuple[_Head, list[_Record]]] = []
+            replay = Replay(self._root, self._ledger, self._instances, self._logger, self._seed)
             are_there = [path.exists() for path in self._paths]
-            self._is_in_doubt = not all(are_there)
+            replay.is_in_doubt = not all(are_there)
             for path in self._paths if any(are_there) else ():
                 try:
-                    file = _File(path, self._is_flushed)
+                    file = File(path, self._is_flushed)
                     self._files.append(file)
-                    records = list(file.read())
-                except InvalidDataset as error:
-                    # As if it had been lost: what is in the files and the ledger is there.
-                    self._logger.error("%s: what it alone tells of is lost", error)
-                    self._is_in_doubt = True
+                    replay.read(file)
                 except OSError as error:
                     raise InvalidRootDataDirectory(
                         f"{path} cannot be read: {error.strerror}; it may have images that were answered. Move it away "
                         f"to start without them; files that it alone knew of are set aside in {OWN}/damaged then"
                     ) from error
-                else:
-                    self._is_in_doubt |= file.is_damaged
-                    if file.head is not None:
-                        found.append((file.head, records))
-            if found:
-                self._restore(sorted(found, key=lambda one: one[0].generation))
-            if self._is_in_doubt:
-                self._set_aside()
-            if found or self._is_in_doubt:
+            if replay.has_found:
+                made = replay.run()
+                self._flush_all()
+                if any(made):
+                    self._logger.warning(
+                        "the node had ended before all was in its place: %d images and %d rows are from the journal",
+                        *made,
+                    )
+            if replay.is_in_doubt:
+                replay.set_aside()
+            if replay.has_found or replay.is_in_doubt:
                 for file in self._files:
                     file.clear()
         except OSError as error:
             raise out_of_resources(error) from error
 
-    def _restore(self, found: list[tuple[_Head, list[_Record]]]) -> None:
-        over = {
-            (head.seed, record.case_id)
-            for head, records in found
-            for record in records
-            if not record.rows or (head.seed == self._seed and self._is_over(record.case_id))
-        }
-        written = added = 0
-        sealed: dict[int, set[tuple[str, str]] | None] = {}
-        rows: dict[int, dict[tuple[str, str], InstanceRow]] = {}
-        for head, records in found:
-            for record in records:
-                if (head.seed, record.case_id) in over:
-                    continue
-                images = record.rows
-                if head.seed == self._seed:
-                    number = record.case_id
-                    if number not in sealed:
-                        sealed[number] = self._sealed_with(number)
-                    held = sealed[number]
-                    # Of one that takes no more, others were refused.
-                    images = [row for row in images if held is None or (row.input, row.uid) in held]
-                written += self._write(record, images, head.is_distrusted)
-                if head.seed == self._seed:
-                    if head.is_distrusted and not record.data:
-                        # The record may be one that failed: then its file lost its name, and the image was refused.
-                        images = [row for row in images if self._is_there(record.folder, row)]
-                    mine = rows.setdefault(record.case_id, {})
-                    mine.update({(row.input, row.uid): row for row in images})
-        for case_id, mine in rows.items():
-            added += self._add_missing(case_id, mine)
+    def _flush_all(self) -> None:
         try:
             sync_filesystem(self._folder)
         except OSError:
             self._distrust()
             raise
-        if written or added:
-            self._logger.warning(
-                "the node had ended before all was in its place: %d images and %d rows are from the journal",
-                written,
-                added,
-            )
-
-    def _is_over(self, case_id: int) -> bool:
-        """Whether the files of a case were deleted because it is over; it may be forgotten since."""
-        try:
-            return self._ledger.case(case_id).state in OVER
-        except UnknownCase:
-            return case_id <= self._ledger.last_case()
-
-    def _sealed_with(self, case_id: int) -> set[tuple[str, str]] | None:
-        """The images of a case that takes no more; None for any other one."""
-        try:
-            if not self._ledger.case(case_id).sealed:
-                return None
-        except UnknownCase:
-            return None
-        return {(row.input, row.uid) for row in self._ledger.instances(case_id)}
-
-    def _write(self, record: _Record, images: list[InstanceRow], anew: bool) -> int:
-        """Make the files of an image that are not there, or all of them `anew`, of what is left of it; how many."""
-        count = 0
-        for row in images if record.data or record.name_ahead else ():
-            folder = input_folder(record.folder, row.input)
-            place = f"{folder}/{row.file}"
-            if record.data and not anew and self._has(place, record.data):
-                continue
-            if self._is_another(place, row.uid):
-                # It has that name since a case that is over had it.
-                self._is_in_doubt = True
-                continue
-            if not record.data and not anew and self._instances.size(folder, row.file) == row.size:
-                continue
-            with suppress(FileNotFoundError), self._left_of(record) as staged:
-                if staged.size == row.size:
-                    self._instances.remove(folder, [row.file])
-                    self._instances.place(staged, folder, row.file)
-                    count += 1
-        return count
-
-    def _left_of(self, record: _Record) -> AbstractContextManager[Staged]:
-        """An image, out of its record or by the name that it had ahead.
-
-        Raises FileNotFoundError where that was not needed any more, or the image was refused.
-        """
-        if record.data:
-            return self._instances.staging([record.data])
-        if not stat.S_ISREG((self._root / INCOMING / record.name_ahead).lstat().st_mode):
-            raise FileNotFoundError(record.name_ahead)
-        return self._instances.placed(INCOMING, record.name_ahead)
-
-    def _is_there(self, folder: str, row: InstanceRow) -> bool:
-        return self._instances.size(input_folder(folder, row.input), row.file) is not None
-
-    def _is_another(self, place: str, uid: str) -> bool:
-        """Whether there is a whole image that is not this one."""
-        try:
-            return scan(str(self._root / place)).text(0x00080018) not in ("", uid)
-        except (InvalidDicom, OSError):
-            return False
-
-    def _has(self, place: str, data: bytes) -> bool:
-        try:
-            return (self._root / place).read_bytes() == data
-        except OSError:
-            return False
-
-    def _set_aside(self) -> None:
-        """Keep the files that have no name but the one ahead."""
-        count = 0
-        for path in (self._root / INCOMING).iterdir():
-            found = path.lstat()
-            is_file = stat.S_ISREG(found.st_mode) and _NAME_AHEAD.fullmatch(path.name)
-            if is_file and found.st_size and found.st_nlink == 1:
-                set_aside(self._root, path.relative_to(self._root))
-                count += 1
-        if count:
-            self._logger.error(
-                "%d files may be images that were answered, and nothing tells where they belong: they are in %s, send them again",
-                count,
-                Path(OWN, "damaged", INCOMING),
-            )
-
-    def _add_missing(self, case_id: int, rows: dict[tuple[str, str], InstanceRow]) -> int:
-        """Add the rows that a case has not, or has of a damaged image; how many."""
-        try:
-            self._ledger.case(case_id)
-        except UnknownCase:
-            # Its files are found without it.
-            return 0
-        for known in self._ledger.instances(case_id):
-            if not known.damaged:
-                rows.pop((known.input, known.uid), None)
-        if rows:
-            self._ledger.add_instances(case_id, rows.values())
-        return len(rows)
 
     def open(self) -> None:
         """Take records from now on, where the system allows it."""
@@ -434,10 +151,10 @@ class Journal:
             return
         try:
             if not self._files:
-                self._files = [_File(path, self._is_flushed) for path in self._paths]
+                self._files = [File(path, self._is_flushed) for path in self._paths]
             for file in self._files:
                 file.widen()
-            head = _Head(_MAGIC, secrets.token_bytes(16), self._seed, 1, False)
+            head = Head(MAGIC, secrets.token_bytes(16), self._seed, 1, False)
             self._records = self._files[0].start(head)
             self._is_open = True
         except OSError as error:
@@ -477,7 +194,7 @@ class Journal:
         the name is taken. Raises OutOfResources, and OSError; then it has no name.
         """
         files, request = [*others, (input_name, name)], instance.request
-        text = _text(case, files, instance, staged, self._digest_size)
+        text = text_of(case, files, instance, staged, self._digest_size)
         with_image = staged.is_kept and staged.name_ahead is None
         while (records := self._current()) is not None:
             try:
@@ -599,7 +316,7 @@ class Journal:
             else:
                 self._cleaning = cleaning
 
-    def _clean_later(self, file: _File, records: JournalFile) -> None:
+    def _clean_later(self, file: File, records: JournalFile) -> None:
         try:
             records.finish()
             _check(records)
@@ -610,7 +327,7 @@ class Journal:
         except OSError as error:
             self._give_up(error)
 
-    def _clean(self, file: _File) -> None:
+    def _clean(self, file: File) -> None:
         """Bring ledger and disk up to a file of records that have settled.
 
         Raises OSError, OutOfResources, and what SQLite raises of a ledger that is damaged.
@@ -690,24 +407,6 @@ def rows_of(
     uid, request = instance.sop_instance_uid, instance.request
     digest = instance.digest_of(digest_size) if request is None else request.digest
     return [InstanceRow(name, uid, file, staged.size, digest) for name, file in files]
-
-
-def _text(
-    case: OpenCase,
-    files: Iterable[tuple[str, str]],
-    instance: Instance,
-    staged: Staged,
-    digest_size: int,
-) -> str:
-    """What `_record_at` reads as JSON; by hand, because it is done for each image before its answer."""
-    # The request puts it in where that is NUL.
-    known = "\0" if instance.request is not None else instance.digest_of(digest_size).hex()
-    uid, size = quoted(instance.sop_instance_uid), staged.size
-    images = ", ".join(
-        [f'[{quoted(name)}, {uid}, {quoted(file)}, {size}, "{known}"]' for name, file in files]
-    )
-    ahead = "" if staged.name_ahead is None else f", {quoted(staged.name_ahead)}"
-    return f"[{case.id}, {quoted(case.folder)}, [{images}]{ahead}]"
 
 
 def _linux_version() -> tuple[int, int]:

@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, CWD, Mode, OFlags, fstat, fsync, linkat, openat, statat, statvfs, unlink, unlinkat,
+    AtFlags, CWD, Mode, OFlags, fstat, fstatvfs, fsync, linkat, openat, statat, unlink, unlinkat,
 };
 use rustix::io::{Errno, writev};
 
@@ -34,6 +34,8 @@ const NAMES: (usize, usize) = (4, 16);
 /// Where the files of an association begin, and with what.
 pub struct Incoming {
     folder: PathBuf,
+    /// The folder, opened, once that was needed: its path need not be walked for each image.
+    opened: Option<OwnedFd>,
     least_free: u64,
     title: String,
     syntaxes: Vec<(u8, String)>,
@@ -61,6 +63,7 @@ impl Incoming {
     ) -> Self {
         Incoming {
             folder,
+            opened: None,
             least_free,
             title,
             syntaxes,
@@ -82,7 +85,11 @@ impl Incoming {
 
     /// What was ready for the next image, which may take its time to go.
     pub fn rest(&mut self) -> impl Send + use<> {
-        (self.spare.take(), std::mem::take(&mut self.ahead))
+        (
+            self.spare.take(),
+            self.opened.take(),
+            std::mem::take(&mut self.ahead),
+        )
     }
 
     /// A file that holds what comes before the dataset; None for an image without a UID, which nobody
@@ -133,7 +140,8 @@ impl Incoming {
         if count == 0 && !is_last {
             return Ok(0);
         }
-        let disk = statvfs(&self.folder)?;
+        // Not of the file: a quota of the folder is told of the folder only.
+        let disk = fstatvfs(self.place()?)?;
         let free = disk.f_bavail.saturating_mul(disk.f_frsize);
         let wanted = (growing.head.len() + count) as u64;
         if free.saturating_sub(wanted) < self.least_free {
@@ -183,8 +191,7 @@ impl Incoming {
             let count = self.made.clamp(NAMES.0, NAMES.1);
             let opened = (0..count).map(|_| Ok(self.open_named(AHEAD)?.1));
             let mut names = opened.collect::<Result<Vec<_>, Errno>>()?;
-            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            fsync(openat(CWD, &self.folder, flags, Mode::empty())?)?;
+            fsync(self.place()?)?;
             for name in &mut names {
                 name.is_durable = true;
             }
@@ -197,9 +204,22 @@ impl Incoming {
         Ok((file, Some(name)))
     }
 
-    fn open_unnamed(&self) -> Result<OwnedFd, Errno> {
+    fn open_unnamed(&mut self) -> Result<OwnedFd, Errno> {
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::TMPFILE;
-        openat(CWD, &self.folder, flags, Mode::RUSR | Mode::WUSR)
+        let found = openat(self.place()?, ".", flags, Mode::RUSR | Mode::WUSR);
+        if found.is_err() {
+            // There may be another folder at its path by now.
+            self.opened = None;
+        }
+        found
+    }
+
+    fn place(&mut self) -> Result<BorrowedFd<'_>, Errno> {
+        if self.opened.is_none() {
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            self.opened = Some(openat(CWD, &self.folder, flags, Mode::empty())?);
+        }
+        self.opened.as_ref().map(OwnedFd::as_fd).ok_or(Errno::BADF)
     }
 
     fn open_named(&self, kind: &str) -> Result<(OwnedFd, Name), Errno> {

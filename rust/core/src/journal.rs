@@ -91,6 +91,8 @@ struct State {
     is_writing: bool,
     /// How many have begun.
     writes: usize,
+    /// How many threads wait at each of `written`: to wake nobody is a call of the system too.
+    sleeping: [usize; 2],
     is_finished: bool,
     failed: Option<Errno>,
     has_thread: bool,
@@ -118,6 +120,7 @@ impl JournalFile {
                 settled: 0,
                 is_writing: false,
                 writes: 0,
+                sleeping: [0, 0],
                 is_finished: false,
                 failed: None,
                 has_thread: false,
@@ -318,9 +321,11 @@ impl Shared {
                 return Err(error.into());
             }
             state = if state.is_writing {
-                self.written[write % 2]
-                    .wait(state)
-                    .unwrap_or_else(PoisonError::into_inner)
+                state.sleeping[write % 2] += 1;
+                let turned = self.written[write % 2].wait(state);
+                let mut state = turned.unwrap_or_else(PoisonError::into_inner);
+                state.sleeping[write % 2] -= 1;
+                state
             } else {
                 self.write(state)
             };
@@ -362,7 +367,9 @@ impl Shared {
             bytes.clear();
             state.waiting = bytes;
         }
-        self.written[write % 2].notify_all();
+        if state.sleeping[write % 2] > 0 {
+            self.written[write % 2].notify_all();
+        }
         let next = &self.written[(write + 1) % 2];
         let mut untold = Vec::new();
         if state.failed.is_some() {
